@@ -1,0 +1,62 @@
+"""Which implementation of an operation runs: the device picks, `PRONGHORN_KERNELS` overrides."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "PRONGHORN_KERNELS"
+BACKENDS = ("reference", "triton")
+OLDEST_CAPABILITY = (8, 0)
+
+
+def use_triton(operation: str, tensor: Tensor) -> bool:
+    """Whether `operation` runs its Triton kernel on tensors like `tensor`; read anew at every call.
+
+    A CUDA device gets Triton, any other the reference. `PRONGHORN_KERNELS=reference|triton` overrides; where Triton
+    was asked for, or could be expected, and cannot run, the reference runs and a warning says why, once.
+
+    Raises:
+        ValueError: the variable holds anything else.
+    """
+    choice = os.environ.get(VARIABLE, "")
+    if choice not in ("", *BACKENDS):
+        raise ValueError(f"{VARIABLE}: got {choice!r}, accepted are {' and '.join(BACKENDS)}")
+    if choice == "reference":
+        return False
+    if tensor.device.type != "cuda" and choice != "triton":
+        return False
+    reason = _obstacle(tensor.device)
+    if reason:
+        _warn_once(operation, reason)
+    return not reason
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on (`TRITON_INTERPRET=1`), which runs kernels on a CPU for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _obstacle(device: torch.device) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu":
+        return "" if interpreting() else "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+    if device.type != "cuda":
+        return f"no Triton backend for {device.type} is known to work"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"compute capability {found} is below {'.'.join(map(str, OLDEST_CAPABILITY))}"
+    return ""
+
+
+@functools.cache
+def _warn_once(operation: str, reason: str) -> None:
+    logger.warning("%s runs its reference implementation: %s", operation, reason)
