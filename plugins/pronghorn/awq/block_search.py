@@ -58,7 +58,13 @@ class BlockSearchResult:
 
 @torch.no_grad()
 def search_block(
-    block: nn.Module, inputs: Inputs, groups: Iterable[ScaleGroup], linears: Mapping[str, nn.Linear], config: AwqConfig
+    block: nn.Module,
+    inputs: Inputs,
+    groups: Iterable[ScaleGroup],
+    linears: Mapping[str, nn.Linear],
+    config: AwqConfig,
+    *,
+    keep_first_trial: bool = False,
 ) -> BlockSearchResult:
     """Search scales and clipping for one block.
 
@@ -68,6 +74,8 @@ def search_block(
         groups: its scale groups (`trace_scale_groups` or the user's).
         linears: the linears to quantize, by name inside the block.
         config: bits, group size, grid and rules.
+        keep_first_trial: go on from weights that still carry the first trial's scale, and leave them so. That is what
+            AutoAWQ does on a CPU, where its backup of the weights shares their memory; it serves to replay its results.
 
     Raises:
         ValueError: no grid point of a group has a finite loss.
@@ -90,7 +98,7 @@ def search_block(
     for group in groups:
         if any(statistics[name].tokens for name in group.readers):
             reached = [name for name in group.linears if statistics[name].tokens]
-            scales.append(_search_scale(block, inputs, group, reached, statistics, config))
+            scales.append(_search_scale(block, inputs, group, reached, statistics, config, keep_first_trial))
     clips = {}
     if config.clip:
         for name, linear in linears.items():
@@ -106,6 +114,7 @@ def _search_scale(
     reached: list[str],
     statistics: Mapping[str, _InputStatistics],
     config: AwqConfig,
+    keep_first_trial: bool,
 ) -> GroupScale:
     # In a mixture of experts the router, or a shared expert, sees all tokens.
     input_mean = max((statistics[name] for name in group.readers), key=lambda item: item.tokens).mean()
@@ -124,6 +133,10 @@ def _search_scale(
     for scale in candidates:
         trial = {name: _fake_quantized(weight * scale, config) / scale for name, weight in weights.items()}
         losses.append(loss(trial))
+        if keep_first_trial and len(losses) == 1:
+            weights = {name: weight * scale for name, weight in weights.items()}
+            for name, weight in weights.items():
+                block.get_submodule(name).weight.data = weight
     result = GroupScale(group, torch.empty(0), losses)
     if not any(_nan_last(value) < float("inf") for value in losses):
         raise ValueError(

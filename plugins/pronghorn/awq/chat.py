@@ -99,7 +99,7 @@ class Chat:
         return Turn(text, prompt.shape[1], reused, len(answer), first, speed)
 
     def _rewind(self, prompt: torch.Tensor) -> int:
-        """Keep the cached prefix that the new prompt shares; a template may write a past answer a little differently."""
+        """Keep the cached prefix that the new prompt shares: a template may rewrite a past answer."""
         # The last token is always run again: its logits start the answer.
         limit = min(len(self._cached), len(prompt) - 1)
         differs = (self._cached[:limit] != prompt[:limit]).nonzero()

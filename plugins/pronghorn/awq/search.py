@@ -115,6 +115,8 @@ class AwqSearch:
         >>> result.apply(model)
     """
 
+    keep_first_trial = False  # see `search_block`
+
     def __init__(
         self,
         config: AwqConfig,
@@ -165,7 +167,8 @@ class AwqSearch:
         for name, linear in linears.items():
             self.config.check_in_features(linear.in_features, f"{block.name}.{name}")
         groups = self._groups(block, inputs, list(linears))
-        return _to_block_result(search_block(block.module, inputs, groups, linears, self.config))
+        found = search_block(block.module, inputs, groups, linears, self.config, keep_first_trial=self.keep_first_trial)
+        return _to_block_result(found)
 
     def _groups(self, block: Block, inputs: BlockInputs, linears: list[str]) -> list[ScaleGroup]:
         if self.config.scale_groups is not None:

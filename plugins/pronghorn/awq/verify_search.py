@@ -39,7 +39,10 @@ def replay_search(path: Path, device: torch.device) -> list[Check]:
     model = _model(description["config"], weights).to(device)
     ids = golden["ids"].long().to(device)
     fp_logits = _logits(model, ids[:1])
-    found = AwqSearch(config, progress=False).run(model, [ids])
+    search = AwqSearch(config, progress=False)
+    # These files come from AutoAWQ run on a CPU. With the paper's rule the first trial's scale is 1 and nothing shows.
+    search.keep_first_trial = path.name.startswith("autoawq")
+    found = search.run(model, [ids])
     checks = [Check("logits of the unquantized model", _error(fp_logits, golden["logits_fp"]), LOGITS_TOLERANCE)]
     checks += _compare_groups(found, description)
     checks += _compare_scales(found, golden)
@@ -52,7 +55,6 @@ def replay_search(path: Path, device: torch.device) -> list[Check]:
         checks.append(
             Check("logits, fake quantized", _error(_logits(model, ids[:1]), golden["logits_awq_fake"]), tolerance)
         )
-    return checks
     if "logits_dequant_fp32" in golden:
         if any(name.startswith("packed.") for name in golden):
             checks.append(_compare_packed(model, golden, config))

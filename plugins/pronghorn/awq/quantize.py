@@ -1,0 +1,66 @@
+"""From a full-precision model to its quantized form; scaling and clipping, if wanted, were applied before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from pronghorn.awq.config import AwqConfig
+from pronghorn.awq.layers import AwqLinear
+from pronghorn.awq.selection import quantizable_linears
+from pronghorn.kernels.group_fake_quantize import group_fake_quantize
+from pronghorn.transformers.decoder import find_decoder_blocks
+from pronghorn.transformers.experts import unfuse_experts
+
+
+def quantize_model(
+    model: nn.Module, config: AwqConfig, *, dtype: torch.dtype | None = None, progress: bool = True
+) -> nn.Module:
+    """Replace the linears of all decoder blocks by packed `AwqLinear`s, in place.
+
+    Args:
+        model: a transformers causal language model, or one with a language tower.
+        config: bits, group size, version and what to leave out.
+        dtype: of the scales; see `AwqLinear.from_linear`.
+        progress: show a bar.
+
+    Raises:
+        ValueError: NaN or Inf in a weight, or a linear that does not fit the group size or the layout. All linears
+            are checked before the first is replaced.
+    """
+    linears = dict(decoder_linears(model, config))
+    for name, linear in linears.items():
+        check_linear(name, linear, config)
+    for name, linear in tqdm(linears.items(), desc=f"packing {config.bits}-bit", disable=not progress, unit="linear"):
+        model.set_submodule(name, AwqLinear.from_linear(linear, config, dtype=dtype, name=name))
+    return model
+
+
+def fake_quantize_model(model: nn.Module, config: AwqConfig) -> nn.Module:
+    """Round the linears of all decoder blocks to their quantization grid, in place, leaving them `nn.Linear`s."""
+    for name, linear in decoder_linears(model, config):
+        check_linear(name, linear, config)
+        fake, _, _ = group_fake_quantize(
+            linear.weight.detach(), bits=config.bits, group_size=config.group_size, symmetric=not config.zero_point
+        )
+        linear.weight.data.copy_(fake)
+    return model
+
+
+def decoder_linears(model: nn.Module, config: AwqConfig) -> Iterator[tuple[str, nn.Linear]]:
+    """Full name and module of every linear that the configuration quantizes; experts are taken apart first."""
+    unfuse_experts(model)
+    for block in find_decoder_blocks(model):
+        found = quantizable_linears(block.module, config.modules_to_not_convert, prefix=block.name)
+        for name, linear in found.items():
+            yield f"{block.name}.{name}", linear
+
+
+def check_linear(name: str, linear: nn.Linear, config: AwqConfig) -> None:
+    """Raise ValueError if a linear cannot be quantized as configured."""
+    AwqLinear(linear.in_features, linear.out_features, bias=False, config=config, device="meta", name=name)
+    if linear.weight.device.type != "meta" and not bool(linear.weight.isfinite().all()):
+        raise ValueError(f"{name}.weight: holds NaN or Inf")
