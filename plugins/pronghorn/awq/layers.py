@@ -63,9 +63,10 @@ class AwqLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, config: AwqConfig, *, dtype: torch.dtype | None = None, name: str = "this linear"
     ) -> AwqLinear:
-        """Quantize a linear, rounding to nearest in `dtype`; the scales keep that dtype.
+        """Quantize a linear, rounding to nearest in `dtype`.
 
-        `dtype` is the linear's own by default, and fp16 for an fp32 linear, as published checkpoints are made.
+        `dtype` is the linear's own by default, and fp16 for an fp32 linear, as published checkpoints are made: scales
+        are then fp16 numbers, stored in the model's dtype.
 
         Raises:
             ValueError: the weight holds NaN or Inf (also after the cast), or the shape does not fit.
@@ -80,7 +81,7 @@ class AwqLinear(nn.Module):
             linear.out_features,
             bias=linear.bias is not None,
             config=config,
-            dtype=dtype,
+            dtype=linear.weight.dtype,
             device=weight.device,
             name=name,
         )

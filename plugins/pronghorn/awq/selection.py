@@ -12,8 +12,8 @@ def quantizable_linears(
 ) -> dict[str, nn.Linear]:
     """The `nn.Linear`s of `block` that AWQ quantizes, by their name inside the block, in definition order.
 
-    Left in 16 bits are linears whose full name (`prefix`.name) contains an entry of `modules_to_not_convert`, and
-    the routers and gates of mixtures of experts: they are tiny, and an error in them sends tokens to the wrong expert.
+    Left in 16 bits are linears whose full name (`prefix`.name) contains an entry of `modules_to_not_convert` as whole
+    components ("gate" is not in "mlp.gate_proj", "mlp" is), and the routers and gates of mixtures of experts: they are tiny, and an error in them sends tokens to the wrong expert.
     """
     skipped = tuple(modules_to_not_convert or ())
     return {
@@ -21,7 +21,7 @@ def quantizable_linears(
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
         and not is_router(name)
-        and not any(entry in f"{prefix}.{name}" for entry in skipped)
+        and not any(f".{entry}." in f".{prefix}.{name}." for entry in skipped)
     }
 
 

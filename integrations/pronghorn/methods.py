@@ -1,0 +1,93 @@
+"""Finds the installed methods, by entry point, and registers them with an ecosystem.
+
+A method ships to an ecosystem by one entry point in the group `pronghorn.<ecosystem>`, from this distribution or any
+other. One that fails is reported by name, with its reason, and breaks nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import threading
+from dataclasses import dataclass
+from typing import Literal
+
+logger = logging.getLogger(__name__)
+
+ECOSYSTEMS = ("transformers", "vllm", "diffusers", "lerobot", "trl")
+DISABLE = "PRONGHORN_DISABLE"
+
+_lock = threading.RLock()
+_outcomes: dict[tuple[str, str], Outcome] = {}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one method in one ecosystem.
+
+    Attributes:
+        method: its entry point's name.
+        ecosystem: where it ships to.
+        distribution: what it came with, and its version.
+        state: "loaded", "disabled" by the user or "failed".
+        reason: why it is not loaded.
+    """
+
+    method: str
+    ecosystem: str
+    distribution: str
+    state: Literal["loaded", "disabled", "failed"]
+    reason: str = ""
+
+
+def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
+    """Entry points of `pronghorn.<group>`, sorted by name; of two with one name the first found counts."""
+    found = importlib.metadata.entry_points(group=f"pronghorn.{group}")
+    unique: dict[str, importlib.metadata.EntryPoint] = {}
+    for entry in found:
+        kept = unique.setdefault(entry.name, entry)
+        if kept.value != entry.value:
+            logger.warning(
+                "two plugins are called %r: %s is used, %s is not", entry.name, _origin(kept), _origin(entry)
+            )
+    return [unique[name] for name in sorted(unique)]
+
+
+def is_disabled(method: str) -> bool:
+    """Whether `PRONGHORN_DISABLE`, a comma-separated list, names the method."""
+    return method in {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
+
+
+def register_all(ecosystem: str) -> list[Outcome]:
+    """Register every installed method with an ecosystem; each is tried once in a process. Never raises."""
+    with _lock:
+        for entry in entry_points(ecosystem):
+            key = (ecosystem, entry.name)
+            if key not in _outcomes:
+                _outcomes[key] = _register(ecosystem, entry)
+        return outcomes(ecosystem)
+
+
+def outcomes(ecosystem: str) -> list[Outcome]:
+    """What `register_all` found so far."""
+    with _lock:
+        return [outcome for (where, _), outcome in sorted(_outcomes.items()) if where == ecosystem]
+
+
+def _register(ecosystem: str, entry: importlib.metadata.EntryPoint) -> Outcome:
+    origin = _origin(entry)
+    if is_disabled(entry.name):
+        return Outcome(entry.name, ecosystem, origin, "disabled", f"{DISABLE} names it")
+    try:
+        entry.load()()
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("%s (%s) is not available in %s: %s", entry.name, origin, ecosystem, reason)
+        return Outcome(entry.name, ecosystem, origin, "failed", reason)
+    return Outcome(entry.name, ecosystem, origin, "loaded")
+
+
+def _origin(entry: importlib.metadata.EntryPoint) -> str:
+    distribution = entry.dist
+    return entry.value if distribution is None else f"{distribution.name} {distribution.version}"

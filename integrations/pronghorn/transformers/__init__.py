@@ -1,0 +1,17 @@
+"""transformers: `import pronghorn.transformers` registers every installed method with it."""
+
+from __future__ import annotations
+
+from pronghorn.methods import Outcome, register_all
+from pronghorn.transformers.versions import SUPPORTED
+from pronghorn.versions import require
+
+require("transformers", SUPPORTED["transformers"], "transformers")
+
+
+def register() -> list[Outcome]:
+    """Register all methods again, such as one that was installed since; those that are there stay as they are."""
+    return register_all("transformers")
+
+
+register()

@@ -1,0 +1,122 @@
+"""What any quantization method needs of transformers' loading: registration and a look into the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def register_method(name: str, config: type, quantizer: type[HfQuantizer], *, claim: bool = False) -> None:
+    """Make `quant_method` `name` known to transformers; once more is a no-op.
+
+    Args:
+        name: value of `quant_method`.
+        config: class of the configuration; `from_dict`, `to_dict` and `quant_method` are all that is asked of it.
+        quantizer: class of the quantizer.
+        claim: take the name over from whoever has it.
+
+    Raises:
+        ValueError: another quantizer has the name and `claim` is not set.
+    """
+    holder = AUTO_QUANTIZER_MAPPING.get(name)
+    if holder is not None and holder is not quantizer and not claim:
+        raise ValueError(f"quant_method {name!r} belongs to {holder.__name__}")
+    # Not by transformers' decorators: they refuse names that are taken, and configurations without its base class.
+    AUTO_QUANTIZER_MAPPING[name] = quantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[name] = config
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Shape and dtype of a tensor in a checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def stored_tensors(files: Iterable[str] | None) -> dict[str, StoredTensor]:
+    """What a checkpoint's safetensors files hold, by name, without reading their data.
+
+    Raises:
+        ValueError: a file is truncated, or is no safetensors file.
+    """
+    found = {}
+    for path in files or ():
+        if not str(path).endswith(".safetensors"):
+            continue
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    part = file.get_slice(name)
+                    dtype = DTYPES.get(part.get_dtype())
+                    if dtype is not None:
+                        found[name] = StoredTensor(tuple(part.get_shape()), dtype)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    return found
+
+
+def check_stored(module_name: str, expected: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> None:
+    """Raise ValueError if a module's stored tensors have another shape or kind than the module expects.
+
+    Names that are not stored are passed over here: a checkpoint may name modules differently. `check_loaded` finds
+    what was not loaded in the end.
+    """
+    for key, tensor in expected.items():
+        found = stored.get(f"{module_name}.{key}")
+        if found is None:
+            continue
+        if found.shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{module_name}.{key}: the checkpoint has shape {found.shape}, its configuration means {tuple(tensor.shape)}"
+            )
+        same_kind = found.dtype.is_floating_point == tensor.is_floating_point()
+        if not same_kind or not (tensor.is_floating_point() or found.dtype == tensor.dtype):
+            raise ValueError(
+                f"{module_name}.{key}: the checkpoint has {found.dtype}, its configuration means {tensor.dtype}"
+            )
+
+
+def check_loaded(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError naming the tensors of `modules` that the checkpoint did not have."""
+    missing = [
+        f"{name}.{key}"
+        for name, module in modules.items()
+        for key, tensor in module.state_dict(keep_vars=True).items()
+        if not getattr(tensor, "_is_hf_initialized", False)
+    ]
+    if missing:
+        raise ValueError(
+            f"the checkpoint of {type(model).__name__} lacks {len(missing)} quantized tensors, such as {missing[0]!r}"
+        )
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer saved beside a model, or None where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except (OSError, ValueError):
+        return None
