@@ -81,7 +81,7 @@ def _register(ecosystem: str, entry: importlib.metadata.EntryPoint) -> Outcome:
         return Outcome(entry.name, ecosystem, origin, "disabled", f"{DISABLE} names it")
     try:
         entry.load()()
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin does, the others go on
         reason = f"{type(error).__name__}: {error}"
         logger.warning("%s (%s) is not available in %s: %s", entry.name, origin, ecosystem, reason)
         return Outcome(entry.name, ecosystem, origin, "failed", reason)

@@ -44,7 +44,8 @@ class CalibrationPlan:
     def __str__(self) -> str:
         return (
             f"{self.blocks} blocks, {self.tokens} calibration tokens: "
-            f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB, disk {self.disk_bytes / 2**20:.0f} MiB, about {self.seconds / 60:.1f} minutes"
+            f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB, disk {self.disk_bytes / 2**20:.0f} MiB, "
+            f"about {self.seconds / 60:.1f} minutes"
         )
 
 

@@ -89,7 +89,8 @@ def check_stored(module_name: str, expected: Mapping[str, torch.Tensor], stored:
             continue
         if found.shape != tuple(tensor.shape):
             raise ValueError(
-                f"{module_name}.{key}: the checkpoint has shape {found.shape}, its configuration means {tuple(tensor.shape)}"
+                f"{module_name}.{key}: the checkpoint has shape {found.shape}, "
+                f"its configuration means {tuple(tensor.shape)}"
             )
         same_kind = found.dtype.is_floating_point == tensor.is_floating_point()
         if not same_kind or not (tensor.is_floating_point() or found.dtype == tensor.dtype):

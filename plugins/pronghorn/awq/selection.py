@@ -13,7 +13,8 @@ def quantizable_linears(
     """The `nn.Linear`s of `block` that AWQ quantizes, by their name inside the block, in definition order.
 
     Left in 16 bits are linears whose full name (`prefix`.name) contains an entry of `modules_to_not_convert` as whole
-    components ("gate" is not in "mlp.gate_proj", "mlp" is), and the routers and gates of mixtures of experts: they are tiny, and an error in them sends tokens to the wrong expert.
+    components ("gate" is not in "mlp.gate_proj", "mlp" is), and the routers and gates of mixtures of experts: they
+    are tiny, and an error in them sends tokens to the wrong expert.
     """
     skipped = tuple(modules_to_not_convert or ())
     return {
