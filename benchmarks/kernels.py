@@ -1,0 +1,36 @@
+"""Every operation at its large size: Triton against the reference on the same device, and against the bandwidth."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from harness import device, measure, row, share_of_bandwidth, write
+
+from pronghorn.kernels._operation import operations
+from pronghorn.kernels.group_clip_search import group_clip_search
+
+
+def main() -> None:
+    """Measure and write the results."""
+    where = device()
+    rows = []
+    for operation in operations():
+        knobs = operation.large if where.type == "cuda" else operation.shapes[0]
+        dtype = torch.float16 if where.type == "cuda" else torch.float32
+        arguments = operation.example(knobs, dtype, torch.Generator().manual_seed(0), where)
+        # What its tests compare is computed on the CPU around it.
+        function = group_clip_search if operation.name == "group_clip_search" else operation.function
+        times = {}
+        for backend in ("reference", "triton") if where.type == "cuda" else ("reference", "reference"):
+            os.environ["PRONGHORN_KERNELS"] = backend
+            times[backend] = measure(lambda function=function, arguments=arguments: function(**arguments), repeats=20)
+        ours = times.get("triton", times["reference"])
+        share = share_of_bandwidth(operation.cost(knobs).bytes, ours["p50"])
+        shape = " ".join(f"{key}={value}" for key, value in knobs.items())
+        rows.append(row(operation.name, "its reference", shape, ours, times["reference"], roofline=share, note="bytes"))
+    write("kernels", rows)
+
+
+if __name__ == "__main__":
+    main()
