@@ -51,10 +51,8 @@ def scale_and_shift_at(scales, qzeros, n, group, N, groups, stored_groups, mask,
     if LAYOUT == "gemv":
         at = n * stored_groups + group
     elif LAYOUT == "marlin":
-        if groups > 1:
-            at = group * N + n // 64 * 64 + n % 8 * 8 + n % 64 // 8
-        else:
-            at = n // 32 * 32 + n % 8 // 2 * 8 + n % 32 // 8 * 2 + n % 2
+        grouped = group * N + n // 64 * 64 + n % 8 * 8 + n % 64 // 8
+        at = tl.where(groups > 1, grouped, n // 32 * 32 + n % 8 // 2 * 8 + n % 32 // 8 * 2 + n % 2)
     else:
         at = group * N + n
     scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)

@@ -26,17 +26,23 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Qua
     groups = weight.unflatten(-1, (-1, group_size))
     if symmetric:
         largest = 2 ** (bits - 1) - 1
-        scales = groups.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_RANGE) / largest
+        scales = _divided(groups.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_RANGE), largest)
         zeros = torch.zeros_like(scales)
         codes = (groups / scales).round().clamp(-largest - 1, largest)
     else:
         largest = 2**bits - 1
         low, high = groups.aminmax(dim=-1, keepdim=True)
-        scales = (high - low).clamp(min=SMALLEST_RANGE) / largest
+        scales = _divided((high - low).clamp(min=SMALLEST_RANGE), largest)
         zeros = (-(low / scales).round()).clamp(0, largest)
         # The zero point is added to the rounded quotient: a group without negative weights saturates.
         codes = ((groups / scales).round() + zeros).clamp(0, largest)
     return Quantized(codes.flatten(-2), scales.squeeze(-1), zeros.squeeze(-1))
+
+
+def _divided(tensor: Tensor, number: int) -> Tensor:
+    # By a tensor: CUDA would multiply by a number's reciprocal, one bit off, and a clipped group's lowest weight lies
+    # exactly between two zero points.
+    return tensor / torch.full_like(tensor, number)
 
 
 def group_fake_quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
