@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pronghorn.kernels.group_fake_quantize.triton import fake_quantize_tile, smallest_range
 
-ROWS = 16
+ROWS = 64
+NUM_WARPS = 8
 LARGEST_GROUP = 128  # its Gram matrix, 64 KiB, must fit into shared memory
 
 
@@ -51,7 +52,7 @@ def _search(
             clamped, (column < group_size) & (n >= 0), smallest_range, dtype, BITS, SYMMETRIC
         )
         difference = tl.where(inside, (fake - tile).to(dtype).to(tl.float32), 0.0)
-        projected = tl.dot(difference, products, input_precision="ieee")
+        projected = tl.dot(difference, products, input_precision="tf32x3")
         error = tl.sum(projected * difference, axis=1, keep_dims=True)
         better = error < smallest_error
         best = tl.where(better, limit, best)
@@ -84,5 +85,6 @@ def group_clip_search(
             symmetric,
             ROWS,
             max(16, triton.next_power_of_2(group_size)),
+            num_warps=NUM_WARPS,
         )
     return maxima

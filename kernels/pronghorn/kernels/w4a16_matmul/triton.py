@@ -1,4 +1,4 @@
-"""Triton kernels for the matmul with a packed weight: one for a single row, one for more.
+"""Triton kernels for the matmul with a packed weight: one for a single row, one for a few dozen.
 
 Both unpack a tile of the weight to float32 in registers from whatever layout it is in, so that only the packed bytes
 are read. The K axis is split over programs where the output alone has too few tiles to fill the device; the partial
@@ -13,12 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels._dispatch import interpreting
-from pronghorn.kernels.dequantize_weight.triton import contiguous_zeros, weight_tile
+from pronghorn.kernels.dequantize_weight.triton import contiguous_zeros, dequantize_weight, weight_tile
 
 ROW_BLOCK_N, ROW_BLOCK_K = 64, 128
 BLOCK_M_SIZES, BLOCK_N, BLOCK_K = (16, 32, 64), 64, 64
 PROGRAMS_WANTED = 528  # four for each of an H100's 132 multiprocessors
 LARGEST_SPLIT = 16
+DEQUANTIZE_FROM_ROWS = 128  # from here on arithmetic is what counts: write the weight out once and leave it to cuBLAS
 
 
 @triton.jit
@@ -96,6 +97,9 @@ def w4a16_matmul(
     rows, columns = x.shape
     if not rows or not out_features:
         return x.new_empty(rows, out_features)
+    if rows >= DEQUANTIZE_FROM_ROWS:
+        full = dequantize_weight(qweight, scales, qzeros, layout, bits, group_size, out_features, columns, x.dtype)
+        return x @ full.T
     weight = (qweight.contiguous(), scales.contiguous(), contiguous_zeros(scales, qzeros))
     if rows == 1:
         tiles, block_k = triton.cdiv(out_features, ROW_BLOCK_N), ROW_BLOCK_K
