@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 

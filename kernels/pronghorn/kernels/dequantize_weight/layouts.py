@@ -321,24 +321,39 @@ def unpack_groups(
     tensors: Mapping[str, Tensor], *, layout: str, bits: int, out_features: int, groups: int
 ) -> tuple[Tensor, Tensor]:
     """Scales [N, groups] and zeros uint8 [N, groups] of the stored tensors, without padding."""
+    scales = unpack_scales(tensors["scales"], layout=layout, groups=groups)
     chosen = get_layout(layout)
-    scales = tensors["scales"]
-    if chosen.name == "gemv":
-        zeros = _to_nibbles(tensors["qzeros"]).view(out_features, -1)
-        return scales[:, :groups].contiguous(), zeros[:, :groups].contiguous()
-    if chosen.name == "gemv_fast":
-        scale, scaled = scales[:groups].float(), tensors["qzeros"][:groups].float()
-        zeros = torch.where(scale != 0, -scaled / torch.where(scale != 0, scale, 1), 0).round()
-        return scales[:groups].T.contiguous(), zeros.T.to(torch.uint8).contiguous()
-    if chosen.name == "marlin":
-        order = _marlin_scale_order(out_features, groups, scales.device).argsort()
-        middle = torch.full((out_features, groups), 1 << (bits - 1), dtype=torch.uint8, device=scales.device)
-        return scales[:, order].T.contiguous(), middle
-    if chosen.name == "natural":
-        return scales.T.contiguous(), tensors["qzeros"].T.contiguous()
-    words = tensors["qzeros"] + EXLLAMA_ONES if chosen.name == "exllama" else tensors["qzeros"]
-    zeros = _zeros_permutation(chosen).invert(_to_nibbles(words), out_features, groups)
-    return scales.T.contiguous(), zeros.contiguous()
+    if chosen.zero_points == "none":
+        return scales, torch.full_like(scales, 1 << (bits - 1), dtype=torch.uint8)
+    if chosen.zero_points == "scaled":
+        return scales, zeros_of_scaled(scales, tensors["qzeros"][:groups].T)
+    return scales, unpack_zeros(tensors["qzeros"], layout=layout, out_features=out_features, groups=groups)
+
+
+def unpack_scales(scales: Tensor, *, layout: str, groups: int) -> Tensor:
+    """Stored scales to [N, groups], without padding."""
+    if layout == "gemv":
+        return scales[:, :groups].contiguous()
+    if layout == "marlin":
+        scales = scales[:, _marlin_scale_order(scales.shape[1], groups, scales.device).argsort()]
+    return scales[:groups].T.contiguous()
+
+
+def unpack_zeros(qzeros: Tensor, *, layout: str, out_features: int, groups: int) -> Tensor:
+    """Stored integer zero points to uint8 [N, groups], without padding."""
+    if layout == "natural":
+        return qzeros.T.contiguous()
+    if layout == "gemv":
+        return _to_nibbles(qzeros).view(out_features, -1)[:, :groups].contiguous()
+    words = qzeros + EXLLAMA_ONES if layout == "exllama" else qzeros
+    return _zeros_permutation(get_layout(layout)).invert(_to_nibbles(words), out_features, groups).contiguous()
+
+
+def zeros_of_scaled(scales: Tensor, scaled_zeros: Tensor) -> Tensor:
+    """uint8 zero points of -(scale * zero), which is exact: a zero point has few bits. Where a scale is 0, 0."""
+    scale = scales.float()
+    quotient = -scaled_zeros.float() / torch.where(scale != 0, scale, 1)
+    return torch.where(scale != 0, quotient, 0).round().clamp(0, 255).to(torch.uint8)
 
 
 def _marlin_scale_order(rows: int, groups: int, device: torch.device) -> Tensor:
