@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pronghorn.awq.config import AwqConfig
     from pronghorn.awq.convert import convert_checkpoint
     from pronghorn.awq.layers import AwqLinear
+    from pronghorn.awq.peft import prepare_lora
     from pronghorn.awq.quantize import fake_quantize_model, quantize_model
     from pronghorn.awq.search import AwqSearch, SearchResult
     from pronghorn.awq.transformers import install
@@ -27,6 +28,7 @@ __all__ = [
     "convert_checkpoint",
     "fake_quantize_model",
     "install",
+    "prepare_lora",
     "quantize_model",
 ]
 
@@ -38,6 +40,7 @@ _ROOMS = {
     "convert_checkpoint": "convert",
     "fake_quantize_model": "quantize",
     "install": "transformers",
+    "prepare_lora": "peft",
     "quantize_model": "quantize",
 }
 

@@ -1,0 +1,205 @@
+"""Turns a quantized checkpoint of one format into another, without loss, a linear at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from pronghorn.awq.config import AwqConfig
+from pronghorn.kernels.dequantize_weight.layouts import pack, unpack
+
+PICKLED = (".bin", ".pt")
+PACKED = ("qweight", "qzeros", "scaled_zeros", "scales")
+INDEX = "model.safetensors.index.json"
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    version: str,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> AwqConfig:
+    """Write the checkpoint in `source` to `target` in another format; codes, scales and zero points stay what they are.
+
+    Args:
+        source: folder with `config.json` (or `quant_config.json`) and safetensors, or llm-awq's `.pt`.
+        target: folder to make. It appears when it is whole, or not at all.
+        version: a format of `AwqConfig.version`.
+        overwrite: replace an existing `target`.
+        progress: show a bar.
+
+    Returns:
+        The configuration of the new checkpoint.
+
+    Raises:
+        ValueError: no quantized checkpoint, a damaged file, or a format that cannot hold it (3 bits in "gemm", zero
+            points in "marlin").
+        FileExistsError: `target` exists.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; give overwrite=True to replace it")
+    if target.resolve() == source.resolve():
+        raise ValueError(f"target: {target} is the source")
+    model_config, old = _read_config(source)
+    new = AwqConfig.from_dict({**old.to_dict(), "version": version})
+    files = _weight_files(source)
+    with _made_whole(target, overwrite) as folder:
+        weight_map: dict[str, str] = {}
+        for number, path in enumerate(tqdm(files, desc=f"{old.version} to {new.version}", disable=not progress)):
+            name = path.name if path.suffix == ".safetensors" else _safetensors_name(number, len(files))
+            converted = _convert_file(path, old, new)
+            save_file(converted, folder / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(converted, name)
+        _copy_rest(source, folder)
+        if len(files) > 1:
+            index = {"metadata": {}, "weight_map": weight_map}
+            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        model_config["quantization_config"] = new.to_dict()
+        (folder / "config.json").write_text(json.dumps(model_config, indent=2, sort_keys=True) + "\n")
+    return new
+
+
+def read_awq_config(folder: str | os.PathLike[str]) -> AwqConfig:
+    """The quantization configuration of a checkpoint folder.
+
+    Raises:
+        ValueError: there is none, or it is of another method.
+    """
+    return _read_config(Path(folder))[1]
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], AwqConfig]:
+    path = folder / "config.json"
+    model_config = json.loads(path.read_text()) if path.is_file() else {}
+    found = model_config.get("quantization_config")
+    for side_file in ("quant_config.json", "quantize_config.json"):
+        if found is None and (folder / side_file).is_file():
+            found = json.loads((folder / side_file).read_text())
+    if found is None:
+        raise ValueError(f"{folder}: no quantization_config in config.json and no quant_config.json")
+    return model_config, AwqConfig.from_dict(found)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for endings in ((".safetensors",), PICKLED):
+        files = sorted(path for path in folder.iterdir() if path.suffix in endings)
+        if files:
+            return files
+    raise ValueError(f"{folder}: no .safetensors, .bin or .pt file")
+
+
+def _safetensors_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _convert_file(path: Path, old: AwqConfig, new: AwqConfig) -> dict[str, Tensor]:
+    with _opened(path) as tensors:
+        linears = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+        owned = {f"{linear}.{part}" for linear in linears for part in PACKED}
+        converted = {name: tensors[name] for name in tensors if name not in owned}
+        for linear in linears:
+            parts = {part: tensors[f"{linear}.{part}"] for part in PACKED if f"{linear}.{part}" in tensors}
+            try:
+                repacked = _repack(parts, old, new)
+            except ValueError as error:
+                raise ValueError(f"{path.name}: {linear}: {error}") from error
+            converted |= {f"{linear}.{part}": tensor.contiguous() for part, tensor in repacked.items()}
+    return converted
+
+
+def _repack(parts: Mapping[str, Tensor], old: AwqConfig, new: AwqConfig) -> dict[str, Tensor]:
+    named = {"qzeros" if part == "scaled_zeros" else part: tensor for part, tensor in parts.items()}
+    rows, columns = _features(named["qweight"], old.layout, old.bits)
+    how = {"bits": old.bits, "group_size": old.group_size}
+    unpacked = unpack(named, layout=old.layout, out_features=rows, in_features=columns, **how)
+    packed = pack(*unpacked, layout=new.layout, **how)
+    if new.version == "llm-awq":
+        packed["scaled_zeros"] = packed.pop("qzeros")
+    return packed
+
+
+def _features(qweight: Tensor, layout: str, bits: int) -> tuple[int, int]:
+    """(N, K) of a weight from the shape of its packed codes."""
+    first, second = qweight.shape
+    return {
+        "gemm": (second * 8, first),
+        "gemv": (first, second * 8),
+        "gemv_fast": (first * 4, second),
+        "exllama": (second, first * 8),
+        "marlin": (second // 2, first * 16),
+        "natural": (second, first * 32 // bits),
+    }[layout]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Mapping[str, Tensor]]:
+    if path.suffix in PICKLED:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise ValueError(f"{path}: not a state dict")
+        yield content
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield _LazyTensors(file)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+class _LazyTensors(Mapping[str, Tensor]):
+    """Tensors of a safetensors file, read when they are asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._names = set(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _copy_rest(source: Path, folder: Path) -> None:
+    """Tokenizer, generation settings and the like; not weights, their index, or configurations that are rewritten."""
+    for path in source.iterdir():
+        weights = path.suffix in (".safetensors", *PICKLED) or path.name.endswith(".index.json")
+        if path.is_file() and not weights and path.name not in ("config.json", "quant_config.json"):
+            shutil.copy2(path, folder / path.name)
+
+
+@contextmanager
+def _made_whole(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling folder that takes the target's name at the end, or goes away."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if overwrite and target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
