@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,14 @@ def convert_checkpoint(
     model_config, old = _read_config(source)
     new = AwqConfig.from_dict({**old.to_dict(), "version": version})
     files = _weight_files(source)
-    with _made_whole(target, overwrite) as folder:
+    with ExitStack() as stack:
+        # A linear's tensors may lie in different files.
+        checkpoint = {path: stack.enter_context(_opened(path)) for path in files}
+        folder = stack.enter_context(_made_whole(target, overwrite))
         weight_map: dict[str, str] = {}
         for number, path in enumerate(tqdm(files, desc=f"{old.version} to {new.version}", disable=not progress)):
             name = path.name if path.suffix == ".safetensors" else _safetensors_name(number, len(files))
-            converted = _convert_file(path, old, new)
+            converted = _convert_file(path, checkpoint, old, new)
             save_file(converted, folder / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(converted, name)
         _copy_rest(source, folder)
@@ -107,13 +110,21 @@ def _safetensors_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _convert_file(path: Path, old: AwqConfig, new: AwqConfig) -> dict[str, Tensor]:
-    with _opened(path) as tensors:
-        linears = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-        owned = {f"{linear}.{part}" for linear in linears for part in PACKED}
-        converted = {name: tensors[name] for name in tensors if name not in owned}
-        for linear in linears:
-            parts = {part: tensors[f"{linear}.{part}"] for part in PACKED if f"{linear}.{part}" in tensors}
+def _convert_file(
+    path: Path, checkpoint: Mapping[Path, Mapping[str, Tensor]], old: AwqConfig, new: AwqConfig
+) -> dict[str, Tensor]:
+    """What the converted file holds: each linear whose codes are in `path`, and all other tensors of `path`."""
+    tensors = checkpoint[path]
+    owner = {name: held for held in checkpoint.values() for name in held}
+    all_linears = {name.removesuffix(".qweight") for name in owner if name.endswith(".qweight")}
+    converted = {}
+    for name in tensors:
+        linear, _, part = name.rpartition(".")
+        if linear not in all_linears or part not in PACKED:
+            converted[name] = tensors[name]
+        elif part == "qweight":
+            stored = (f"{linear}.{part}" for part in PACKED)
+            parts = {key.rpartition(".")[2]: owner[key][key] for key in stored if key in owner}
             try:
                 repacked = _repack(parts, old, new)
             except ValueError as error:

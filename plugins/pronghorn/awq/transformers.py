@@ -117,7 +117,8 @@ class AwqQuantizer(HfQuantizer):
         """The packed matmul is one operation to `torch.compile`."""
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a configuration's dtype may be its name
         for name, module in list(model.named_modules()):
             if isinstance(module, AwqLinear):
                 model.set_submodule(name, dequantized_linear(module, dtype))

@@ -1,0 +1,119 @@
+"""Checkpoints change their format without loss, whole or not at all."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.models import tiny_model, token_ids
+from transformers import AutoModelForCausalLM
+
+import pronghorn.transformers  # noqa: F401 - registers
+from pronghorn.awq import AwqConfig, AwqLinear, convert_checkpoint
+
+PUBLISHED = ["gemm", "gemv", "gemv_fast", "llm-awq", "exllama", "natural"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model("llama_mha", hidden_size=128, intermediate_size=192).save_pretrained(folder / "fp")
+    config = AwqConfig(group_size=32, method="rtn")
+    model = AutoModelForCausalLM.from_pretrained(folder / "fp", dtype=torch.float16, quantization_config=config)
+    model.save_pretrained(folder / "gemm", max_shard_size="60KB")
+    (folder / "gemm" / "tokenizer.json").write_text("{}")
+    return folder / "gemm"
+
+
+def codes_of(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return {name: module.codes() for name, module in model.named_modules() if isinstance(module, AwqLinear)}
+
+
+def test_around_through_all_formats(checkpoint, tmp_path):
+    wanted = codes_of(checkpoint)
+    source = checkpoint
+    for version in [*PUBLISHED[1:], "gemm"]:
+        target = tmp_path / version
+        convert_checkpoint(source, target, version, progress=False)
+        assert (target / "tokenizer.json").exists()
+        for name, parts in codes_of(target).items():
+            assert all(torch.equal(a, b) for a, b in zip(parts, wanted[name], strict=True)), (version, name)
+        source = target
+    before, after = ({}, {})
+    for found, folder in ((before, checkpoint), (after, source)):
+        for path in folder.glob("*.safetensors"):
+            found |= load_file(path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_a_format_cannot_hold_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="symmetric"):
+        convert_checkpoint(checkpoint, tmp_path / "marlin", "marlin", progress=False)
+    with pytest.raises(ValueError, match="version"):
+        convert_checkpoint(checkpoint, tmp_path / "x", "x", progress=False)
+    config = AwqConfig(group_size=32, method="rtn", bits=3, version="natural")
+    three = AutoModelForCausalLM.from_pretrained(checkpoint.parent / "fp", quantization_config=config)
+    three.save_pretrained(tmp_path / "three")
+    with pytest.raises(ValueError, match="holds 4 bits only"):
+        convert_checkpoint(tmp_path / "three", tmp_path / "gemm", "gemm", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["three"]
+
+
+def test_nothing_half_made_is_left(checkpoint, tmp_path, monkeypatch):
+    import pronghorn.awq.convert as room
+
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError("No space left on device")
+        return original(*args, **kwargs)
+
+    original = room.save_file
+    monkeypatch.setattr(room, "save_file", failing)
+    with pytest.raises(OSError, match="No space"):
+        convert_checkpoint(checkpoint, tmp_path / "gemv", "gemv", progress=False)
+    assert len(calls) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_target_is_kept(checkpoint, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "precious").write_text("x")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        convert_checkpoint(checkpoint, tmp_path / "old", "gemv", progress=False)
+    assert (tmp_path / "old" / "precious").exists()
+    convert_checkpoint(checkpoint, tmp_path / "old", "gemv", overwrite=True, progress=False)
+    assert not (tmp_path / "old" / "precious").exists()
+
+
+def test_a_folder_without_a_quantized_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="no quantization_config"):
+        convert_checkpoint(tmp_path, tmp_path.parent / "out", "gemv")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq", "bits": 4}}))
+    with pytest.raises(ValueError, match=r"no \.safetensors"):
+        convert_checkpoint(tmp_path, tmp_path.parent / "out", "gemv")
+    (tmp_path / "model.safetensors").write_bytes(b"0123")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        convert_checkpoint(tmp_path, tmp_path.parent / "out", "gemv", progress=False)
+
+
+def test_llm_awqs_own_file_is_read(checkpoint, tmp_path):
+    """A `-v2.pt`: a pickled state dict with scaled_zeros, and a side file."""
+    convert_checkpoint(checkpoint, tmp_path / "v2", "llm-awq", progress=False)
+    state = {}
+    for path in (tmp_path / "v2").glob("*.safetensors"):
+        state |= load_file(path)
+    (tmp_path / "pt").mkdir()
+    torch.save(state, tmp_path / "pt" / "model-w4-g32-v2.pt")
+    config = json.loads((tmp_path / "v2" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "pt" / "config.json").write_text(json.dumps(config))
+    side = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "llm-awq"}
+    (tmp_path / "pt" / "quant_config.json").write_text(json.dumps(side))
+    convert_checkpoint(tmp_path / "pt", tmp_path / "gemm", "gemm", progress=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gemm")
+    assert torch.equal(model(token_ids()).logits, AutoModelForCausalLM.from_pretrained(checkpoint)(token_ids()).logits)
