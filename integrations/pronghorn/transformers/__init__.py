@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pronghorn.methods import Outcome, register_all
-from pronghorn.transformers.versions import SUPPORTED
 from pronghorn.versions import require
 
-require("transformers", SUPPORTED["transformers"], "transformers")
+require("transformers")
 
 
 def register() -> list[Outcome]:

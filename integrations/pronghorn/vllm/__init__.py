@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import logging
 
-from pronghorn.vllm.versions import SUPPORTED
-
 logger = logging.getLogger(__name__)
 
 
 def register() -> None:
     """Register all installed methods with vLLM. Never raises: that would end vLLM's start for every plugin."""
     try:
-        import vllm
-        from packaging.specifiers import SpecifierSet
-
         from pronghorn.methods import register_all
+        from pronghorn.versions import obstacle
 
-        if not SpecifierSet(SUPPORTED["vllm"]).contains(vllm.__version__, prereleases=True):
-            logger.warning("pronghorn is tested with vllm %s, found %s", SUPPORTED["vllm"], vllm.__version__)
+        reason = obstacle("vllm")
+        if reason:
+            logger.warning("%s", reason)
         register_all("vllm")
     except Exception:
         logger.exception("pronghorn is not available in vllm")

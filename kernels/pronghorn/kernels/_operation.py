@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Operation:
 
     Attributes:
         name: of the operation, its folder, its test and its benchmark.
-        function: the public function.
+        function: the public function, or what of its result is compared.
         example: (shape knobs, dtype, generator, device) to the function's arguments.
         oracle: arguments to the result in float64.
         shapes: knobs for a smoke test.
@@ -36,6 +36,7 @@ class Operation:
         cost: knobs to the least work.
         tolerance: largest ‖result - oracle‖ / ‖oracle‖ by dtype.
         trains: names of the arguments that gradients flow to.
+        timed: the public function, where `function` computes something around it.
     """
 
     name: str
@@ -46,7 +47,12 @@ class Operation:
     large: Mapping[str, Any]
     cost: Callable[[Mapping[str, Any]], Cost]
     tolerance: Mapping[torch.dtype, float]
-    trains: tuple[str, ...] = field(default=())
+    trains: tuple[str, ...] = ()
+    timed: Callable[..., Any] = None  # type: ignore[assignment]  # set below
+
+    def __post_init__(self) -> None:
+        if self.timed is None:
+            object.__setattr__(self, "timed", self.function)
 
 
 def operations() -> Iterator[Operation]:

@@ -61,7 +61,7 @@ def convert_checkpoint(
     with ExitStack() as stack:
         # A linear's tensors may lie in different files.
         checkpoint = {path: stack.enter_context(_opened(path)) for path in files}
-        folder = stack.enter_context(_made_whole(target, overwrite))
+        folder = stack.enter_context(made_whole(target, overwrite))
         weight_map: dict[str, str] = {}
         for number, path in enumerate(tqdm(files, desc=f"{old.version} to {new.version}", disable=not progress)):
             name = path.name if path.suffix == ".safetensors" else _safetensors_name(number, len(files))
@@ -201,7 +201,7 @@ def _copy_rest(source: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _made_whole(target: Path, overwrite: bool) -> Iterator[Path]:
+def made_whole(target: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary sibling folder that takes the target's name at the end, or goes away."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

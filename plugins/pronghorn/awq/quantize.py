@@ -12,8 +12,6 @@ from pronghorn.awq.config import AwqConfig
 from pronghorn.awq.layers import AwqLinear
 from pronghorn.awq.selection import quantizable_linears
 from pronghorn.kernels.group_fake_quantize import group_fake_quantize
-from pronghorn.transformers.decoder import find_decoder_blocks
-from pronghorn.transformers.experts import unfuse_experts
 
 
 def quantize_model(
@@ -52,6 +50,10 @@ def fake_quantize_model(model: nn.Module, config: AwqConfig) -> nn.Module:
 
 def decoder_linears(model: nn.Module, config: AwqConfig) -> Iterator[tuple[str, nn.Linear]]:
     """Full name and module of every linear that the configuration quantizes; experts are taken apart first."""
+    # Importing the integration registers all methods, this one included: not while this room is being imported.
+    from pronghorn.transformers.decoder import find_decoder_blocks
+    from pronghorn.transformers.experts import unfuse_experts
+
     unfuse_experts(model)
     for block in find_decoder_blocks(model):
         found = quantizable_linears(block.module, config.modules_to_not_convert, prefix=block.name)

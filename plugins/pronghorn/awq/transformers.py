@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,16 +14,10 @@ from transformers.quantizers import HfQuantizer
 
 from pronghorn.awq.config import METHOD, PUBLISHED_METHOD, AwqConfig
 from pronghorn.awq.layers import AwqLinear, ScaledActivation
-from pronghorn.awq.quantize import decoder_linears, quantize_model
-from pronghorn.transformers.calibration_data import calibration_samples
-from pronghorn.transformers.quantizer import (
-    StoredTensor,
-    check_loaded,
-    check_stored,
-    register_method,
-    stored_tensors,
-    tokenizer_of,
-)
+from pronghorn.awq.quantize import check_linear, decoder_linears, quantize_model
+
+if TYPE_CHECKING:
+    from pronghorn.transformers.quantizer import StoredTensor
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +27,9 @@ def register() -> None:
 
     transformers needs gptqmodel for AWQ checkpoints; where that is installed, they stay with it until `install()`.
     """
+    # Importing the integration registers all methods, this one included: not while this room is being imported.
+    from pronghorn.transformers.quantizer import register_method
+
     register_method(METHOD, AwqConfig, AwqQuantizer)
     if importlib.util.find_spec("gptqmodel") is None:
         install()
@@ -40,6 +37,8 @@ def register() -> None:
 
 def install() -> None:
     """Load checkpoints with `quant_method: awq` by Pronghorn, whatever else is installed."""
+    from pronghorn.transformers.quantizer import register_method
+
     register_method(METHOD, AwqConfig, AwqQuantizer)
     register_method(PUBLISHED_METHOD, AwqConfig, AwqQuantizer, claim=True)
 
@@ -56,6 +55,8 @@ class AwqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:
             return
+        from pronghorn.transformers.quantizer import check_stored, stored_tensors
+
         config = self.quantization_config
         self._stored = stored_tensors(kwargs.get("checkpoint_files"))
         if "scaled_zeros" in {name.rsplit(".", 1)[-1] for name in self._stored} and config.layout == "gemv_fast":
@@ -90,6 +91,8 @@ class AwqQuantizer(HfQuantizer):
         return model
 
     def _check_checkpoint(self, model: PreTrainedModel) -> None:
+        from pronghorn.transformers.quantizer import check_loaded
+
         packed = {name: module for name, module in model.named_modules() if isinstance(module, AwqLinear)}
         check_loaded(model, packed)
         stored = [name for name in self._stored if name.endswith(".qweight")]
@@ -136,8 +139,9 @@ def quantize_pretrained(model: PreTrainedModel, config: AwqConfig, *, tokenizer:
     Raises:
         ValueError: bad calibration data, weights or shapes; the linears are checked before the search.
     """
-    from pronghorn.awq.quantize import check_linear
     from pronghorn.awq.search import AwqSearch, SearchResult
+    from pronghorn.transformers.calibration_data import calibration_samples
+    from pronghorn.transformers.quantizer import tokenizer_of
 
     for name, linear in decoder_linears(model, config):
         check_linear(name, linear, config)
@@ -154,6 +158,14 @@ def quantize_pretrained(model: PreTrainedModel, config: AwqConfig, *, tokenizer:
         state_dir = None if config.state_dir is None else Path(config.state_dir)
         AwqSearch(config, state_dir=state_dir).run(model, samples).apply(model)
     quantize_model(model, config)
+
+
+def mark_quantized(model: PreTrainedModel, config: AwqConfig) -> None:
+    """Make transformers see a model that was quantized in memory as one that was loaded so: it can be saved."""
+    model.hf_quantizer = AwqQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.quantization_method = config.quant_method
+    model.is_quantized = True
 
 
 def check_packed(name: str, module: AwqLinear) -> None:

@@ -68,4 +68,5 @@ OPERATION = Operation(
     large={"n": 4096, "k": 4096, "tokens": 512, "bits": 4, "group_size": 128, "symmetric": False},
     cost=_cost,
     tolerance={torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5},
+    timed=group_clip_search,
 )

@@ -1,0 +1,89 @@
+"""The `pronghorn` command; methods add theirs by the entry point `pronghorn.cli`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pronghorn.methods import entry_points, is_disabled
+
+
+class _WithMethods(TyperGroup):
+    """Our own commands and those of the methods, which are loaded when they are asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of all commands."""
+        return [
+            *super().list_commands(ctx),
+            *(entry.name for entry in entry_points("cli") if not is_disabled(entry.name)),
+        ]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a name; a method's that cannot be loaded is one that says why."""
+        own = super().get_command(ctx, cmd_name)
+        if own is not None or is_disabled(cmd_name):
+            return own
+        for entry in entry_points("cli"):
+            if entry.name == cmd_name:
+                try:
+                    command = typer.main.get_command(entry.load())
+                except Exception as error:  # noqa: BLE001 - a broken method must not take the others along
+                    command = _broken(cmd_name, f"{type(error).__name__}: {error}")
+                command.name = cmd_name
+                return command
+        return None
+
+
+def _broken(name: str, reason: str) -> Any:
+    app = typer.Typer(help=f"(not available: {reason})")
+
+    @app.command()
+    def unavailable() -> None:
+        typer.echo(f"{name} is not available: {reason}", err=True)
+        raise typer.Exit(1)
+
+    return typer.main.get_command(app)
+
+
+app = typer.Typer(
+    cls=_WithMethods, no_args_is_help=True, help="Efficient AI methods as plugins for the libraries you already run."
+)
+
+
+@app.command("list")
+def list_methods() -> None:
+    """Methods and ecosystems: what can be used here, and why not."""
+    from pronghorn.cli.report import print_methods
+
+    print_methods()
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions, devices, and which plugins loaded; for those that did not, the reason and what mends it."""
+    from pronghorn.cli.report import print_info
+
+    print_info(as_json)
+
+
+@app.command()
+def verify(
+    names: Annotated[list[str] | None, typer.Argument(help="Operations or methods; all of them by default.")] = None,
+) -> None:
+    """Check operations and methods on this device: error against the reference, speed against the hardware's limit."""
+    from pronghorn.cli.verify import verify as run
+
+    if not run(names or []):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(1)

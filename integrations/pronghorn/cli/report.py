@@ -1,0 +1,86 @@
+"""What is installed and what of it works: `pronghorn list` and `pronghorn info`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import platform
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pronghorn.methods import DISABLE, ECOSYSTEMS, Outcome, entry_points, is_disabled, register_all
+from pronghorn.versions import installed, obstacle
+
+LIBRARIES = ("torch", "triton", "transformers", "vllm", "diffusers", "trl", "peft", "lerobot")
+
+
+def print_methods() -> None:
+    """A table of methods by ecosystems; nothing is loaded."""
+    ships = {ecosystem: [entry.name for entry in entry_points(ecosystem)] for ecosystem in ECOSYSTEMS}
+    table = Table("method", *ECOSYSTEMS)
+    for method in sorted({name for names in ships.values() for name in names}):
+        cells = []
+        for ecosystem in ECOSYSTEMS:
+            if method not in ships[ecosystem]:
+                cells.append("")
+            elif is_disabled(method):
+                cells.append(f"disabled by {DISABLE}")
+            else:
+                cells.append("no" if obstacle(ecosystem) else "yes")
+        table.add_row(method, *cells)
+    console = Console()
+    console.print(table)
+    for ecosystem in ECOSYSTEMS:
+        if ships[ecosystem] and obstacle(ecosystem):
+            console.print(f"{ecosystem}: {obstacle(ecosystem)}", markup=False, soft_wrap=True)
+
+
+def print_info(as_json: bool) -> None:
+    """Everything a bug report needs."""
+    found = collect()
+    if as_json:
+        print(json.dumps(found, indent=2))  # noqa: T201 - plain, for other programs to read
+        return
+    console = Console()
+    versions = "  ".join(f"{name} {version}" for name, version in found["versions"].items())
+    console.print(f"pronghorn {found['pronghorn']}  python {found['python']}  {versions}", soft_wrap=True)
+    console.print(f"devices: {', '.join(found['devices'])}", markup=False)
+    table = Table("method", "ecosystem", "from", "state", "reason")
+    for plugin in found["plugins"]:
+        table.add_row(*(plugin[key] for key in ("method", "ecosystem", "distribution", "state", "reason")))
+    console.print(table)
+
+
+def collect() -> dict[str, Any]:
+    """Versions, devices and the outcome of loading every plugin, as JSON."""
+    plugins = []
+    for ecosystem in ECOSYSTEMS:
+        reason = obstacle(ecosystem)
+        if reason:
+            plugins += [
+                dataclasses.asdict(Outcome(entry.name, ecosystem, entry.value, "failed", reason))
+                for entry in entry_points(ecosystem)
+            ]
+        else:
+            plugins += [dataclasses.asdict(outcome) for outcome in register_all(ecosystem)]
+    return {
+        "pronghorn": importlib.metadata.version("pronghorn"),
+        "python": platform.python_version(),
+        "versions": {name: version for name in LIBRARIES if (version := installed(name)) is not None},
+        "devices": _devices(),
+        "plugins": plugins,
+    }
+
+
+def _devices() -> list[str]:
+    cpu = f"cpu ({platform.machine()})"
+    if importlib.util.find_spec("torch") is None:
+        return [cpu]
+    import torch
+
+    gpus = [f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(torch.cuda.device_count())]
+    return [*gpus, cpu]

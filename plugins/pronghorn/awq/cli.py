@@ -1,0 +1,250 @@
+"""`pronghorn awq …`: search, quantize, pack, convert, eval and chat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pronghorn.awq.config import AwqConfig
+
+app = typer.Typer(no_args_is_help=True, help="AWQ: 4-bit (and 2-, 3-, 8-bit) weights for language models.")
+
+Model = Annotated[str, typer.Argument(help="Folder or hub name of the full-precision model.")]
+Bits = Annotated[int, typer.Option(help="2, 3, 4 or 8.")]
+GroupSize = Annotated[int, typer.Option(help="Input channels a scale; -1 for whole rows.")]
+Version = Annotated[str | None, typer.Option(help="gemm, gemv, gemv_fast, llm-awq, exllama, marlin or natural.")]
+Symmetric = Annotated[bool, typer.Option("--symmetric", help="No zero points.")]
+Duo = Annotated[bool, typer.Option("--duo-scaling", help="AutoAWQ's rule for the scales.")]
+NoClip = Annotated[bool, typer.Option("--no-clip", help="Search scales only.")]
+Skip = Annotated[list[str] | None, typer.Option(help="Leave linears with this name in 16 bits; repeatable.")]
+Data = Annotated[Path | None, typer.Option(help="Text file for calibration; Python's own documentation by default.")]
+Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens a sequence.")]
+State = Annotated[Path | None, typer.Option(help="Folder that keeps progress; the same call then resumes.")]
+Dtype = Annotated[str, typer.Option(help="float16, bfloat16, float32 or auto.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cpu …; the GPU if there is one.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print peak memory, time and disk, and stop.")]
+
+
+def _config(
+    bits: int, group_size: int, version: str | None, symmetric: bool, duo: bool, no_clip: bool, skip: list[str] | None
+) -> AwqConfig:
+    from pronghorn.awq.config import AwqConfig
+
+    return AwqConfig(
+        bits=bits,
+        group_size=group_size,
+        version=version or ("gemm" if bits == 4 else "natural"),
+        zero_point=not symmetric,
+        duo_scaling=duo,
+        clip=not no_clip,
+        modules_to_not_convert=skip or None,
+    )
+
+
+def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import pronghorn.transformers  # noqa: F401 - registers the quantizer
+
+    if dtype not in ("float16", "bfloat16", "float32", "auto"):
+        raise ValueError(f"dtype: got {dtype!r}, accepted are float16, bfloat16, float32 and auto")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(where)
+    return loaded.eval(), AutoTokenizer.from_pretrained(model)
+
+
+def _search(
+    loaded: Any,
+    tokenizer: Any,
+    config: AwqConfig,
+    data: Path | None,
+    samples: int,
+    seq_len: int,
+    state: Path | None,
+    dry_run: bool,
+) -> Any:
+    from pronghorn.awq.quantize import check_linear, decoder_linears
+    from pronghorn.awq.search import AwqSearch
+    from pronghorn.transformers.calibration_data import calibration_samples
+
+    texts: Any = "builtin" if data is None else [data.read_text()]
+    ids = calibration_samples(
+        texts, tokenizer, n_samples=samples, seq_len=seq_len, vocab_size=loaded.config.get_text_config().vocab_size
+    )
+    for name, linear in decoder_linears(loaded, config):
+        check_linear(name, linear, config)
+    search = AwqSearch(config, state_dir=state)
+    if dry_run:
+        typer.echo(str(search.plan(loaded, ids)))
+        raise typer.Exit
+    return search.run(loaded, ids)
+
+
+def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path) -> None:
+    from pronghorn.awq.convert import made_whole
+    from pronghorn.awq.quantize import quantize_model
+    from pronghorn.awq.transformers import mark_quantized
+
+    quantize_model(model, config)
+    mark_quantized(model, config)
+    with made_whole(out, overwrite=False) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    typer.echo(f"{out}: {size / 2**20:.1f} MiB of weights, {config.bits} bits, version {config.version}")
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another name or remove it")
+
+
+@app.command()
+def search(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="File for the result, llm-awq's format (.pt).")],
+    bits: Bits = 4,
+    group_size: GroupSize = 128,
+    symmetric: Symmetric = False,
+    duo_scaling: Duo = False,
+    no_clip: NoClip = False,
+    skip: Skip = None,
+    data: Data = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 512,
+    state: State = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Search scales and clipping of MODEL and save them; `pack` applies them."""
+    config = _config(bits, group_size, None, symmetric, duo_scaling, no_clip, skip)
+    loaded, tokenizer = _load(model, dtype, device)
+    result = _search(loaded, tokenizer, config, data, samples, seq_len, state, dry_run)
+    result.save(out)
+    typer.echo(f"{out}: {len(result.scale)} scales, {len(result.clip)} clip maxima")
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder for the quantized checkpoint.")],
+    bits: Bits = 4,
+    group_size: GroupSize = 128,
+    version: Version = None,
+    symmetric: Symmetric = False,
+    duo_scaling: Duo = False,
+    no_clip: NoClip = False,
+    skip: Skip = None,
+    data: Data = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 512,
+    state: State = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    dry_run: DryRun = False,
+    rtn: Annotated[bool, typer.Option("--rtn", help="Only round to nearest, without a search.")] = False,
+) -> None:
+    """Search, scale, clip and pack MODEL into a checkpoint that transformers and vLLM load."""
+    _refuse_existing(out)
+    config = _config(bits, group_size, version, symmetric, duo_scaling, no_clip, skip)
+    loaded, tokenizer = _load(model, dtype, device)
+    if not rtn:
+        _search(loaded, tokenizer, config, data, samples, seq_len, state, dry_run).apply(loaded)
+    _save(loaded, tokenizer, config, out)
+
+
+@app.command()
+def pack(
+    model: Model,
+    result: Annotated[Path, typer.Argument(help="Result of `search`, or of llm-awq's --dump_awq.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the quantized checkpoint.")],
+    bits: Bits = 4,
+    group_size: GroupSize = 128,
+    version: Version = None,
+    symmetric: Symmetric = False,
+    skip: Skip = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Apply a saved search to MODEL and pack it."""
+    from pronghorn.awq.search import SearchResult
+    from pronghorn.transformers.experts import unfuse_experts
+
+    _refuse_existing(out)
+    config = _config(bits, group_size, version, symmetric, False, False, skip)
+    found = SearchResult.load(result)
+    loaded, tokenizer = _load(model, dtype, device)
+    unfuse_experts(loaded)
+    found.apply(loaded)
+    _save(loaded, tokenizer, config, out)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of a quantized checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    to: Annotated[str, typer.Option(help="gemm, gemv, gemv_fast, llm-awq, exllama, marlin or natural.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Change a checkpoint's format without loss."""
+    from pronghorn.awq.convert import convert_checkpoint
+
+    convert_checkpoint(source, out, to, overwrite=overwrite)
+    typer.echo(f"{out}: version {to}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or hub name, quantized or not.")],
+    text: Annotated[Path | None, typer.Option(help="Text file; by default held-out Python documentation.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    windows: Annotated[int | None, typer.Option(help="Stop after so many windows.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Perplexity and bits per byte of MODEL on a text."""
+    from pronghorn.awq.evaluate import perplexity
+    from pronghorn.transformers.calibration_data import builtin_text
+
+    loaded, tokenizer = _load(model, dtype, device)
+    content = builtin_text("evaluation") if text is None else text.read_text()
+    found = perplexity(loaded, tokenizer, content, window=window, max_windows=windows)
+    typer.echo(
+        f"perplexity {found.perplexity:.3f}  bits/byte {found.bits_per_byte:.4f}  "
+        f"({found.tokens} tokens in {found.seconds:.1f} s)"
+    )
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of an instruct model, quantized or not.")],
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token, instead of sampling.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Chat in the terminal; the history stays in the cache. An empty line ends it."""
+    from pronghorn.awq.chat import Chat
+
+    loaded, tokenizer = _load(model, dtype, device)
+    generation = {"do_sample": False} if greedy else {}
+    session = Chat(loaded, tokenizer, system=system, max_new_tokens=max_new_tokens, **generation)
+    while True:
+        try:
+            message = input("> ")
+        except EOFError:
+            return
+        if not message.strip():
+            return
+        turn = session.ask(message, lambda text: typer.echo(text, nl=False))
+        typer.echo(
+            f"\n[{turn.prompt_tokens} tokens, {turn.reused_tokens} of them cached; first token after "
+            f"{turn.first_token_seconds:.2f} s, then {turn.tokens_per_second:.1f} tokens/s]"
+        )
