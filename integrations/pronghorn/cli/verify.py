@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ def _verify_operations(console: Console, chosen: Sequence[Operation], device: to
             )
         knobs = operation.large if device.type == "cuda" else operation.shapes[0]
         arguments = operation.example(knobs, torch.float16, torch.Generator().manual_seed(0), device)
-        seconds = _seconds(lambda operation=operation, arguments=arguments: operation.timed(**arguments), device)
+        seconds = _seconds(functools.partial(operation.timed, **arguments), device)
         cost = operation.cost(knobs)
         floor = max(cost.bytes / bandwidth, cost.flops / rate)
         shape = " ".join(f"{key}={value}" for key, value in knobs.items())

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.transformers.activation_store import ActivationStore
@@ -89,7 +89,7 @@ class CalibrationRunner:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         samples: Sequence[Tensor],
         *,
         state_dir: Path | None = None,
@@ -249,7 +249,7 @@ class _Call:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def _recorded_calls(model: nn.Module, blocks: Sequence[Block], ids: Tensor) -> list[_Call]:
+def _recorded_calls(model: Any, blocks: Sequence[Block], ids: Tensor) -> list[_Call]:
     """Run the model with stand-ins for its blocks that note how they are called and pass the hidden states on."""
     calls = [_Call() for _ in blocks]
     tuples: list[bool] = []

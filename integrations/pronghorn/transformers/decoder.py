@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ class Block:
     module: nn.Module
 
 
-def find_decoder_blocks(model: nn.Module) -> list[Block]:
+def find_decoder_blocks(model: Any) -> list[Block]:
     """The decoder layers of a causal language model, or of the language tower of a multimodal one, in order.
 
     Raises:

@@ -25,8 +25,12 @@ class Expert(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[tokens, hidden] to [tokens, hidden]."""
-        up = self.up_proj(hidden_states)
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up if self.has_gate else self.act_fn(up))
+        up = self.get_submodule("up_proj")(hidden_states)
+        activated = (
+            self.act_fn(self.get_submodule("gate_proj")(hidden_states)) * up if self.has_gate else self.act_fn(up)
+        )
+        output: Tensor = self.get_submodule("down_proj")(activated)
+        return output
 
 
 class ExpertList(nn.ModuleList):

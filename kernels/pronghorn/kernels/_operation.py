@@ -69,9 +69,9 @@ def relative_error(result: Any, wanted: Any) -> float:
     if isinstance(result, Tensor):
         difference = (result.detach().double().cpu() - wanted.detach().double().cpu()).norm()
         size = wanted.detach().double().cpu().norm()
-        return (difference / size if size > 0 else difference).item()
+        return float(difference / size if size > 0 else difference)
     errors = torch.tensor([relative_error(r, w) for r, w in zip(result, wanted, strict=True)])
-    return errors.max().item()
+    return float(errors.max())
 
 
 def to_float64(arguments: Arguments) -> Arguments:
@@ -84,34 +84,3 @@ def to_float64(arguments: Arguments) -> Arguments:
 
 def _on_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
-
-
-def random_packed(
-    knobs: Mapping[str, Any], dtype: torch.dtype, generator: torch.Generator, device: torch.device
-) -> Arguments:
-    """Random packed weight of `knobs` (n, k, layout, bits, group_size): the arguments that describe it."""
-    from pronghorn.kernels.dequantize_weight.layouts import pack
-
-    n, k, layout, bits = (knobs[name] for name in ("n", "k", "layout", "bits"))
-    groups = 1 if knobs["group_size"] == -1 else k // knobs["group_size"]
-    codes = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
-    scales = (torch.rand(n, groups, generator=generator) + 0.1).to(dtype) / 2**bits
-    zeros = torch.randint(0, 2**bits, (n, groups), generator=generator, dtype=torch.uint8)
-    if layout == "marlin":
-        zeros.fill_(2 ** (bits - 1))
-    tensors = pack(codes, scales, zeros, layout=layout, bits=bits, group_size=knobs["group_size"])
-    arguments = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return {
-        "qzeros": None,
-        **arguments,
-        "layout": layout,
-        "bits": bits,
-        "group_size": knobs["group_size"],
-        "out_features": n,
-    }
-
-
-def packed_bytes(knobs: Mapping[str, Any]) -> float:
-    """Bytes of a packed weight with 16-bit scales and codes for zero points."""
-    groups = 1 if knobs["group_size"] == -1 else knobs["k"] // knobs["group_size"]
-    return knobs["n"] * (knobs["k"] * knobs["bits"] / 8 + groups * (2 + knobs["bits"] / 8))

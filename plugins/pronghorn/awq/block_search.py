@@ -108,7 +108,7 @@ def search_block(
 
 
 def _search_scale(
-    block: nn.Module,
+    block: Any,
     inputs: Inputs,
     group: ScaleGroup,
     reached: list[str],
@@ -238,7 +238,7 @@ def _weights(block: nn.Module, trial: Mapping[str, Tensor]) -> Any:
 class _InputStatistics:
     """What the search needs to know of one linear's calibration inputs, gathered in two passes over them."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: Any) -> None:
         self.linear = linear
         self.channels = linear.weight.shape[1]
         self.tokens = 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, TextStreamer
+from transformers import DynamicCache, TextStreamer
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Chat:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         tokenizer: Any,
         *,
         system: str | None = None,

@@ -54,8 +54,9 @@ def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     if dtype not in ("float16", "bfloat16", "float32", "auto"):
         raise ValueError(f"dtype: got {dtype!r}, accepted are float16, bfloat16, float32 and auto")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(where)
-    return loaded.eval(), AutoTokenizer.from_pretrained(model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    loaded.to(where).eval()
+    return loaded, AutoTokenizer.from_pretrained(model)
 
 
 def _search(

@@ -136,7 +136,7 @@ def _convert_file(
 def _repack(parts: Mapping[str, Tensor], old: AwqConfig, new: AwqConfig) -> dict[str, Tensor]:
     named = {"qzeros" if part == "scaled_zeros" else part: tensor for part, tensor in parts.items()}
     rows, columns = _features(named["qweight"], old.layout, old.bits)
-    how = {"bits": old.bits, "group_size": old.group_size}
+    how: dict[str, Any] = {"bits": old.bits, "group_size": old.group_size}
     unpacked = unpack(named, layout=old.layout, out_features=rows, in_features=columns, **how)
     packed = pack(*unpacked, layout=new.layout, **how)
     if new.version == "llm-awq":

@@ -31,6 +31,10 @@ class AwqLinear(nn.Module):
         ValueError: the shape does not fit the layout or the group size.
     """
 
+    qweight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -71,11 +75,9 @@ class AwqLinear(nn.Module):
         Raises:
             ValueError: the weight holds NaN or Inf (also after the cast), or the shape does not fit.
         """
-        if dtype is None:
-            dtype = torch.float16 if linear.weight.dtype == torch.float32 else linear.weight.dtype
-        weight = linear.weight.detach().to(dtype)
+        weight = linear.weight.detach().to(dtype or rounding_dtype(linear.weight.dtype))
         if not bool(weight.isfinite().all()):
-            raise ValueError(f"{name}.weight: holds NaN or Inf in {dtype}")
+            raise ValueError(f"{name}.weight: holds NaN or Inf in {weight.dtype}")
         packed = cls(
             linear.in_features,
             linear.out_features,
@@ -91,7 +93,7 @@ class AwqLinear(nn.Module):
         tensors = pack(codes, scales, zeros, layout=packed.layout, bits=packed.bits, group_size=packed.group_size)
         packed.load_packed(tensors)
         if linear.bias is not None:
-            packed.bias.copy_(linear.bias.detach())
+            packed.bias = linear.bias.detach().clone()
         return packed
 
     def load_packed(self, tensors: Mapping[str, Tensor]) -> None:
@@ -149,6 +151,11 @@ class AwqLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.bits}, group_size={self.group_size}, layout={self.layout!r}"
         )
+
+
+def rounding_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What weights of a dtype are rounded in: their own, and fp16 for fp32, as published checkpoints are made."""
+    return torch.float16 if dtype == torch.float32 else dtype
 
 
 class ScaledActivation(nn.Module):

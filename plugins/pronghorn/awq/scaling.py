@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +45,11 @@ def apply_scale(block: nn.Module, prev: str, readers: Sequence[str], scale: Tens
     Raises:
         ValueError: `prev` is neither a norm, a linear nor an activation, or a shape does not fit.
     """
-    module = block.get_submodule(prev)
+    module: Any = block.get_submodule(prev)
     for name in readers:
-        weight = block.get_submodule(name).weight
-        if weight.shape[1] != scale.shape[0]:
-            raise ValueError(f"{name} reads {weight.shape[1]} channels, its scale has {scale.shape[0]}")
+        columns: Any = block.get_submodule(name).weight
+        if columns.shape[1] != scale.shape[0]:
+            raise ValueError(f"{name} reads {columns.shape[1]} channels, its scale has {scale.shape[0]}")
     with torch.no_grad():
         if isinstance(module, nn.Linear):
             divide_last_rows(module.weight, scale)
@@ -63,7 +64,7 @@ def apply_scale(block: nn.Module, prev: str, readers: Sequence[str], scale: Tens
         else:
             block.set_submodule(prev, ScaledActivation(module, scale))
         for name in readers:
-            weight = block.get_submodule(name).weight
+            weight: Any = block.get_submodule(name).weight
             weight.mul_(scale.to(weight))
 
 
@@ -74,7 +75,7 @@ def divide_last_rows(tensor: Tensor, scale: Tensor) -> Tensor:
     return tensor
 
 
-def _scale_norm(name: str, norm: nn.Module, scale: Tensor) -> None:
+def _scale_norm(name: str, norm: Any, scale: Tensor) -> None:
     offset = weight_offset(name, norm)
     divisor = scale.to(norm.weight)
     norm.weight.copy_((norm.weight + offset) / divisor - offset)
@@ -83,7 +84,7 @@ def _scale_norm(name: str, norm: nn.Module, scale: Tensor) -> None:
         bias.div_(divisor)
 
 
-def weight_offset(name: str, norm: nn.Module) -> float:
+def weight_offset(name: str, norm: Any) -> float:
     """What a norm adds to its stored weight: 0 for most, 1 for Gemma's; found by doubling the weight and looking."""
     probe = torch.linspace(-1, 1, norm.weight.shape[0], device=norm.weight.device, dtype=norm.weight.dtype)[None]
     bias = getattr(norm, "bias", None)
@@ -99,7 +100,7 @@ def weight_offset(name: str, norm: nn.Module) -> float:
     raise ValueError(f"{name}: the output of {type(norm).__name__} is not proportional to its weight or to 1 + weight")
 
 
-def _responses(norm: nn.Module, probe: Tensor, shift: Tensor, weight: Tensor) -> Callable[[float], Tensor]:
+def _responses(norm: Any, probe: Tensor, shift: Tensor, weight: Tensor) -> Callable[[float], Tensor]:
     results = {}
     for value in (1.0, 0.5, 0.0, -0.5):
         norm.weight.copy_(torch.full_like(weight, value))

@@ -80,7 +80,7 @@ class SearchResult:
             apply_scale(model, prev, linears, scale)
         with torch.no_grad():
             for name, maximum in self.clip:
-                weight = model.get_submodule(name).weight
+                weight: Any = model.get_submodule(name).weight
                 groups = weight.view(*maximum.shape[:2], -1)
                 limit = maximum.to(weight)
                 groups.copy_(groups.clamp(-limit, limit))

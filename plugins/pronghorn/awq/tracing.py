@@ -141,8 +141,8 @@ class _Probe:
         if kind == 0:
             own = self.inputs[readers[0]]
             for n in range(1, len(path)):
-                outer = self.inputs.get(".".join(path[:n]))
-                if outer is not None and outer.shape == own.shape and torch.equal(outer, own):
+                received = self.inputs.get(".".join(path[:n]))
+                if received is not None and received.shape == own.shape and torch.equal(received, own):
                     return ".".join(path[:n])
         return readers[0]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers.base import HfQuantizer
 
 from pronghorn.awq.config import METHOD, PUBLISHED_METHOD, AwqConfig
 from pronghorn.awq.layers import AwqLinear, ScaledActivation
@@ -46,9 +46,9 @@ def install() -> None:
 class AwqQuantizer(HfQuantizer):
     """Quantizes a model after its weights are loaded, or prepares it for weights that are packed already."""
 
-    quantization_config: AwqConfig
+    quantization_config: AwqConfig  # type: ignore[assignment]  # it need not be a QuantizationConfigMixin
 
-    def __init__(self, quantization_config: AwqConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._stored: dict[str, StoredTensor] = {}
 
@@ -160,7 +160,7 @@ def quantize_pretrained(model: PreTrainedModel, config: AwqConfig, *, tokenizer:
     quantize_model(model, config)
 
 
-def mark_quantized(model: PreTrainedModel, config: AwqConfig) -> None:
+def mark_quantized(model: Any, config: AwqConfig) -> None:
     """Make transformers see a model that was quantized in memory as one that was loaded so: it can be saved."""
     model.hf_quantizer = AwqQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
@@ -181,7 +181,7 @@ def check_packed(name: str, module: AwqLinear) -> None:
         limit = scales.float() * (2**module.bits - 1) * 1.01
         if not bool(zeros.isfinite().all()) or bool((-zeros.float() > limit).any()) or bool((zeros > 0).any()):
             raise ValueError(f"{name}.{module.zeros_name}: outside -scale * 0 … -scale * {2**module.bits - 1}, or NaN")
-    elif zeros.dtype == torch.uint8 and bool((zeros >= 2**module.bits).any() if module.bits < 8 else False):
+    elif zeros.dtype == torch.uint8 and zeros.numel() and int(zeros.max()) >> module.bits:
         raise ValueError(f"{name}.{module.zeros_name}: a zero point above {2**module.bits - 1}")
 
 

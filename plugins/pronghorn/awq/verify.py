@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -132,15 +133,19 @@ def _replay_autoawq_pack(path: Path, device: torch.device) -> list[Check]:
         stored = {name.partition(".")[2]: t for name, t in golden.items() if name.partition(".")[0] == layout}
         tensors = pack(codes, scales, zeros, layout=layout, bits=4, group_size=group_size)
         checks += [_differing(f"{layout}.{key}", tensors[key], stored[key]) for key in tensors if key in stored]
-        how = {"layout": layout, "bits": 4, "group_size": group_size, "out_features": rows}
-        product = w4a16_matmul(golden["x"].float(), **tensors, **how, bias=golden.get("bias"))
+        how: dict[str, Any] = {"layout": layout, "bits": 4, "group_size": group_size, "out_features": rows}
+        product = w4a16_matmul(golden["x"].float(), **_arguments(tensors), **how, bias=golden.get("bias"))
         wanted = golden["y_ref_fp32"]
         error = ((product - wanted).norm() / wanted.norm()).item()
         checks.append(Check(f"{layout}: product", error, PRODUCT_TOLERANCE))
         if layout == "gemm":
-            dequantized = dequantize_weight(**tensors, **how, in_features=columns)
+            dequantized = dequantize_weight(**_arguments(tensors), **how, in_features=columns)
             checks.append(_differing("gemm.dequant", dequantized.T, golden["gemm.dequant"]))
     return checks
+
+
+def _arguments(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {"qzeros": None, **tensors}
 
 
 _KINDS: dict[str, Callable[[Path, torch.device], list[Check]]] = {

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter, PackedvLLMParameter
 
 from pronghorn.awq.config import METHOD, PUBLISHED_METHOD, AwqConfig
+from pronghorn.awq.layers import rounding_dtype
 from pronghorn.awq.selection import is_router
 from pronghorn.kernels.dequantize_weight import dequantize_weight
 from pronghorn.kernels.dequantize_weight.layouts import (
@@ -68,7 +69,7 @@ class VllmAwqConfig(QuantizationConfig):
         return f"VllmAwqConfig({self.config})"
 
     @classmethod
-    def get_name(cls) -> str:
+    def get_name(cls) -> Any:
         """What `--quantization` calls it."""
         return METHOD
 
@@ -94,7 +95,7 @@ class VllmAwqConfig(QuantizationConfig):
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> str | None:
+    ) -> Any:
         """Claim our own checkpoints, AWQ ones when the user names us, and AWQ ones that vLLM cannot read."""
         method = hf_quant_cfg.get("quant_method")
         if method == METHOD or (method == PUBLISHED_METHOD and user_quant == METHOD):
@@ -104,7 +105,7 @@ class VllmAwqConfig(QuantizationConfig):
         config = AwqConfig.from_dict(hf_quant_cfg)
         return METHOD if config.layout != "gemm" or not config.zero_point else None
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+    def get_quant_method(self, layer: Any, prefix: str) -> LinearMethodBase | None:
         """The method of a linear; other layers stay as they are.
 
         Raises:
@@ -144,7 +145,7 @@ class AwqLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -221,7 +222,7 @@ class AwqLinearMethod(LinearMethodBase):
         rows = zeros.numel() * 8 // groups if self.config.layout != "gemv" else zeros.shape[0]
         return unpack_zeros(zeros, layout=self.config.layout, out_features=rows, groups=groups).T
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Zero points as integers, whatever the checkpoint had."""
         scales = layer.scales.data
         if self.config.layout == "marlin":
@@ -234,7 +235,7 @@ class AwqLinearMethod(LinearMethodBase):
             zeros = layer.qzeros.data
         _set_packed(layer, layer.qweight.data, scales, zeros)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] to [..., N]."""
         return w4a16_matmul(
             x,
@@ -248,7 +249,7 @@ class AwqLinearMethod(LinearMethodBase):
             bias=bias,
         )
 
-    def dequantize_weight(self, layer: nn.Module) -> Tensor:
+    def dequantize_weight(self, layer: Any) -> Tensor:
         """This rank's weight [N, K]; vLLM asks for it when it quantizes online on top."""
         return dequantize_weight(
             layer.qweight,
@@ -268,7 +269,7 @@ class OnlineAwqLinearMethod(AwqLinearMethod):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -296,12 +297,14 @@ class OnlineAwqLinearMethod(AwqLinearMethod):
         )
         layer.register_parameter("weight", weight)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Round and pack."""
         how = {"bits": self.config.bits, "group_size": layer.awq_group_size}
-        packed = pack(*group_quantize(layer.weight.data, **how), layout="natural", **how)
+        weight = layer.weight.data
+        quantized = group_quantize(weight.to(rounding_dtype(weight.dtype)), **how)
+        packed = pack(*quantized, layout="natural", **how)
         del layer.weight
-        _set_packed(layer, packed["qweight"], packed["scales"], packed["qzeros"])
+        _set_packed(layer, packed["qweight"], packed["scales"].to(weight.dtype), packed["qzeros"])
 
 
 def _converting(loader: Callable[..., None], convert: Callable[[Tensor], Tensor]) -> Callable[..., None]:
@@ -311,6 +314,6 @@ def _converting(loader: Callable[..., None], convert: Callable[[Tensor], Tensor]
     return load
 
 
-def _set_packed(layer: nn.Module, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> None:
+def _set_packed(layer: Any, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> None:
     for name, tensor in (("qweight", qweight), ("scales", scales), ("qzeros", qzeros)):
         setattr(layer, name, nn.Parameter(tensor.contiguous(), requires_grad=False))

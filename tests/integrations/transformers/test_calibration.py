@@ -145,10 +145,10 @@ KILLED = """
 
 def run_killed(state, kill_at, out):
     root = Path(__file__).parents[3]
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(state), str(kill_at), str(out)],
-        cwd=root, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(state), str(kill_at), str(out)]
+    env = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, env=env)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):

@@ -47,9 +47,10 @@ def dequantize_weight(
     Source: AWQ (arXiv 2306.00978), section 4; the layouts' sources stand in `layouts.py`.
     """
     group_size = check_quantized_weight(qweight, scales, qzeros, layout, bits, group_size, out_features, in_features)
-    return torch.ops.pronghorn.dequantize_weight(
+    weight: Tensor = torch.ops.pronghorn.dequantize_weight(
         qweight, scales, qzeros, layout, bits, group_size, out_features, in_features, dtype or scales.dtype
     )
+    return weight
 
 
 def check_quantized_weight(

@@ -8,9 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.kernels._operation import Arguments, Cost, Operation, packed_bytes, random_packed, to_float64
+from pronghorn.kernels._operation import Arguments, Cost, Operation, to_float64
 from pronghorn.kernels.dequantize_weight import dequantize_weight, reference
-from pronghorn.kernels.dequantize_weight.layouts import LAYOUTS
+from pronghorn.kernels.dequantize_weight.layouts import LAYOUTS, pack
+
+
+def random_packed(
+    knobs: Mapping[str, Any], dtype: torch.dtype, generator: torch.Generator, device: torch.device
+) -> Arguments:
+    """Random packed weight of `knobs` (n, k, layout, bits, group_size): the arguments that describe it."""
+    n, k, layout, bits = (knobs[name] for name in ("n", "k", "layout", "bits"))
+    groups = 1 if knobs["group_size"] == -1 else k // knobs["group_size"]
+    codes = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(n, groups, generator=generator) + 0.1).to(dtype) / 2**bits
+    zeros = torch.randint(0, 2**bits, (n, groups), generator=generator, dtype=torch.uint8)
+    if layout == "marlin":
+        zeros.fill_(2 ** (bits - 1))
+    tensors = pack(codes, scales, zeros, layout=layout, bits=bits, group_size=knobs["group_size"])
+    arguments = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return {
+        "qzeros": None,
+        **arguments,
+        "layout": layout,
+        "bits": bits,
+        "group_size": knobs["group_size"],
+        "out_features": n,
+    }
+
+
+def packed_bytes(knobs: Mapping[str, Any]) -> float:
+    """Bytes of a packed weight with 16-bit scales and codes for zero points."""
+    groups = 1 if knobs["group_size"] == -1 else knobs["k"] // knobs["group_size"]
+    return float(knobs["n"] * (knobs["k"] * knobs["bits"] / 8 + groups * (2 + knobs["bits"] / 8)))
 
 
 def _example(

@@ -53,7 +53,8 @@ def group_clip_search(
     if grid < 1 or not 0 < max_shrink <= 1 or int(max_shrink * grid) < 1:
         raise ValueError(f"grid, max_shrink: got {grid}, {max_shrink}; wanted at least one step of shrinking")
     steps = int(max_shrink * grid)
-    return torch.ops.pronghorn.group_clip_search(weight, inputs, bits, group_size, symmetric, grid, steps)
+    maxima: Tensor = torch.ops.pronghorn.group_clip_search(weight, inputs, bits, group_size, symmetric, grid, steps)
+    return maxima
 
 
 @torch.library.custom_op("pronghorn::group_clip_search", mutates_args=())

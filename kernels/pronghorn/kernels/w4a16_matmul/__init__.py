@@ -55,7 +55,9 @@ def w4a16_matmul(
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, wanted ({out_features},)")
     rows = x.reshape(-1, x.shape[-1])
-    output = torch.ops.pronghorn.w4a16_matmul(rows, qweight, scales, qzeros, layout, bits, group_size, out_features)
+    output: Tensor = torch.ops.pronghorn.w4a16_matmul(
+        rows, qweight, scales, qzeros, layout, bits, group_size, out_features
+    )
     output = output.view(*x.shape[:-1], out_features)
     return output if bias is None else output + bias.to(output.dtype)
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.kernels._operation import Arguments, Cost, Operation, packed_bytes, random_packed, to_float64
+from pronghorn.kernels._operation import Arguments, Cost, Operation, to_float64
+from pronghorn.kernels.dequantize_weight.cases import packed_bytes, random_packed
 from pronghorn.kernels.dequantize_weight.layouts import LAYOUTS
 from pronghorn.kernels.w4a16_matmul import reference, w4a16_matmul
 

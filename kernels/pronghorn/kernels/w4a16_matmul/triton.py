@@ -121,7 +121,7 @@ def w4a16_matmul(
 
 
 def _splits(tiles: int, columns: int, block_k: int) -> int:
-    wanted = min(PROGRAMS_WANTED // tiles, triton.cdiv(columns, block_k), LARGEST_SPLIT)
+    wanted: int = min(PROGRAMS_WANTED // tiles, triton.cdiv(columns, block_k), LARGEST_SPLIT)
     return 1 << max(0, wanted.bit_length() - 1)
 
 

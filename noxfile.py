@@ -1,0 +1,144 @@
+"""Environments and what runs in them; `make` calls this.
+
+Environments live outside the clone, in a folder named by the digest of their requirements, so that clones and CI runs
+share them. What belongs to this clone, its source roots and its entry points, comes in through PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+CACHE = Path(
+    os.environ.get("PRONGHORN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pronghorn"
+)
+SOURCES = [ROOT / name for name in ("kernels", "integrations", "plugins")]
+TORCH = {"main": "torch==2.13.0", "oldest": "torch==2.11.0"}
+WORKERS = "2"
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "test"]
+
+
+def environment(session: nox.Session, name: str, python: str = sys.executable) -> dict[str, str]:
+    """Build the environment unless it is there, and return what programs need to run in it."""
+    requirements = ROOT / "requirements" / f"{name}.txt"
+    key = f"{TORCH[name]}\n{Path(python).resolve()}\n{requirements.read_text()}"
+    home = CACHE / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    ready = home / "ready"
+    if not ready.exists():
+        session.log(f"building {home}, which takes some minutes, once")
+        shutil.rmtree(home, ignore_errors=True)  # what an interrupted build left
+        home.parent.mkdir(parents=True, exist_ok=True)
+        session.run(python, "-m", "venv", str(home), external=True)
+        pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--progress-bar", "off"]
+        # torch by itself and with what it needs, which differs between its CPU and CUDA builds; the rest is a lock.
+        session.run(*pip, TORCH[name], external=True)
+        session.run(*pip, "--no-deps", "-r", str(requirements), external=True)
+        ready.touch()
+    return {**variables(session, home)}
+
+
+def variables(session: nox.Session, home: Path) -> dict[str, str]:
+    """PATH and PYTHONPATH for an environment and this clone."""
+    site = (
+        ROOT / ".pronghorn" / f"{home.name}-{hashlib.sha256((ROOT / 'pyproject.toml').read_bytes()).hexdigest()[:12]}"
+    )
+    if not (site / "ready").exists():
+        shutil.rmtree(site, ignore_errors=True)
+        # An editable install into a folder of this clone: its metadata hold the entry points.
+        session.run(
+            str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
+            "--target", str(site), "--editable", str(ROOT), external=True, silent=True,
+        )  # fmt: skip
+        (site / "ready").touch()
+    return {
+        "PATH": os.pathsep.join([str(site / "bin"), str(home / "bin"), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join(map(str, [*SOURCES, site])),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def run(session: nox.Session, env: dict[str, str], program: str, *arguments: str) -> None:
+    """Run a program of an environment; nox by itself looks for it on its own PATH."""
+    session.run(str(shutil.which(program, path=env["PATH"])), *arguments, env=env, external=True)
+
+
+def one_thread() -> dict[str, str]:
+    """Two test processes share two cores."""
+    return {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@nox.session
+def test(session: nox.Session) -> None:
+    """The test suite without what is marked slow."""
+    env = {**environment(session, "main"), **one_thread()}
+    arguments = session.posargs or ["-n", WORKERS, "--dist", "loadgroup", "-m", "not slow"]
+    run(session, env, "python", "-m", "pytest", "-q", *arguments)
+
+
+@nox.session
+def nightly(session: nox.Session) -> None:
+    """The slow tests, with random examples."""
+    env = {**environment(session, "main"), **one_thread(), "HYPOTHESIS_PROFILE": "nightly"}
+    run(session, env, "python", "-m", "pytest", "-q", "-m", "slow or not slow", *session.posargs)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The tests of kernels, plugins and adapters on the oldest libraries that are supported."""
+    env = {**environment(session, "oldest", _python_312(session)), **one_thread()}
+    folders = ["tests/kernels", "tests/plugins", "tests/golden", "tests/integrations"]
+    run(session, env, "python", "-m", "pytest", "-q", *(session.posargs or folders))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format, style, types and the direction of imports."""
+    env = environment(session, "main")
+    run(session, env, "ruff", "format", "--check", ".")
+    run(session, env, "ruff", "check", ".")
+    run(session, env, "python", "-m", "mypy")
+    run(session, env, "lint-imports")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, strictly."""
+    env = environment(session, "main")
+    run(session, env, "python", "benchmarks/tables.py", "--check")
+    run(session, env, "python", "-m", "mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """All benchmarks that can run here; tables and JSON."""
+    env = environment(session, "main")
+    for script in session.posargs or ["correctness.py", "kernels.py", "w4a16_matmul.py"]:
+        run(session, env, "python", f"benchmarks/{Path(script).name}")
+
+
+@nox.session
+def tables(session: nox.Session) -> None:
+    """Write the tables of README and docs anew from the results files."""
+    run(session, environment(session, "main"), "python", "benchmarks/tables.py")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """AWQ on SmolLM2: evaluate, quantize, save, reload, chat."""
+    run(session, environment(session, "main"), "python", "examples/demo/awq_smollm2.py", *session.posargs)
+
+
+def _python_312(session: nox.Session) -> str:
+    found = [shutil.which("python3.12"), *sorted(map(str, Path.home().glob(".pyenv/versions/3.12*/bin/python")))]
+    chosen = next(filter(None, found), None)
+    if chosen is None:
+        session.error("Python 3.12 is needed for the oldest environment; none was found on PATH or under pyenv")
+    return chosen

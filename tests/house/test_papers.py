@@ -1,0 +1,73 @@
+"""README, documentation, Makefile and examples say what is there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pronghorn.versions import SUPPORTED
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+TARGETS = ("demo", "test", "lint", "docs", "bench", "nightly")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_make_target(target):
+    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"nox --no-error-on-missing-interpreters -s {target}" in done.stdout
+
+
+def test_ci_runs_lint_and_the_readme_test_command():
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert [line for line in lines if line.startswith("make ")] == ["make lint", "make test"]
+    assert re.search(r"^make test\b", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+def test_changelog_has_an_unreleased_section():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(r"^## Unreleased\n+(### \w+\n+)?- \S", text, re.MULTILINE)
+
+
+def test_license_is_apache_2():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+@pytest.mark.parametrize("ecosystem", SUPPORTED)
+def test_docs_state_the_supported_versions(ecosystem):
+    assert SUPPORTED[ecosystem] in (ROOT / "docs/install.md").read_text()
+    assert SUPPORTED[ecosystem] in (ROOT / f"docs/ecosystems/{ecosystem}.md").read_text()
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if page not in navigation] == []
+
+
+def test_generated_tables_are_up_to_date():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_speed_claims_stand_only_in_generated_tables():
+    """A figure such as 3.2x, 45 tokens/s or 20 % faster comes from a results file, never from a keyboard."""
+    claim = re.compile(r"\d(\.\d+)?\s*(×|x\b|tokens/s|GB/s|TFLOP|%)", re.IGNORECASE)
+    found = []
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        text = re.sub(r"<!-- (\w+):begin.*?<!-- \1:end -->", "", page.read_text(), flags=re.DOTALL)
+        found += [f"{page.relative_to(ROOT)}: {match.group()}" for match in claim.finditer(text)]
+    assert found == []
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_example(example, tmp_path):
+    assert len(example.read_text().splitlines()) <= 60
+    done = subprocess.run([sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,290 @@
+"""AWQ in vLLM: the same tokens as transformers, and shards that are slices of the whole."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tests.models import tiny_model
+from transformers import AutoModelForCausalLM
+
+import pronghorn.transformers  # noqa: F401 - registers
+from pronghorn.awq import AwqConfig
+from pronghorn.kernels.dequantize_weight import dequantize_weight
+from pronghorn.kernels.dequantize_weight.layouts import pack
+
+vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")
+pytestmark = pytest.mark.xdist_group("vllm")
+
+PROMPT = list(range(3, 20))
+FORMATS = [
+    ("gemm", 4),
+    ("gemv", 4),
+    ("gemv_fast", 4),
+    ("llm-awq", 4),
+    ("exllama", 4),
+    ("marlin", 4),
+    ("natural", 3),
+    ("natural", 8),
+]
+
+
+@pytest.fixture(scope="module")
+def full_precision(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fp")
+    tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32).save_pretrained(folder)
+    return folder
+
+
+def checkpoint(source, folder, version="gemm", bits=4, **changes):
+    config = AwqConfig(
+        group_size=32, method="rtn", version=version, bits=bits, zero_point=version != "marlin", **changes
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config)
+    model.save_pretrained(folder)
+    tokens = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    return tokens[0, len(PROMPT) :].tolist()
+
+
+def serve(folder, **options):
+    return vllm.LLM(
+        str(folder),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=64,
+        max_num_seqs=2,
+        skip_tokenizer_init=True,
+        **options,
+    )
+
+
+def generate(llm):
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=12, min_tokens=0, ignore_eos=True, detokenize=False)
+    found = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
+    return list(found[0].outputs[0].token_ids)
+
+
+@pytest.mark.parametrize(("version", "bits"), FORMATS)
+def test_tokens_equal_transformers(full_precision, tmp_path, version, bits):
+    wanted = checkpoint(full_precision, tmp_path, version, bits)
+    # vLLM reads the gemm format itself; there the user has to ask for us.
+    llm = serve(tmp_path, quantization="pronghorn_awq" if version == "gemm" else None)
+    assert type(llm.llm_engine.vllm_config.quant_config).__name__ == "VllmAwqConfig"
+    assert generate(llm) == wanted
+
+
+def test_skipped_linears_and_vllms_own_reader(full_precision, tmp_path):
+    wanted = checkpoint(
+        full_precision, tmp_path, modules_to_not_convert=["down_proj", "qkv_proj", "q_proj", "k_proj", "v_proj"]
+    )
+    assert generate(serve(tmp_path, quantization="pronghorn_awq")) == wanted
+
+
+def test_a_full_precision_model_is_rounded_while_it_is_loaded(full_precision, caplog):
+    llm = serve(full_precision, quantization="pronghorn_awq")
+    config = AwqConfig(group_size=128, method="rtn")
+    model = AutoModelForCausalLM.from_pretrained(full_precision, dtype=torch.float32, quantization_config=config)
+    assert type(llm.llm_engine.vllm_config.quant_config).__name__ == "VllmAwqConfig"
+    tokens = model.generate(torch.tensor([PROMPT]), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert generate(llm)[:4] == tokens[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "user", "claimed"),
+    [
+        ({"quant_method": "awq", "bits": 4, "version": "gemm"}, None, None),
+        ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "pronghorn_awq", "pronghorn_awq"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, None, "pronghorn_awq"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq", None),
+        ({"quant_method": "awq", "bits": 4, "version": "llm-awq"}, None, "pronghorn_awq"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": False}, None, "pronghorn_awq"),
+        ({"quant_method": "pronghorn_awq", "bits": 3, "version": "natural"}, None, "pronghorn_awq"),
+        ({"quant_method": "gptq", "bits": 4}, "pronghorn_awq", None),
+    ],
+)
+def test_which_checkpoints_are_claimed(given, user, claimed):
+    from pronghorn.awq.vllm import VllmAwqConfig
+
+    assert VllmAwqConfig.override_quantization_method(given, user) == claimed
+
+
+class Rank:
+    """A tensor-parallel rank for vLLM's parameters, without a process group."""
+
+    def __init__(self, monkeypatch, rank, size):
+        from vllm.model_executor import parameter
+
+        monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: size)
+
+
+def random_weight(rows, columns, group_size, bits, layout):
+    generator = torch.Generator().manual_seed(rows * columns)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(rows, columns // group_size, generator=generator).half() + 0.1
+    zeros = torch.randint(0, 2**bits, (rows, columns // group_size), generator=generator, dtype=torch.uint8)
+    if layout == "marlin":
+        zeros.fill_(8)
+    how = {"bits": bits, "group_size": group_size}
+    natural = pack(codes, scales, zeros, layout="natural", **how)
+    whole = dequantize_weight(**natural, layout="natural", **how, out_features=rows, in_features=columns)
+    return pack(codes, scales, zeros, layout=layout, **how), whole
+
+
+def loaded_layer(method, rows_of_rank, columns_of_rank, rows, columns, load):
+    layer = torch.nn.Module()
+
+    def loader(parameter, tensor, *args):
+        load(parameter, tensor, *args)
+
+    method.create_weights(layer, columns_of_rank, rows_of_rank, columns, rows, torch.float16, weight_loader=loader)
+    return layer
+
+
+def stored(layer, tensors, config, *shard):
+    """Give a layer's parameters the checkpoint's tensors, as vLLM's loaders do."""
+    for name, tensor in tensors.items():
+        parameter = getattr(layer, "scaled_zeros" if name == "qzeros" and config.version == "llm-awq" else name)
+        parameter.weight_loader(parameter, tensor, *shard)
+
+
+SHARDED = [("gemm", 4), ("gemv", 4), ("gemv_fast", 4), ("llm-awq", 4), ("exllama", 4), ("marlin", 4), ("natural", 3)]
+
+
+def method_of(version, bits):
+    from pronghorn.awq.vllm import AwqLinearMethod
+
+    config = AwqConfig(version=version, bits=bits, group_size=32, zero_point=version != "marlin")
+    return AwqLinearMethod(config), config
+
+
+@pytest.mark.parametrize(("version", "bits"), SHARDED)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_column_parallel_shards_are_rows_of_the_weight(monkeypatch, version, bits, rank):
+    Rank(monkeypatch, rank, 2)
+    method, config = method_of(version, bits)
+    tensors, whole = random_weight(128, 128, 32, bits, config.layout)
+    layer = loaded_layer(method, [64], 128, 128, 128, lambda p, t: p.load_column_parallel_weight(t))
+    stored(layer, tensors, config)
+    method.process_weights_after_loading(layer)
+    torch.testing.assert_close(method.dequantize_weight(layer), whole[64 * rank : 64 * rank + 64], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("version", "bits"), SHARDED)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_row_parallel_shards_are_columns_of_the_weight(monkeypatch, version, bits, rank):
+    Rank(monkeypatch, rank, 2)
+    method, config = method_of(version, bits)
+    tensors, whole = random_weight(64, 256, 32, bits, config.layout)
+    layer = loaded_layer(method, [64], 128, 64, 256, lambda p, t: p.load_row_parallel_weight(t))
+    stored(layer, tensors, config)
+    method.process_weights_after_loading(layer)
+    torch.testing.assert_close(method.dequantize_weight(layer), whole[:, 128 * rank : 128 * rank + 128], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("version", "bits"), SHARDED)
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_qkv_shards_follow_the_heads(monkeypatch, version, bits, rank):
+    """Four ranks, four query heads of 64, two key/value heads that two ranks share each."""
+    Rank(monkeypatch, rank, 4)
+    method, config = method_of(version, bits)
+    heads = {"q": (4, rank), "k": (2, rank // 2), "v": (2, rank // 2)}
+
+    def load(parameter, tensor, shard):
+        offset = {"q": 0, "k": 64, "v": 128}[shard]
+        parameter.load_qkv_weight(tensor, num_heads=2, shard_id=shard, shard_offset=offset, shard_size=64)
+
+    layer = loaded_layer(method, [64, 64, 64], 128, 512, 128, load)
+    wanted = []
+    for shard, (count, mine) in heads.items():
+        tensors, whole = random_weight(64 * count, 128, 32, bits, config.layout)
+        stored(layer, tensors, config, shard)
+        wanted.append(whole[64 * mine : 64 * mine + 64])
+    method.process_weights_after_loading(layer)
+    torch.testing.assert_close(method.dequantize_weight(layer), torch.cat(wanted), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("version", "bits"), SHARDED)
+def test_merged_gate_and_up_are_sharded_each(monkeypatch, version, bits):
+    Rank(monkeypatch, 1, 2)
+    method, config = method_of(version, bits)
+
+    def load(parameter, tensor, shard):
+        parameter.load_merged_column_weight(tensor, shard_id=shard, shard_offset=64 * shard, shard_size=64)
+
+    layer = loaded_layer(method, [64, 64], 128, 256, 128, load)
+    wanted = []
+    for shard in (0, 1):
+        tensors, whole = random_weight(128, 128, 32, bits, config.layout)
+        stored(layer, tensors, config, shard)
+        wanted.append(whole[64:])
+    method.process_weights_after_loading(layer)
+    torch.testing.assert_close(method.dequantize_weight(layer), torch.cat(wanted), rtol=0, atol=0)
+
+
+def test_shards_that_cut_a_group_are_refused(monkeypatch):
+    Rank(monkeypatch, 0, 4)
+    method, _ = method_of("gemm", 4)
+    with pytest.raises(ValueError, match="not a whole number of groups of 32"):
+        loaded_layer(method, [64], 48, 64, 192, None)
+
+
+def test_partly_skipped_fused_linears_and_experts_are_refused():
+    from pronghorn.awq.vllm import VllmAwqConfig
+
+    config = VllmAwqConfig(AwqConfig(modules_to_not_convert=["q_proj"]))
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    with pytest.raises(ValueError, match="only some of q_proj, k_proj, v_proj"):
+        config._is_skipped("model.layers.0.self_attn.qkv_proj")
+
+    class FusedMoE(torch.nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="mixtures of experts"):
+        config.get_quant_method(FusedMoE(), "model.layers.0.mlp.experts")
+
+
+@pytest.mark.slow
+def test_vllm_serve_answers_over_http(full_precision, tmp_path):
+    """What a user runs: the server in processes of its own, the method found by entry point."""
+    wanted = checkpoint(full_precision, tmp_path, "gemv")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path), "--host", "127.0.0.1",
+               "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "64",
+               "--skip-tokenizer-init", "--served-model-name", "tiny"]  # fmt: skip
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    server = subprocess.Popen(command, env=env, start_new_session=True)
+    try:
+        answer = ask(port, {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True,
+                            "return_token_ids": True, "detokenize": False}, server)  # fmt: skip
+        assert answer["choices"][0]["token_ids"] == wanted
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def ask(port, body, server, patience=240):
+    end = time.monotonic() + patience
+    while True:
+        assert server.poll() is None, "the server ended"
+        try:
+            call(port, "GET", "/health")
+            break
+        except OSError:
+            assert time.monotonic() < end, "the server did not start"
+            time.sleep(1)
+    return json.loads(call(port, "POST", "/v1/completions", json.dumps(body)))
+
+
+def call(port, method, path, body=None):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request(method, path, body, {"Content-Type": "application/json"})
+    return connection.getresponse().read()
