@@ -45,7 +45,7 @@ def main() -> None:
     folder = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = calibration_samples("builtin", tokenizer, n_samples=arguments.samples, seq_len=256)
-    rows = [measure("fp16", 16, load(folder), tokenizer, arguments.windows, arguments.out / "fp16")]
+    rows = [measure("fp16", 16, load(folder), tokenizer, arguments.windows, arguments.out / "fp16", None)]
     reports = {}
     for bits in (4, 3):
         config = AwqConfig(bits=bits, group_size=GROUP_SIZE, version="gemm" if bits == 4 else "natural")
@@ -57,9 +57,8 @@ def main() -> None:
                 result.apply(model)
                 reports[bits] = result.report
             quantize_model(model, config)
-            mark_quantized(model, config)
             out = arguments.out / f"{method.lower()}-{bits}bit"
-            rows.append(measure(method, bits, model, tokenizer, arguments.windows, out))
+            rows.append(measure(method, bits, model, tokenizer, arguments.windows, out, config))
 
     show(rows)
     plot(rows, reports, arguments.out / "awq.png")
@@ -81,7 +80,7 @@ def load(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def measure(method: str, bits: int, model, tokenizer, windows: int, out: Path) -> dict:
+def measure(method: str, bits: int, model, tokenizer, windows: int, out: Path, config: AwqConfig | None) -> dict:
     """Perplexity, size of the saved checkpoint and decoding speed."""
     found = perplexity(model, tokenizer, builtin_text("evaluation"), max_windows=windows)
     prompt = tokenizer("Once upon a time", return_tensors="pt")
@@ -89,7 +88,10 @@ def measure(method: str, bits: int, model, tokenizer, windows: int, out: Path) -
     model.generate(**prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
     speed = NEW_TOKENS / (time.perf_counter() - start)
     shutil.rmtree(out, ignore_errors=True)
-    model.half().save_pretrained(out)  # scales, norms and embeddings in fp16, as checkpoints are published
+    model.half()  # scales, norms and embeddings in fp16, as checkpoints are published
+    if config is not None:
+        mark_quantized(model, config)
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     linears = sum(t.numel() * t.element_size() for name, t in model.state_dict().items() if ".layers." in name)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))

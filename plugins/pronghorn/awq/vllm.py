@@ -84,8 +84,8 @@ class VllmAwqConfig(QuantizationConfig):
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """Side files of older AutoAWQ and llm-awq checkpoints."""
-        return ["quant_config.json", "quantize_config.json"]
+        """None: vLLM would insist on a side file where a model has no quantization configuration."""
+        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> VllmAwqConfig:

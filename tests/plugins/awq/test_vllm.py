@@ -257,9 +257,9 @@ def test_vllm_serve_answers_over_http(full_precision, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path), "--host", "127.0.0.1",
-               "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "64",
-               "--skip-tokenizer-init", "--served-model-name", "tiny"]  # fmt: skip
+    where = ["--model", str(tmp_path), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
+    how = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--skip-tokenizer-init"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *where, *how]
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     server = subprocess.Popen(command, env=env, start_new_session=True)
     try:

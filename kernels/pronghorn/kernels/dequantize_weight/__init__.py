@@ -44,7 +44,7 @@ def dequantize_weight(
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype or device, or does not fit the layout.
 
-    Source: AWQ (arXiv 2306.00978), section 4; the layouts' sources stand in `layouts.py`.
+    Source: Lin et al. (arXiv 2306.00978), section 4; the layouts' sources stand in `layouts.py`.
     """
     group_size = check_quantized_weight(qweight, scales, qzeros, layout, bits, group_size, out_features, in_features)
     weight: Tensor = torch.ops.pronghorn.dequantize_weight(

@@ -46,7 +46,7 @@ def w4a16_matmul(
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype or device, or does not fit the layout.
 
-    Source: AWQ (arXiv 2306.00978), section 4 (TinyChat).
+    Source: Lin et al. (arXiv 2306.00978), section 4 (TinyChat).
     """
     check_tensor("x", x, floating=True, like=qweight)
     if x.dim() == 0:
