@@ -1,69 +1,65 @@
-"""Writes the tables of README and docs from `benchmarks/results/*.json`; `--check` says whether they are current."""
+"""Writes the tables of README and docs from the results files; with `--check` only says whether they are up to date."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-COLUMNS = ("what", "against", "shape", "unit", "ours", "theirs", "ratio", "reach", "roofline", "note")
-NUMBERS = ("ours", "theirs", "ratio", "reach", "roofline")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"(<!-- benchmarks:begin (?P<wanted>[^>]*)-->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
+UNITS = {"s": (1e6, "us"), "perplexity": (1, ""), "MiB": (1, "MiB"), "tokens/s": (1, "tokens/s")}
 
 
-def table(result: dict[str, Any]) -> str:
-    """One results file as a Markdown table; columns that no row fills are left out."""
-    rows = result["rows"]
-    columns = [name for name in COLUMNS if any(row.get(name) not in (None, "") for row in rows)]
-    dirty = " with changes" if result["dirty"] else ""
+def main() -> None:
+    """Rewrite the pages, or exit 1 if one is not up to date."""
+    stale = []
+    for page in PAGES:
+        old = page.read_text()
+        new = BLOCK.sub(lambda match: f"{match[1]}{table(match['wanted'].split())}{match[3]}", old)
+        if new != old:
+            stale.append(str(page.relative_to(ROOT)))
+            if "--check" not in sys.argv:
+                page.write_text(new)
+    if stale and "--check" in sys.argv:
+        sys.exit(f"not made from benchmarks/results: {', '.join(stale)}; run `make tables`")
+
+
+def table(wanted: list[str]) -> str:
+    """A Markdown table of results files, by stem; `stem:words` keeps the rows whose text has these comma-separated words."""
+    parts = []
+    for entry in wanted:
+        stem, _, words = entry.partition(":")
+        content = json.loads((RESULTS / f"{stem}.json").read_text())
+        rows = [
+            row
+            for row in content["rows"]
+            if all(word in f"{row['what']} {row['shape']}" for word in words.split(",") if word)
+        ]
+        parts.append(_one(content, rows))
+    return "\n".join(parts)
+
+
+def _one(content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     lines = [
-        f"**{result['topic']}** on {result['device']}, {result['date'][:10]}, commit {result['commit'][:9]}{dirty}",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "| " + " | ".join("---:" if name in NUMBERS else "---" for name in columns) + " |",
-        *("| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows),
+        "| what | shape | ours | peer | ratio | of the hardware's limit |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    return "\n".join(lines)
-
-
-def cell(value: Any) -> str:
-    """A number in three digits, the median of a measurement, or text as it is."""
-    if isinstance(value, dict) and "p50" in value:
-        value = value["p50"]
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if value is None:
-        return ""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def with_tables(text: str, tables: str) -> str:
-    """`text` with what stands between its markers replaced."""
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    return f"{before}{BEGIN}\n{tables}{END}{after}"
-
-
-def main() -> int:
-    """Write the pages; with `--check`, list those that are not current and return 1 if there are any."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    tables = "".join(f"\n{table(result)}\n\n" for result in results)
-    outdated = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        text = page.read_text()
-        if BEGIN in text and (wanted := with_tables(text, tables)) != text:
-            outdated.append(str(page.relative_to(ROOT)))
-            if "--check" not in sys.argv[1:]:
-                page.write_text(wanted)
-    if outdated and "--check" in sys.argv[1:]:
-        print(f"not current: {', '.join(outdated)}; run `make tables`")
-        return 1
-    return 0
+    for row in rows:
+        scale, unit = UNITS.get(row["unit"], (1, row["unit"]))
+        ours, theirs = (f"{row[side]['p50'] * scale:.4g} {unit}".strip() for side in ("ours", "theirs"))
+        limit = "" if row["roofline"] is None else f"{row['roofline']:.0%}"
+        lines.append(
+            f"| {row['what']} | {row['shape']} | {ours} | {theirs} ({row['against']}) | {row['ratio']:.2f}x | {limit} |"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    measured = f"{content['device']}, {versions}, commit {content['commit'][:10]}, {content['date'][:10]}"
+    return "\n".join([*lines, "", f"Measured on {measured}: medians, ratio above 1 where ours is better.", ""])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

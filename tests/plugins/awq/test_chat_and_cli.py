@@ -1,0 +1,126 @@
+"""Chat with a cache that stays, perplexity, and the awq commands on a model with a tokenizer."""
+
+import json
+
+import pytest
+import torch
+from tests.models import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from pronghorn.awq.chat import Chat
+from pronghorn.awq.cli import app
+from pronghorn.awq.evaluate import perplexity
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}|{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """A tiny model with a tokenizer of one token a letter, saved."""
+    folder = tmp_path_factory.mktemp("letters")
+    characters = [chr(code) for code in range(32, 127)]
+    vocabulary = {letter: index for index, letter in enumerate(["<unk>", *characters])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="~")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    tiny_model("llama").save_pretrained(folder)
+    return folder
+
+
+def test_follow_ups_prefill_new_tokens_only(letters):
+    model = AutoModelForCausalLM.from_pretrained(letters, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(letters)
+    chat = Chat(model, tokenizer, max_new_tokens=8, do_sample=False)
+    widths = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    pieces = []
+    first = chat.ask("hello there", pieces.append)
+    assert first.reused_tokens == 0
+    assert widths[0] == first.prompt_tokens
+    assert "".join(pieces).strip() == first.text.strip()
+    widths.clear()
+    second = chat.ask("and again")
+    assert second.reused_tokens >= first.prompt_tokens - 1
+    assert widths[0] == second.prompt_tokens - second.reused_tokens
+    assert second.first_token_seconds > 0
+
+    fresh = Chat(model, tokenizer, max_new_tokens=8, do_sample=False)
+    fresh.messages = chat.messages[:2]
+    assert fresh.ask("and again").text == second.text
+
+
+def test_a_chat_needs_a_template_and_a_message(letters):
+    model, tokenizer = tiny_model("llama"), AutoTokenizer.from_pretrained(letters)
+    with pytest.raises(ValueError, match="message: empty"):
+        Chat(model, tokenizer).ask("  ")
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        Chat(model, tokenizer)
+
+
+def test_perplexity_of_a_uniform_model(letters):
+    model, tokenizer = tiny_model("llama"), AutoTokenizer.from_pretrained(letters)
+    model.lm_head.weight.data.zero_()
+    found = perplexity(model, tokenizer, "some text of letters " * 9, window=32, progress=False)
+    assert found.perplexity == pytest.approx(128, rel=1e-4)  # every token of the vocabulary equally likely
+    assert found.tokens == 189 - 6
+    with pytest.raises(ValueError, match="too few"):
+        perplexity(model, tokenizer, "x", progress=False)
+
+
+def call(*arguments, **options):
+    found = CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+    if found.exception and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    return found
+
+
+def test_commands_from_search_to_chat(letters, tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    how = ["--group-size", 32, "--data", data, "--samples", 4, "--seq-len", 64, "--device", "cpu", "--dtype", "float32"]
+    dry = call("search", letters, tmp_path / "awq.pt", *how, "--dry-run")
+    assert "peak memory" in dry.output
+    assert not (tmp_path / "awq.pt").exists()
+    assert "scales" in call("search", letters, tmp_path / "awq.pt", *how).output
+
+    packing = ["--group-size", 32, "--device", "cpu", "--dtype", "float32"]
+    call("pack", letters, tmp_path / "awq.pt", tmp_path / "packed", *packing)
+    call("quantize", letters, tmp_path / "quantized", *how, "--state", tmp_path / "state")
+    packed, quantized = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("packed", "quantized"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(packed.state_dict().values(), quantized.state_dict().values(), strict=True)
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "packed").chat_template == TEMPLATE
+
+    with pytest.raises(FileExistsError):
+        call("quantize", letters, tmp_path / "quantized", *how)
+    call("convert", tmp_path / "packed", tmp_path / "v2", "--to", "gemv")
+    written = json.loads((tmp_path / "v2" / "config.json").read_text())
+    assert written["quantization_config"]["version"] == "gemv"
+    assert (
+        "perplexity"
+        in call("eval", tmp_path / "v2", "--text", data, "--windows", 2, "--window", 64, "--device", "cpu").output
+    )
+
+    spoken = call(
+        "chat", tmp_path / "v2", "--greedy", "--max-new-tokens", 5, "--device", "cpu", input="hello\nmore\n\n"
+    )
+    assert spoken.output.count("tokens/s]") == 2
+    assert ", 0 of them cached" in spoken.output
+
+
+def test_three_bits_by_default_in_our_own_format(letters, tmp_path):
+    how = ["--bits", 3, "--group-size", 32, "--rtn", "--device", "cpu", "--dtype", "float32"]
+    assert "version natural" in call("quantize", letters, tmp_path / "q", *how).output
+    with pytest.raises(ValueError, match="bits"):
+        call("quantize", letters, tmp_path / "r", "--bits", 5, "--device", "cpu")
+    assert not (tmp_path / "r").exists()

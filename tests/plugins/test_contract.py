@@ -1,0 +1,66 @@
+"""What every method owes its users, for all entry points of this distribution."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+METHODS = sorted(
+    path.name for path in (Path(__file__).parents[2] / "plugins" / "pronghorn").glob("[a-z]*") if path.is_dir()
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_face_is_quick_and_imports_no_torch(method):
+    code = (
+        f"import time, sys; start = time.perf_counter(); import pronghorn.{method};"
+        "print(time.perf_counter() - start, 'torch' in sys.modules)"
+    )
+    seconds, torch = min(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(3)
+    )
+    assert float(seconds) < 0.2
+    assert torch == "False"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_face_keeps_its_promises(method):
+    face = importlib.import_module(f"pronghorn.{method}")
+    assert face.__doc__
+    for name in face.__all__:
+        assert getattr(face, name).__doc__, name
+    with pytest.raises(AttributeError):
+        _ = face.nothing_of_that_name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_configuration_survives_json(method):
+    import dataclasses
+    import json
+
+    room = importlib.import_module(f"pronghorn.{method}.config")
+    kinds = [
+        value for value in vars(room).values() if dataclasses.is_dataclass(value) and value.__module__ == room.__name__
+    ]
+    assert kinds
+    for kind in kinds:
+        config = kind()
+        assert kind.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        names = {field.name for field in dataclasses.fields(kind)}
+        assert all(f"{name}:" in kind.__doc__ for name in names), names
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_registering_again_is_a_no_op(method):
+    found = [
+        importlib.import_module(f"pronghorn.{method}.{room}")
+        for room in ("transformers", "vllm")
+        if (Path(__file__).parents[2] / "plugins" / "pronghorn" / method / f"{room}.py").exists()
+    ]
+    assert found
+    for room in found:
+        room.register()
+        room.register()
