@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def table(wanted: list[str]) -> str:
-    """A Markdown table of results files, by stem; `stem:words` keeps the rows whose text has these comma-separated words."""
+    """A Markdown table of results files, by stem; `stem:a,b` keeps the rows that say a and b."""
     parts = []
     for entry in wanted:
         stem, _, words = entry.partition(":")

@@ -69,7 +69,8 @@ def test_it_is_registered(site):
         site,
         "-c",
         "import torch, transformers, pronghorn.transformers; from pronghorn.toyscale import ToyscaleConfig\n"
-        "shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=16)\n"
+        "shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1)\n"
+        "shape |= dict(num_attention_heads=2, vocab_size=16)\n"
         "model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))\n"
         "before = model.lm_head.weight.clone(); model.toyscale(ToyscaleConfig(2.0))\n"
         "assert torch.equal(model.lm_head.weight, 2 * before)",

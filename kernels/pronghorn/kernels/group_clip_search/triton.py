@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -60,6 +62,11 @@ def _search(
     tl.store(maxima + n * (K // group_size) + group, best.to(dtype), mask=n < N)
 
 
+@functools.cache
+def _shrink(grid: int, steps: int, device: torch.device) -> Tensor:
+    return torch.tensor([1 - index / grid for index in range(steps)], dtype=torch.float32, device=device)
+
+
 def group_clip_search(
     weight: Tensor, inputs: Tensor, bits: int, group_size: int, symmetric: bool, grid: int, steps: int
 ) -> Tensor:
@@ -70,7 +77,7 @@ def group_clip_search(
     gram = (x.mT @ x / inputs.shape[0]).contiguous()
     maxima = weight.new_empty(rows, groups)
     if maxima.numel():
-        shrink = torch.tensor([1 - index / grid for index in range(steps)], dtype=torch.float32, device=weight.device)
+        shrink = _shrink(grid, steps, weight.device)
         _search[(triton.cdiv(rows, ROWS), groups)](
             weight,
             gram,
