@@ -55,14 +55,16 @@ class StoredTensor:
 
 
 def stored_tensors(files: Iterable[str] | None) -> dict[str, StoredTensor]:
-    """What a checkpoint's safetensors files hold, by name, without reading their data.
+    """What a checkpoint's files hold, by name, without reading their data.
 
     Raises:
-        ValueError: a file is truncated, or is no safetensors file.
+        ValueError: a safetensors file that is truncated, or is none.
     """
-    found = {}
+    found: dict[str, StoredTensor] = {}
     for path in files or ():
         if not str(path).endswith(".safetensors"):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found |= {name: StoredTensor(tuple(value.shape), value.dtype) for name, value in content.items()}
             continue
         try:
             with safe_open(path, framework="pt") as file:
@@ -77,11 +79,15 @@ def stored_tensors(files: Iterable[str] | None) -> dict[str, StoredTensor]:
 
 
 def check_stored(module_name: str, expected: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> None:
-    """Raise ValueError if a module's stored tensors have another shape or kind than the module expects.
+    """Raise ValueError if a module's stored tensors have another shape or kind than expected, or if there are more.
 
     Names that are not stored are passed over here: a checkpoint may name modules differently. `check_loaded` finds
     what was not loaded in the end.
     """
+    prefix = f"{module_name}."
+    extra = [name for name in stored if name.startswith(prefix) and name.removeprefix(prefix) not in expected]
+    if extra:
+        raise ValueError(f"{extra[0]}: the checkpoint has it, its configuration means {', '.join(expected)} only")
     for key, tensor in expected.items():
         found = stored.get(f"{module_name}.{key}")
         if found is None:
@@ -98,17 +104,16 @@ def check_stored(module_name: str, expected: Mapping[str, torch.Tensor], stored:
             )
 
 
-def check_loaded(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError naming the tensors of `modules` that the checkpoint did not have."""
+def check_loaded(model: nn.Module) -> None:
+    """Raise ValueError naming the tensors that the checkpoint did not have; transformers would make them up."""
     missing = [
-        f"{name}.{key}"
-        for name, module in modules.items()
-        for key, tensor in module.state_dict(keep_vars=True).items()
+        name
+        for name, tensor in model.state_dict(keep_vars=True).items()
         if not getattr(tensor, "_is_hf_initialized", False)
     ]
     if missing:
         raise ValueError(
-            f"the checkpoint of {type(model).__name__} lacks {len(missing)} quantized tensors, such as {missing[0]!r}"
+            f"the checkpoint of {type(model).__name__} lacks {len(missing)} tensors, such as {missing[0]!r}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -35,7 +36,8 @@ class AwqConfig:
         zero_point: asymmetric grid with a zero point; False is symmetric.
         version: checkpoint format: "gemm" (AutoAWQ's, what most of the hub uses and vLLM reads), "gemv" (llm-awq v1),
             "gemv_fast" and "llm-awq" (TinyChat v2), "exllama", "marlin" (symmetric), all 4 bits; "natural" (any bits).
-        modules_to_not_convert: linears whose name contains one of these stay in 16 bits.
+        modules_to_not_convert: linears whose name has one of these among its components ("down_proj", "layers.0",
+            "model.visual") stay in 16 bits.
         method: "awq" searches scales and clipping, "rtn" only rounds to nearest.
         duo_scaling: AutoAWQ's rule, which divides by the weights' magnitude; False is the paper's.
         clip: search clipping too.
@@ -86,6 +88,9 @@ class AwqConfig:
             )
         if self.version == "marlin" and self.zero_point:
             raise ValueError("version: 'marlin' is symmetric; use zero_point=False")
+        for name in ("search_result", "state_dir"):
+            if not isinstance(getattr(self, name), (str, os.PathLike, type(None))):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted a path or None")
         _check_names("modules_to_not_convert", self.modules_to_not_convert)
         _check_scale_groups(self.scale_groups)
 
@@ -137,6 +142,8 @@ class AwqConfig:
         method = given.pop("quant_method", METHOD)
         if method not in (METHOD, PUBLISHED_METHOD):
             raise ValueError(f"quant_method: got {method!r}, accepted are {METHOD!r} and {PUBLISHED_METHOD!r}")
+        if given.get("backend") == "llm-awq":
+            given["version"] = "llm-awq"  # its converter writes "gemv" there, and means v2
         if "version" not in given and given.get("bits", 4) != 4:
             given["version"] = "natural"
         known = {field.name for field in dataclasses.fields(cls)}
@@ -150,7 +157,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _check_choice(name: str, value: Any, accepted: Sequence[Any]) -> None:
-    if isinstance(value, bool) or value not in accepted:
+    if type(value) is not type(accepted[0]) or value not in accepted:
         raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(map(str, accepted))}")
 
 
@@ -163,6 +170,11 @@ def _check_scale_groups(groups: Any) -> None:
     if groups is None:
         return
     for group in groups if isinstance(groups, list) else [groups]:
-        if not isinstance(group, dict) or not {"prev", "linears"} <= group.keys() <= {"prev", "linears", "inspect"}:
+        if (
+            not isinstance(groups, list)
+            or not isinstance(group, dict)
+            or not {"prev", "linears"} <= group.keys() <= {"prev", "linears", "inspect"}
+        ):
             raise ValueError(f"scale_groups: got {group!r}, wanted dicts with 'prev', 'linears' and maybe 'inspect'")
         _check_names("scale_groups: linears", group["linears"])
+        _check_names("scale_groups: prev, inspect", [group["prev"], group.get("inspect") or "block"])

@@ -53,8 +53,8 @@ def convert_checkpoint(
     source, target = Path(source), Path(target)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; give overwrite=True to replace it")
-    if target.resolve() == source.resolve():
-        raise ValueError(f"target: {target} is the source")
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"target: {target} is or holds the source, which would be lost")
     model_config, old = _read_config(source)
     new = AwqConfig.from_dict({**old.to_dict(), "version": version})
     files = _weight_files(source)
@@ -120,6 +120,8 @@ def _convert_file(
     converted = {}
     for name in tensors:
         linear, _, part = name.rpartition(".")
+        if linear not in all_linears and part in ("qzeros", "scaled_zeros"):
+            raise ValueError(f"{path.name}: {name}: there is no {linear}.qweight to it")
         if linear not in all_linears or part not in PACKED:
             converted[name] = tensors[name]
         elif part == "qweight":
@@ -136,6 +138,12 @@ def _convert_file(
 def _repack(parts: Mapping[str, Tensor], old: AwqConfig, new: AwqConfig) -> dict[str, Tensor]:
     named = {"qzeros" if part == "scaled_zeros" else part: tensor for part, tensor in parts.items()}
     rows, columns = _features(named["qweight"], old.layout, old.bits)
+    if "scales" not in named:
+        raise ValueError("scales: missing")
+    if old.layout == "natural" and old.group_size != -1:
+        columns = named["scales"].shape[0] * old.group_size  # the words may be padded
+    if not bool(named["scales"].isfinite().all()):
+        raise ValueError("scales: hold NaN or Inf")
     how: dict[str, Any] = {"bits": old.bits, "group_size": old.group_size}
     unpacked = unpack(named, layout=old.layout, out_features=rows, in_features=columns, **how)
     packed = pack(*unpacked, layout=new.layout, **how)
@@ -208,9 +216,11 @@ def made_whole(target: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o755)
+        old = target.with_name(f".{target.name}.replaced")
         if overwrite and target.exists():
-            shutil.rmtree(target)
+            target.rename(old)
         folder.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pronghorn.awq.config import AwqConfig
-from pronghorn.awq.layers import AwqLinear
+from pronghorn.awq.layers import AwqLinear, rounding_dtype
 from pronghorn.awq.selection import quantizable_linears
 from pronghorn.kernels.group_fake_quantize import group_fake_quantize
 
@@ -41,8 +41,12 @@ def fake_quantize_model(model: nn.Module, config: AwqConfig) -> nn.Module:
     """Round the linears of all decoder blocks to their quantization grid, in place, leaving them `nn.Linear`s."""
     for name, linear in decoder_linears(model, config):
         check_linear(name, linear, config)
+        weight = linear.weight.detach()
         fake, _, _ = group_fake_quantize(
-            linear.weight.detach(), bits=config.bits, group_size=config.group_size, symmetric=not config.zero_point
+            weight.to(rounding_dtype(weight.dtype)),
+            bits=config.bits,
+            group_size=config.group_size,
+            symmetric=not config.zero_point,
         )
         linear.weight.data.copy_(fake)
     return model

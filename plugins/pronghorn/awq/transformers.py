@@ -53,12 +53,14 @@ class AwqQuantizer(HfQuantizer):
         self._stored: dict[str, StoredTensor] = {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        if not self.pre_quantized:
-            return
         from pronghorn.transformers.quantizer import check_stored, stored_tensors
 
         config = self.quantization_config
         self._stored = stored_tensors(kwargs.get("checkpoint_files"))
+        # Older checkpoints have their configuration in a side file, which transformers does not read; users give it.
+        self.pre_quantized |= any(name.endswith(".qweight") for name in self._stored)
+        if not self.pre_quantized:
+            return
         if "scaled_zeros" in {name.rsplit(".", 1)[-1] for name in self._stored} and config.layout == "gemv_fast":
             config.version = "llm-awq"
         with torch.device("meta"):
@@ -94,7 +96,6 @@ class AwqQuantizer(HfQuantizer):
         from pronghorn.transformers.quantizer import check_loaded
 
         packed = {name: module for name, module in model.named_modules() if isinstance(module, AwqLinear)}
-        check_loaded(model, packed)
         stored = [name for name in self._stored if name.endswith(".qweight")]
         if len(stored) > len(packed):
             known = {f"{name}.qweight" for name in packed}
@@ -103,8 +104,20 @@ class AwqQuantizer(HfQuantizer):
                 f"{extra}: the checkpoint has it quantized, the model has no such linear to quantize; "
                 "is modules_to_not_convert right?"
             )
+        check_loaded(model)
         for name, module in packed.items():
             check_packed(name, module)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Mixtral's published names of an expert's linears, both ways."""
+        from transformers.core_model_loading import WeightRenaming
+
+        if not any(".experts.0.w1." in name for name in self._stored):
+            return []
+        names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+        return [
+            WeightRenaming(rf"\.experts\.(\d+)\.{theirs}\.", rf".experts.\1.{ours}.") for theirs, ours in names.items()
+        ]
 
     def is_serializable(self) -> bool:
         """Packed weights are saved as they are."""
@@ -173,6 +186,8 @@ def check_packed(name: str, module: AwqLinear) -> None:
     scales = module.scales
     if not bool(scales.isfinite().all()) or bool((scales < 0).any()):
         raise ValueError(f"{name}.scales: holds NaN, Inf or negative numbers")
+    if module.bias is not None and not bool(module.bias.isfinite().all()):
+        raise ValueError(f"{name}.bias: holds NaN or Inf")
     zeros = module.packed_tensors().get("qzeros")
     if zeros is None:
         return

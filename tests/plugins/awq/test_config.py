@@ -12,7 +12,9 @@ from pronghorn.awq import AwqConfig
     [
         ({"bits": 5}, ValueError, "bits"),
         ({"bits": True}, ValueError, "bits"),
+        ({"bits": 4.0}, ValueError, "bits"),
         ({"bits": 3}, ValueError, "version='natural'"),
+        ({"search_result": 3}, TypeError, "search_result"),
         ({"group_size": 0}, ValueError, "group_size"),
         ({"group_size": -2}, ValueError, "group_size"),
         ({"group_size": 32.0}, ValueError, "group_size"),

@@ -1,10 +1,11 @@
 """Checkpoints change their format without loss, whole or not at all."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.models import tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
@@ -88,6 +89,24 @@ def test_an_existing_target_is_kept(checkpoint, tmp_path):
     assert (tmp_path / "old" / "precious").exists()
     convert_checkpoint(checkpoint, tmp_path / "old", "gemv", overwrite=True, progress=False)
     assert not (tmp_path / "old" / "precious").exists()
+
+
+def test_the_source_is_never_the_target(checkpoint):
+    for target in (checkpoint, checkpoint.parent):
+        with pytest.raises(ValueError, match="would be lost"):
+            convert_checkpoint(checkpoint, target, "gemv", overwrite=True, progress=False)
+    assert (checkpoint / "config.json").exists()
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
+def test_damaged_checkpoints_are_not_passed_on(checkpoint, tmp_path, part):
+    shutil.copytree(checkpoint, tmp_path / "damaged")
+    for path in (tmp_path / "damaged").glob("*.safetensors"):
+        tensors = {name: t for name, t in load_file(path).items() if name != f"model.layers.1.mlp.up_proj.{part}"}
+        save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
+        convert_checkpoint(tmp_path / "damaged", tmp_path / "out", "gemv", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_a_quantized_checkpoint(tmp_path):

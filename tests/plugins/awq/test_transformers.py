@@ -190,6 +190,9 @@ DAMAGES = {
     "wrong shape": (lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"][:32].clone()}), "up_proj.qweight.*shape"),
     "wrong dtype": (lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].long()}), "up_proj.qweight.*int64"),
     "float codes": (lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].float()}), "up_proj.qweight.*float32"),
+    "a norm is missing": (lambda t: t.pop("model.norm.weight"), "model.norm.weight"),
+    "one tensor too many": (lambda t: t.update({f"{UP}.g_idx": t[f"{UP}.scales"].clone()}), "up_proj.g_idx"),
+    "a bias that is none": (lambda t: t.update({f"{UP}.bias": t[f"{UP}.scales"][0].clone()}), "up_proj.bias"),
     "NaN scale": (lambda t: t[f"{UP}.scales"].fill_(float("nan")), "up_proj.scales"),
     "negative scale": (lambda t: t[f"{UP}.scales"].neg_(), "up_proj.scales"),
 }
@@ -202,6 +205,60 @@ def test_damaged_checkpoints_are_refused(tmp_path, kind):
     damage(tmp_path, change)
     with pytest.raises(ValueError, match=named):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_without_a_configuration_takes_the_users(tmp_path):
+    model = quantized_folder(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=AwqConfig(group_size=32))
+    same_state(model, again)
+
+
+def test_pickled_checkpoints_are_checked_too(tmp_path):
+    tiny_model("gpt_neox").save_pretrained(tmp_path / "fp")
+    model = quantized(tmp_path / "fp")
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    same_state(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+    torch.save(
+        {name: tensor for name, tensor in state.items() if "dense.qzeros" not in name}, tmp_path / "pytorch_model.bin"
+    )
+    with pytest.raises(ValueError, match=r"dense\.qzeros"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_mixtral_under_its_published_names(tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path / "fp")
+    model = quantized(tmp_path / "fp", method="rtn")
+    model.save_pretrained(tmp_path)
+    names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    state = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        for ours, theirs in names.items():
+            name = name.replace(f".{ours}.", f".{theirs}.") if ".experts." in name else name
+        state[name.replace(".mlp.", ".block_sparse_moe.")] = tensor
+    assert any("block_sparse_moe.experts.0.w1.qweight" in name for name in state)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    same_state(model, again)
+    again.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == state.keys()
+
+
+def test_the_configuration_of_llm_awqs_converter(llama, tmp_path):
+    model = quantized(llama, method="rtn", version="llm-awq")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {"quant_method": "awq", "backend": "llm-awq", "bits": 4, "group_size": 32,
+                                     "version": "gemv", "zero_point": True}  # fmt: skip
+    path.write_text(json.dumps(config))
+    same_state(model, AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
 def test_a_zero_point_beyond_the_codes_is_refused(tmp_path):
