@@ -30,18 +30,19 @@ def main() -> None:
 
 
 def table(wanted: list[str]) -> str:
-    """A Markdown table of results files, by stem; `stem:a,b` keeps the rows that say a and b."""
+    """A Markdown table of results files, by stem; `stem:a_b,c` keeps the rows that say "a b" and "c"."""
     parts = []
     for entry in wanted:
         stem, _, words = entry.partition(":")
         content = json.loads((RESULTS / f"{stem}.json").read_text())
-        rows = [
-            row
-            for row in content["rows"]
-            if all(word in f"{row['what']} {row['shape']}" for word in words.split(",") if word)
-        ]
+        said = [word.replace("_", " ") for word in words.split(",") if word]
+        rows = [row for row in content["rows"] if all(word in " ".join(_texts(row)) for word in said)]
         parts.append(_one(content, rows))
     return "\n".join(parts)
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    return [row["what"], row["shape"], row["against"]]
 
 
 def _one(content: dict[str, Any], rows: list[dict[str, Any]]) -> str:

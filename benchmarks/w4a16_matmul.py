@@ -1,4 +1,4 @@
-"""w4a16_matmul on Llama-3-8B's linears against cuBLAS in fp16 and against dequantizing first."""
+"""w4a16_matmul on Llama-3-8B's linears against cuBLAS in fp16."""
 
 from __future__ import annotations
 
@@ -36,9 +36,6 @@ def main() -> None:
                 what = f"w4a16_matmul, {bits} bits"
                 rows.append(row(what, peer, f"M={m} N={n} K={k} g=128", ours, theirs,
                                 reach=REACH.get(m) if bits == 4 else None, roofline=share, note=note))  # fmt: skip
-                if m >= 256:
-                    both = measure(lambda x=x, packed=packed, k=k: x @ dequantize_weight(**packed, in_features=k).T)
-                    rows.append(row(what, "dequantize, then cuBLAS", f"M={m} N={n} K={k} g=128", ours, both, note=note))
     write("w4a16_matmul", rows)
 
 

@@ -141,11 +141,11 @@ def plot(rows: list[dict], reports: dict, path: Path) -> None:
     left.set(xlabel="decoder block", ylabel="output error, AWQ scales / rounding", ylim=(0, 1.05))
     left.legend()
     for row in rows:
-        right.plot(
-            row["blocks_mib"], row["perplexity"], "o", color={"fp16": "k", "RTN": "C1", "AWQ": "C0"}[row["method"]]
-        )
-        right.annotate(f"{row['method']} {row['bits']}", (row["blocks_mib"], row["perplexity"]), xytext=(5, 5),
-                       textcoords="offset points")  # fmt: skip
+        label = row["method"] if row["bits"] == 16 else f"{row['method']} {row['bits']} bits"
+        point = (row["blocks_mib"], row["perplexity"])
+        right.plot(*point, "o", color={"fp16": "k", "RTN": "C1", "AWQ": "C0"}[row["method"]])
+        right.annotate(label, point, xytext=(6, 4), textcoords="offset points")
+    right.margins(0.15, 0.1)
     right.set(xlabel="decoder blocks, MiB", ylabel="perplexity (held-out Python documentation)")
     figure.suptitle("SmolLM2-135M-Instruct, group size 64, from weights that were 4-bit before")
     figure.savefig(path, dpi=130)

@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 ECOSYSTEMS = ("transformers", "vllm", "diffusers", "lerobot", "trl")
 DISABLE = "PRONGHORN_DISABLE"
 
-_lock = threading.RLock()
+# One for each ecosystem: a method's import in one may import the other, while a second thread does the reverse.
+_locks = {ecosystem: threading.RLock() for ecosystem in ECOSYSTEMS}
+_tried: set[tuple[str, str]] = set()
 _outcomes: dict[tuple[str, str], Outcome] = {}
 
 
@@ -30,15 +32,18 @@ class Outcome:
         method: its entry point's name.
         ecosystem: where it ships to.
         distribution: what it came with, and its version.
-        state: "loaded", "disabled" by the user or "failed".
+        state: "loaded", "disabled" by the user, "failed", or "unavailable" where the ecosystem's library is missing
+            or of an unsupported version.
         reason: why it is not loaded.
+        remedy: the command that mends it, where there is one.
     """
 
     method: str
     ecosystem: str
     distribution: str
-    state: Literal["loaded", "disabled", "failed"]
+    state: Literal["loaded", "disabled", "failed", "unavailable"]
     reason: str = ""
+    remedy: str = ""
 
 
 def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
@@ -61,31 +66,46 @@ def is_disabled(method: str) -> bool:
 
 def register_all(ecosystem: str) -> list[Outcome]:
     """Register every installed method with an ecosystem; each is tried once in a process. Never raises."""
-    with _lock:
+    with _locks[ecosystem]:
         for entry in entry_points(ecosystem):
             key = (ecosystem, entry.name)
-            if key not in _outcomes:
+            if key not in _tried:  # known before it ends: a method's register() may come back here
+                _tried.add(key)
                 _outcomes[key] = _register(ecosystem, entry)
         return outcomes(ecosystem)
 
 
 def outcomes(ecosystem: str) -> list[Outcome]:
     """What `register_all` found so far."""
-    with _lock:
-        return [outcome for (where, _), outcome in sorted(_outcomes.items()) if where == ecosystem]
+    with _locks[ecosystem]:
+        return [outcome for (where, _), outcome in sorted(_outcomes.copy().items()) if where == ecosystem]
+
+
+def unavailable(ecosystem: str, reason: str, remedy: str) -> list[Outcome]:
+    """The outcomes of an ecosystem that cannot be used here; nothing is loaded or kept."""
+    return [
+        Outcome(entry.name, ecosystem, _origin(entry), "unavailable", reason, remedy) for entry in entry_points(ecosystem)
+    ]
 
 
 def _register(ecosystem: str, entry: importlib.metadata.EntryPoint) -> Outcome:
     origin = _origin(entry)
     if is_disabled(entry.name):
-        return Outcome(entry.name, ecosystem, origin, "disabled", f"{DISABLE} names it")
+        return Outcome(entry.name, ecosystem, origin, "disabled", f"{DISABLE} names it", f"unset {DISABLE}")
     try:
         entry.load()()
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin does, the others go on
         reason = f"{type(error).__name__}: {error}"
         logger.warning("%s (%s) is not available in %s: %s", entry.name, origin, ecosystem, reason)
-        return Outcome(entry.name, ecosystem, origin, "failed", reason)
+        return Outcome(entry.name, ecosystem, origin, "failed", reason, _remedy(entry, error))
     return Outcome(entry.name, ecosystem, origin, "loaded")
+
+
+def _remedy(entry: importlib.metadata.EntryPoint, error: BaseException) -> str:
+    # pip installs what a distribution lacks even where the distribution is there; other failures are its author's.
+    if entry.dist is None or not isinstance(error, ModuleNotFoundError):
+        return ""
+    return f"pip install {entry.dist.name}"
 
 
 def _origin(entry: importlib.metadata.EntryPoint) -> str:

@@ -25,6 +25,11 @@ def installed(ecosystem: str) -> str | None:
     return None
 
 
+def remedy(ecosystem: str) -> str:
+    """The command that installs a supported version of an ecosystem's library."""
+    return f"pip install 'pronghorn[{ecosystem}]'"
+
+
 def obstacle(ecosystem: str) -> str:
     """Why the ecosystem cannot be used here, and the command that mends it; empty where it can."""
     from packaging.specifiers import SpecifierSet
@@ -33,7 +38,7 @@ def obstacle(ecosystem: str) -> str:
     if found is not None and SpecifierSet(supported).contains(found, prereleases=True):
         return ""
     state = "it is not installed" if found is None else f"found {found}"
-    return f"pronghorn needs {ecosystem} {supported}, {state}: pip install 'pronghorn[{ecosystem}]'"
+    return f"pronghorn needs {ecosystem} {supported}, {state}: {remedy(ecosystem)}"
 
 
 def require(ecosystem: str) -> None:

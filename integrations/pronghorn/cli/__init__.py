@@ -16,10 +16,8 @@ class _WithMethods(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of all commands."""
-        return [
-            *super().list_commands(ctx),
-            *(entry.name for entry in entry_points("cli") if not is_disabled(entry.name)),
-        ]
+        own = super().list_commands(ctx)
+        return [*own, *(e.name for e in entry_points("cli") if e.name not in own and not is_disabled(e.name))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of a name; a method's that cannot be loaded is one that says why."""
@@ -30,7 +28,7 @@ class _WithMethods(TyperGroup):
             if entry.name == cmd_name:
                 try:
                     command = typer.main.get_command(entry.load())
-                except Exception as error:  # noqa: BLE001 - a broken method must not take the others along
+                except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken method must not take the others along
                     command = _broken(cmd_name, f"{type(error).__name__}: {error}")
                 command.name = cmd_name
                 return command

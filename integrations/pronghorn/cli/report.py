@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import json
 import platform
+import sys
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pronghorn.methods import DISABLE, ECOSYSTEMS, Outcome, entry_points, is_disabled, register_all
-from pronghorn.versions import installed, obstacle
+from pronghorn.methods import DISABLE, ECOSYSTEMS, entry_points, is_disabled, register_all, unavailable
+from pronghorn.versions import installed, obstacle, remedy
 
 LIBRARIES = ("torch", "triton", "transformers", "vllm", "diffusers", "trl", "peft", "lerobot")
 
@@ -49,24 +51,26 @@ def print_info(as_json: bool) -> None:
     versions = "  ".join(f"{name} {version}" for name, version in found["versions"].items())
     console.print(f"pronghorn {found['pronghorn']}  python {found['python']}  {versions}", soft_wrap=True)
     console.print(f"devices: {', '.join(found['devices'])}", markup=False)
-    table = Table("method", "ecosystem", "from", "state", "reason")
+    table = Table("method", "ecosystem", "from", "state")
     for plugin in found["plugins"]:
-        table.add_row(*(plugin[key] for key in ("method", "ecosystem", "distribution", "state", "reason")))
+        table.add_row(*(plugin[key] for key in ("method", "ecosystem", "distribution", "state")))
     console.print(table)
+    for plugin in found["plugins"]:
+        if plugin["reason"]:
+            mending = f"; to mend it: {plugin['remedy']}" if plugin["remedy"] else ""
+            line = f"{plugin['method']} in {plugin['ecosystem']}: {plugin['reason']}{mending}"
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def collect() -> dict[str, Any]:
     """Versions, devices and the outcome of loading every plugin, as JSON."""
     plugins = []
-    for ecosystem in ECOSYSTEMS:
-        reason = obstacle(ecosystem)
-        if reason:
-            plugins += [
-                dataclasses.asdict(Outcome(entry.name, ecosystem, entry.value, "failed", reason))
-                for entry in entry_points(ecosystem)
-            ]
-        else:
-            plugins += [dataclasses.asdict(outcome) for outcome in register_all(ecosystem)]
+    with contextlib.redirect_stdout(sys.stderr):  # what plugins and libraries print while they load is not the report
+        for ecosystem in ECOSYSTEMS:
+            command = remedy(ecosystem)
+            reason = obstacle(ecosystem).removesuffix(f": {command}")
+            found = unavailable(ecosystem, reason, command) if reason else register_all(ecosystem)
+            plugins += [dataclasses.asdict(outcome) for outcome in found]
     return {
         "pronghorn": importlib.metadata.version("pronghorn"),
         "python": platform.python_version(),

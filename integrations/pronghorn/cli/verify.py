@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pronghorn.kernels._operation import Operation, operations, relative_error
-from pronghorn.methods import entry_points
+from pronghorn.methods import entry_points, is_disabled
 
 GOLDEN = "PRONGHORN_GOLDEN"
 REPEATS = 5
@@ -28,7 +28,7 @@ def verify(names: Sequence[str]) -> bool:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known = {operation.name: operation for operation in operations()}
-    replays = {entry.name: entry for entry in entry_points("verify")}
+    replays = {entry.name: entry for entry in entry_points("verify") if not is_disabled(entry.name)}
     unknown = [name for name in names if name not in known and name not in replays]
     if unknown:
         raise ValueError(
@@ -41,7 +41,13 @@ def verify(names: Sequence[str]) -> bool:
         passed &= _verify_operations(console, chosen, device)
     for name, entry in replays.items():
         if not names or name in names:
-            passed &= _verify_method(console, name, entry.load(), device)
+            try:
+                replay = entry.load()
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken method must not take the others along
+                console.print(f"{name}: not available: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
+                passed = False
+                continue
+            passed &= _verify_method(console, name, replay, device)
     return passed
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
+
+from pronghorn.transformers.disk import mapped_copy
 
 
 class ActivationStore:
@@ -15,37 +15,34 @@ class ActivationStore:
 
     Args:
         budget: bytes to keep in memory.
-        directory: where the files go; they are removed by `clear`.
+        directory: where the files go; they have no name and vanish with their tensors, or with the process.
     """
-
-    _numbers = itertools.count()
 
     def __init__(self, budget: int, directory: Path) -> None:
         self.budget = budget
         self.directory = directory
         self._tensors: list[Tensor] = []
-        self._files: list[Path] = []
         self._in_memory = 0
+        self.spilled = 0
 
     def append(self, tensor: Tensor) -> None:
-        """Add a tensor; it is copied."""
+        """Add a tensor; it is copied.
+
+        Raises:
+            OSError: the disk has no room.
+        """
         size = tensor.numel() * tensor.element_size()
         if self._in_memory + size <= self.budget:
             self._in_memory += size
             self._tensors.append(tensor.to("cpu", copy=True))
-            return
-        path = self.directory / f"activations-{next(self._numbers)}"
-        mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-        self._files.append(path)
-        self._tensors.append(mapped.copy_(tensor))
+        else:
+            self._tensors.append(mapped_copy(tensor, self.directory))
+            self.spilled += size
 
     def clear(self) -> None:
-        """Drop all tensors and remove their files."""
+        """Drop all tensors."""
         self._tensors.clear()
-        self._in_memory = 0
-        for path in self._files:
-            path.unlink(missing_ok=True)
-        self._files.clear()
+        self._in_memory = self.spilled = 0
 
     def __len__(self) -> int:
         return len(self._tensors)

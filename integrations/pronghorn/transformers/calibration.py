@@ -6,69 +6,59 @@ the hidden states travel, from block to block, so that one block and its inputs 
 
 from __future__ import annotations
 
-import inspect
-import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.transformers.activation_store import ActivationStore
+from pronghorn.transformers.calibration_capture import BlockCalls
+from pronghorn.transformers.calibration_data import check_token_ids
+from pronghorn.transformers.calibration_plan import CalibrationPlan, disk_bytes_of, plan_of
 from pronghorn.transformers.calibration_state import BlockResult, CalibrationState, fingerprint_of
 from pronghorn.transformers.decoder import Block, find_decoder_blocks
+from pronghorn.transformers.disk import check_room
 
 __all__ = ["BlockInputs", "BlockResult", "CalibrationPlan", "CalibrationRunner"]
 
 ACTIVATION_BUDGET = 4 << 30
-LARGEST_SPLIT = 8  # a chunk that does not fit is halved at most three times
-RESULT_SHARE = 0.1  # of the weights' bytes: what results are assumed to take on disk
+MOST_HALVINGS = 3  # of the chunks, when a block does not fit
 
-
-@dataclass(frozen=True)
-class CalibrationPlan:
-    """What a run will take, before anything starts."""
-
-    blocks: int
-    tokens: int
-    peak_memory_bytes: int
-    disk_bytes: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.blocks} blocks, {self.tokens} calibration tokens: "
-            f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB, disk {self.disk_bytes / 2**20:.0f} MiB, "
-            f"about {self.seconds / 60:.1f} minutes"
-        )
+Done = TypeVar("Done")
 
 
 class BlockInputs:
     """One block's calibration inputs; every iteration yields (hidden states [batch, tokens, hidden], arguments)."""
 
-    def __init__(
-        self, store: ActivationStore, arguments: Sequence[Mapping[str, Any]], device: torch.device, split: int = 1
-    ) -> None:
+    def __init__(self, store: ActivationStore, arguments: Sequence[Mapping[str, Any]], device: torch.device) -> None:
         self._store = store
         self._arguments = arguments
         self._device = device
-        self._split = split
         self.num_tokens = sum(chunk.shape[0] * chunk.shape[1] for chunk in store)
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         for hidden_states, arguments in zip(self._store, self._arguments, strict=True):
-            batch = hidden_states.shape[0]
-            step = max(1, batch // self._split)
-            for start in range(0, batch, step):
-                rows = slice(start, start + step) if step < batch else None
-                part = hidden_states if rows is None else hidden_states[rows]
-                yield part.to(self._device), _moved(dict(arguments), self._device, batch, rows)
+            yield hidden_states.to(self._device), _moved(dict(arguments), self._device)
+
+
+@dataclass
+class _Chunks:
+    """What travels from block to block: the store changes with every block, the rest only where chunks are halved."""
+
+    ids: list[Tensor]
+    store: ActivationStore
+    arguments: list[list[dict[str, Any]]]  # [chunk][block]
+    halvings: int = 0
+
+    def inputs(self, index: int, device: torch.device) -> BlockInputs:
+        return BlockInputs(self.store, [of_blocks[index] for of_blocks in self.arguments], device)
 
 
 class CalibrationRunner:
@@ -84,7 +74,7 @@ class CalibrationRunner:
         progress: show a bar.
 
     Raises:
-        ValueError: no samples, NaN or Inf in a weight, or a `state_dir` of another run (the field is named).
+        ValueError, TypeError: no samples, or a sample that is not ids of the model's vocabulary.
     """
 
     def __init__(
@@ -92,21 +82,20 @@ class CalibrationRunner:
         model: Any,
         samples: Sequence[Tensor],
         *,
-        state_dir: Path | None = None,
+        state_dir: Path | str | None = None,
         fingerprint: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         activation_budget: int = ACTIVATION_BUDGET,
         progress: bool = True,
     ) -> None:
-        if not samples:
-            raise ValueError("samples: empty, at least one sequence of token ids is needed")
+        check_token_ids(samples, model.get_input_embeddings().weight.shape[0])
         self.model = model
         self.samples = list(samples)
         self.blocks = find_decoder_blocks(model)
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self.activation_budget = activation_budget
         self.progress = progress
-        self.state_dir = state_dir
+        self.state_dir = None if state_dir is None else Path(state_dir)
         self.fingerprint = dict(fingerprint or {})
 
     @torch.no_grad()
@@ -118,108 +107,126 @@ class CalibrationRunner:
         """Search every block in order; results by block name.
 
         Args:
-            search: called with a block on the run's device and its inputs.
+            search: called with a block on the run's device and its inputs; once more with smaller chunks where it
+                runs out of memory, so it must leave the block as it was.
             transform: changes a block by its result, so that the next blocks see what it then puts out; without it
                 every block sees what the original model gives it.
 
         Raises:
-            ValueError: NaN or Inf in weights or activations.
-            OSError: the disk has no room, said before the start.
-            torch.OutOfMemoryError: a block does not fit even with an eighth of a chunk.
+            ValueError: NaN or Inf in weights or activations, or a `state_dir` of another run (the fields are named).
+            OSError: the disk has no room, said before the start, or the directory cannot be written.
+            torch.OutOfMemoryError: a block does not fit, even with smaller chunks.
         """
         self._check_weights()
-        state = CalibrationState(self.state_dir, lambda: fingerprint_of(self.model, self.samples, self.fingerprint))
         results: dict[str, BlockResult] = {}
-        with self._evaluation(), tempfile.TemporaryDirectory(prefix="pronghorn-", dir=self.state_dir) as scratch:
-            self._check_disk(Path(scratch))
-            store, arguments = self._capture(Path(scratch))
+        with self._evaluation():
+            directory = self._directory_with_room()
+            state = CalibrationState(
+                self.state_dir, lambda: fingerprint_of(self.model, self.samples, self.fingerprint, self.device)
+            )
+            calls = BlockCalls(self.model, self.blocks)
+            chunks = self._capture(calls, directory)
             bar = tqdm(self.blocks, desc="calibrating", unit="block", disable=not self.progress)
             for index, block in enumerate(bar):
-                bar.set_postfix_str(block.name)
                 with self._visiting(block):
-                    saved = state.load(index)
-                    result = saved or self._with_smaller_chunks(search, block, store, arguments[index])
-                    if saved is None:
-                        state.save(index, result)
+                    bar.set_postfix_str(f"{block.name}: search")
+                    result = self._result(search, index, chunks, calls, state)
                     results[block.name] = result
                     if transform is not None:
                         transform(block, result)
                     if index + 1 < len(self.blocks):
-                        store = self._advance(block, store, arguments[index])
-            store.clear()
+                        bar.set_postfix_str(f"{block.name}: forward")
+                        self._smaller_if_needed(chunks, calls, block, partial(self._advance, index, chunks))
         return results
 
+    @torch.no_grad()
     def plan(self, estimate: Callable[[Block, int], tuple[float, int]]) -> CalibrationPlan:
-        """What `run` will take; `estimate` gives FLOPs and bytes of workspace for a block and a number of tokens."""
-        tokens = sum(ids.numel() for ids in self.samples)
-        estimates = [estimate(block, tokens) for block in self.blocks]
-        parameters = list(self.model.parameters())
-        element = parameters[0].element_size()
-        hidden = self.model.config.get_text_config().hidden_size
-        activations = 2 * tokens * hidden * element
-        weights = sum(p.numel() * p.element_size() for p in parameters)
-        spilled = max(0, activations - self.activation_budget)
-        return CalibrationPlan(
-            blocks=len(self.blocks),
-            tokens=tokens,
-            peak_memory_bytes=weights + activations - spilled + max(workspace for _, workspace in estimates),
-            disk_bytes=spilled + (int(RESULT_SHARE * weights) if self.state_dir is not None else 0),
-            seconds=sum(flops for flops, _ in estimates) / _measured_flops(self.device),
-        )
+        """What `run` will take; one block runs once on one sample to measure how fast it is.
 
-    def _capture(self, scratch: Path) -> tuple[ActivationStore, list[list[dict[str, Any]]]]:
-        """The first block's hidden states, and for each block its other arguments for each chunk."""
-        store = ActivationStore(self.activation_budget // 2, scratch)
-        arguments: list[list[dict[str, Any]]] = [[] for _ in self.blocks]
-        for ids in self.samples:
-            calls = _recorded_calls(self.model, self.blocks, ids)
-            _check_finite(calls[0].hidden_states, len(store), "the embedding")
-            store.append(calls[0].hidden_states)
-            for block_arguments, call in zip(arguments, calls, strict=True):
-                block_arguments.append(_moved(call.arguments, torch.device("cpu"), 0, None))
-        return store, arguments
+        Args:
+            estimate: FLOPs, and bytes of workspace on the run's device, of the search of a block with so many tokens.
+        """
+        with self._evaluation():
+            largest = max(self.samples, key=Tensor.numel)
+            hidden_states, arguments = BlockCalls(self.model, self.blocks).record(largest)
+            block = self.blocks[0]
+            with self._visiting(block):
+                inputs = hidden_states.to(self.device), _moved(arguments[0], self.device)
+                return plan_of(self, estimate, lambda: block.module(inputs[0], **inputs[1]), hidden_states, arguments)
 
-    def _advance(self, block: Block, store: ActivationStore, arguments: Sequence[Mapping[str, Any]]) -> ActivationStore:
-        following = ActivationStore(store.budget, store.directory)
-        for index, (hidden_states, kwargs) in enumerate(BlockInputs(store, arguments, self.device)):
-            output = block.module(hidden_states, **kwargs)
-            output = output if isinstance(output, Tensor) else output[0]
-            _check_finite(output, index, block.name)
-            following.append(output)
-        store.clear()
-        return following
-
-    def _with_smaller_chunks(
+    def _result(
         self,
         search: Callable[[Block, BlockInputs], BlockResult],
-        block: Block,
-        store: ActivationStore,
-        arguments: Sequence[Mapping[str, Any]],
+        index: int,
+        chunks: _Chunks,
+        calls: BlockCalls,
+        state: CalibrationState,
     ) -> BlockResult:
-        split = 1
+        """A block's saved result, or a new one that is then saved."""
+        saved = state.load(index, self.device)
+        if saved is not None:
+            result, halvings = saved
+            while chunks.halvings < halvings:  # so that later blocks see the same bits as in an unbroken run
+                _halve(chunks, calls)
+            return result
+        block = self.blocks[index]
+        result = self._smaller_if_needed(chunks, calls, block, lambda: search(block, chunks.inputs(index, self.device)))
+        state.save(index, result, chunks.halvings)
+        return result
+
+    def _capture(self, calls: BlockCalls, directory: Path) -> _Chunks:
+        # Half of the budget: the inputs of the next block grow while those of this one are still there.
+        chunks = _Chunks(list(self.samples), ActivationStore(self.activation_budget // 2, directory), [])
+        for index, ids in enumerate(self.samples):
+            hidden_states, arguments = calls.record(ids)
+            _check_finite(hidden_states, index, "the embedding")
+            chunks.store.append(hidden_states)
+            chunks.arguments.append(arguments)
+        return chunks
+
+    def _advance(self, index: int, chunks: _Chunks) -> None:
+        """Replace a block's inputs by its outputs."""
+        block = self.blocks[index]
+        following = ActivationStore(chunks.store.budget, chunks.store.directory)
+        for sample, (hidden_states, arguments) in enumerate(chunks.inputs(index, self.device)):
+            output = block.module(hidden_states, **arguments)
+            output = output if isinstance(output, Tensor) else output[0]
+            _check_finite(output, sample, block.name)
+            following.append(output)
+        chunks.store = following
+
+    def _smaller_if_needed(self, chunks: _Chunks, calls: BlockCalls, block: Block, work: Callable[[], Done]) -> Done:
+        """Do the work; where memory runs out, halve the chunks for good and do it again."""
         while True:
             try:
-                return search(block, BlockInputs(store, arguments, self.device, split))
-            except torch.OutOfMemoryError as error:
-                split *= 2
-                if split > LARGEST_SPLIT:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                batch = max(len(ids) for ids in chunks.ids)
+                if batch == 1 or chunks.halvings == MOST_HALVINGS:
+                    tokens = max(ids.shape[1] for ids in chunks.ids)
                     raise torch.OutOfMemoryError(
-                        f"{block.name} does not fit on {self.device} even with chunks of an eighth: give fewer or "
-                        f"shorter calibration samples, or another device ({error})"
+                        f"{block.name} does not fit on {self.device} with {batch} sequence(s) of {tokens} tokens at a "
+                        f"time{_memory_of(self.device)}: give shorter or fewer calibration samples (seq_len, "
+                        f"n_samples), smaller batches, or another device ({error})"
                     ) from error
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            # Here the error is gone, and with it what its frames held.
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            _halve(chunks, calls)
 
     def _check_weights(self) -> None:
         for name, parameter in self.model.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise ValueError(f"{name}: holds NaN or Inf")
 
-    def _check_disk(self, scratch: Path) -> None:
-        needed = self.plan(lambda block, tokens: (0.0, 0)).disk_bytes
-        free = shutil.disk_usage(scratch).free
-        if needed > free:
-            raise OSError(f"{scratch.parent}: {needed / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB are free")
+    def _directory_with_room(self) -> Path:
+        """Where activations are spilled to, which has room for all that a run writes."""
+        directory = Path(tempfile.gettempdir()) if self.state_dir is None else self.state_dir
+        directory.mkdir(parents=True, exist_ok=True)
+        check_room(directory, disk_bytes_of(self))
+        return directory
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
@@ -243,61 +250,38 @@ class CalibrationRunner:
             block.module.to(home)
 
 
-@dataclass
-class _Call:
-    hidden_states: Tensor = field(default_factory=lambda: torch.empty(0))
-    arguments: dict[str, Any] = field(default_factory=dict)
+def _halve(chunks: _Chunks, calls: BlockCalls) -> None:
+    """Cut every chunk in two; the arguments are recorded anew, since not all have one row a sequence."""
+    store = ActivationStore(chunks.store.budget, chunks.store.directory)
+    for hidden_states in chunks.store:
+        for part in hidden_states.split((len(hidden_states) + 1) // 2):
+            store.append(part)
+    chunks.store = store
+    chunks.ids = [part for ids in chunks.ids for part in ids.split((len(ids) + 1) // 2)]
+    chunks.arguments = [calls.record(ids)[1] for ids in chunks.ids]
+    chunks.halvings += 1
 
 
-def _recorded_calls(model: Any, blocks: Sequence[Block], ids: Tensor) -> list[_Call]:
-    """Run the model with stand-ins for its blocks that note how they are called and pass the hidden states on."""
-    calls = [_Call() for _ in blocks]
-    tuples: list[bool] = []
-
-    def stand_in(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        names = [name for name in inspect.signature(original).parameters if name != "self"]
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            arguments = {
-                name: value for name, value in given.items() if name != names[0] and not _is_cache(name, value)
-            }
-            hidden_states = given[names[0]]
-            if not tuples:
-                # The first block runs once for real: some models' blocks return a tuple, most a tensor.
-                tuples.append(isinstance(original(hidden_states, **arguments), tuple))
-            calls[index] = _Call(hidden_states, arguments)
-            return (hidden_states,) if tuples[0] else hidden_states
-
-        return forward
-
-    try:
-        for index, block in enumerate(blocks):
-            block.module.forward = stand_in(index, block.module.forward)
-        device = model.get_input_embeddings().weight.device
-        base = getattr(model, "base_model", model)  # without the head, whose logits nobody reads
-        base(input_ids=ids.to(device), use_cache=False)
-    finally:
-        for block in blocks:
-            block.module.__dict__.pop("forward", None)
-    return calls
+def _is_out_of_memory(error: BaseException) -> bool:
+    # The CPU's allocator raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _is_cache(name: str, value: Any) -> bool:
-    return name in ("past_key_values", "past_key_value", "layer_past", "use_cache", "output_attentions") or (
-        type(value).__name__.endswith("Cache")
-    )
+def _memory_of(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
+    return f" (peak {peak / 2**30:.1f} of {total / 2**30:.1f} GiB)"
 
 
-def _moved(value: Any, device: torch.device, batch: int, rows: slice | None) -> Any:
-    """Tensors inside `value` on `device`; of those that have one row a sequence, only the wanted rows."""
+def _moved(value: Any, device: torch.device) -> Any:
+    """The same with every tensor on `device`."""
     if isinstance(value, Tensor):
-        part = value[rows] if rows is not None and value.dim() > 1 and value.shape[0] == batch else value
-        return part.to(device)
+        return value.to(device)
     if isinstance(value, dict):
-        return {key: _moved(entry, device, batch, rows) for key, entry in value.items()}
+        return {key: _moved(entry, device) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_moved(entry, device, batch, rows) for entry in value)
+        return type(value)(_moved(entry, device) for entry in value)
     return value
 
 
@@ -305,14 +289,3 @@ def _check_finite(hidden_states: Tensor, sample: int, where: str) -> None:
     bad = int((~hidden_states.isfinite()).sum())
     if bad:
         raise ValueError(f"calibration sample {sample}: {bad} activations after {where} are NaN or Inf")
-
-
-def _measured_flops(device: torch.device) -> float:
-    size = 512 if device.type == "cpu" else 4096
-    a = torch.randn(size, size, device=device)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best

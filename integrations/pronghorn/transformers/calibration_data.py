@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -48,48 +49,70 @@ def calibration_samples(
     Raises:
         ValueError, TypeError: no data, no tokenizer for text, neither text nor ids, ids not in the vocabulary.
     """
+    for name, count in (("n_samples", n_samples), ("seq_len", seq_len)):
+        if count < 1:
+            raise ValueError(f"{name}: got {count}, wanted at least 1")
     if isinstance(data, str):
         if data != "builtin":
             raise ValueError(f"calibration: got the string {data[:40]!r}, wanted 'builtin' or a list of texts")
         data = [builtin_text()]
-    entries = _collect(data() if callable(data) else data, n_samples)
-    if not entries:
+    entries = _read(data() if callable(data) else data)
+    first = next(entries, None)
+    if first is None:
         raise ValueError("calibration: empty, at least one text or sequence of token ids is needed")
-    if all(isinstance(entry, str) for entry in entries):
+    entries = itertools.chain([first], entries)
+    if isinstance(first, str):
         samples = _tokenize(entries, tokenizer, n_samples, seq_len)
     else:
-        samples = [_as_ids(index, entry) for index, entry in enumerate(entries)][:n_samples]
-    for index, ids in enumerate(samples):
-        if vocab_size is not None and not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
-            raise ValueError(
-                f"calibration: sample {index} has token ids from {int(ids.min())} to {int(ids.max())}, the model's "
-                f"vocabulary ends at {vocab_size - 1}: is this the model's tokenizer?"
-            )
+        samples = [_as_ids(index, entry) for index, entry in enumerate(itertools.islice(entries, n_samples))]
+    if vocab_size is not None:
+        check_token_ids(samples, vocab_size)
     return samples
 
 
-def _collect(data: Any, n_samples: int) -> list[Any]:
+def check_token_ids(samples: Sequence[Tensor], vocab_size: int) -> None:
+    """Raise TypeError or ValueError unless every sample is ids [batch, tokens] below `vocab_size`."""
+    if not samples:
+        raise ValueError("calibration: empty, at least one text or sequence of token ids is needed")
+    for index, ids in enumerate(samples):
+        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+            got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"calibration: sample {index} is {got}, wanted an int64 tensor of token ids")
+        if ids.dim() != 2 or ids.numel() == 0:
+            raise ValueError(f"calibration: sample {index} has shape {tuple(ids.shape)}, wanted [batch, tokens]")
+        least, most = int(ids.min()), int(ids.max())
+        if least < 0 or most >= vocab_size:
+            raise ValueError(
+                f"calibration: sample {index} has token ids from {least} to {most}, the model's vocabulary ends at "
+                f"{vocab_size - 1}: is this the model's tokenizer?"
+            )
+
+
+def _read(data: Any) -> Iterator[Any]:
+    """The entries one by one, so that an endless source is read only as far as it is needed."""
     if isinstance(data, Tensor):
-        return [data]
+        yield data
+        return
     if not isinstance(data, Iterable):
         raise TypeError(f"calibration: got {type(data).__name__}, wanted texts, token ids, a callable or 'builtin'")
-    entries: list[Any] = []
     iterator = iter(data)
-    while len(entries) < max(n_samples, 1) or (entries and isinstance(entries[0], str)):
+    for index in itertools.count():
         try:
-            entries.append(next(iterator))
+            entry = next(iterator)
         except StopIteration:
-            break
+            return
         except Exception as error:
-            raise ValueError(f"calibration: reading sample {len(entries)} failed: {error}") from error
-    return entries
+            raise ValueError(f"calibration: reading sample {index} failed: {error}") from error
+        yield entry
 
 
-def _tokenize(texts: Sequence[str], tokenizer: Any, n_samples: int, seq_len: int) -> list[Tensor]:
+def _tokenize(texts: Iterable[Any], tokenizer: Any, n_samples: int, seq_len: int) -> list[Tensor]:
     if tokenizer is None:
         raise ValueError("calibration: texts need the model's tokenizer, which is not there; give token ids instead")
     ids: list[int] = []
-    for text in texts:
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"calibration: sample {index} is {type(text).__name__}, wanted text as in sample 0")
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= n_samples * seq_len:
             break

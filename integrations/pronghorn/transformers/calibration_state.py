@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import itertools
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
+
+from pronghorn.transformers.disk import remove_parts, write_atomically
 
 SAMPLED_ELEMENTS = 1 << 16
+UNIMPORTANT = ("_name_or_path", "transformers_version", "quantization_config")  # of a model's configuration
 
 
 @dataclass
@@ -35,7 +38,8 @@ class CalibrationState:
         fingerprint: makes the run's fingerprint, when it is needed.
 
     Raises:
-        ValueError: the directory belongs to a run whose fingerprint differs; the fields are named.
+        ValueError: the directory belongs to a run whose fingerprint differs (the fields are named), or is damaged.
+        OSError: the directory cannot be written.
     """
 
     def __init__(self, directory: Path | None, fingerprint: Callable[[], dict[str, Any]]) -> None:
@@ -43,72 +47,92 @@ class CalibrationState:
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        path, found = directory / "fingerprint.json", fingerprint()
+        remove_parts(directory)
+        path = directory / "fingerprint.json"
+        found = json.loads(json.dumps(fingerprint()))
         if not path.exists():
-            _write_atomically(path, json.dumps(found, indent=1).encode())
+            write_atomically(path, json.dumps(found, indent=1).encode())
             return
-        stored = json.loads(path.read_text())
-        found = json.loads(json.dumps(found))
-        differing = sorted(key for key in stored.keys() | found.keys() if stored.get(key) != found.get(key))
+        try:
+            stored = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete {directory} to start anew") from error
+        differing = _differences(stored, found)
         if differing:
             raise ValueError(
                 f"{directory} holds the state of another run; these differ: {', '.join(differing)}. "
                 "Use another directory, or delete this one"
             )
 
-    def load(self, index: int) -> BlockResult | None:
-        """The saved result of a block, if there is one."""
+    def load(self, index: int, device: torch.device) -> tuple[BlockResult, int] | None:
+        """The saved result of a block and the halvings of its chunks, if it was saved.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         path = self._path(index)
         if path is None or not path.exists():
             return None
-        with safe_open(path, framework="pt") as file:
-            info = json.loads((file.metadata() or {}).get("info", "{}"))
-            return BlockResult({key: file.get_tensor(key) for key in file.keys()}, info)  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                notes = json.loads((file.metadata() or {})["notes"])
+                tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
+            return BlockResult(tensors, notes["info"]), int(notes["halvings"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, and its block is searched again") from error
 
-    def save(self, index: int, result: BlockResult) -> None:
-        """Keep the result of a block."""
+    def save(self, index: int, result: BlockResult, halvings: int) -> None:
+        """Keep the result of a block, and how often its chunks were halved."""
         path = self._path(index)
         if path is not None:
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in result.tensors.items()}
-            _write_atomically(path, save(tensors, metadata={"info": json.dumps(result.info)}))
+            # One entry: safetensors writes several in any order, and equal results are to be equal files.
+            notes = json.dumps({"info": result.info, "halvings": halvings})
+            write_atomically(path, save(tensors, metadata={"notes": notes}))
 
     def _path(self, index: int) -> Path | None:
         return None if self.directory is None else self.directory / f"block-{index:05d}.safetensors"
 
 
-def fingerprint_of(model: nn.Module, samples: Sequence[Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be equal for two runs to give the same results bit by bit: weights, data, settings, code.
+def fingerprint_of(
+    model: Any, samples: Sequence[Tensor], settings: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """What must be equal for two runs to give the same results bit by bit: model, data, settings, device, code.
 
     Of each weight a sample of its bytes is hashed, so that a large model takes seconds.
     """
     import transformers
 
     weights = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        flat = tensor.detach().reshape(-1)
         part = flat[:: max(1, flat.numel() // SAMPLED_ELEMENTS)].cpu().contiguous()
-        weights.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         weights.update(part.view(torch.uint8).numpy().tobytes())
     data = hashlib.sha256()
     for ids in samples:
         data.update(f"{tuple(ids.shape)}".encode() + ids.cpu().contiguous().numpy().tobytes())
+    config = {key: value for key, value in model.config.to_dict().items() if key not in UNIMPORTANT}
     return {
+        "config": json.loads(json.dumps(config, default=str)),
+        "attn_implementation": str(model.config._attn_implementation),
         "weights": weights.hexdigest(),
         "data": data.hexdigest(),
+        "device": device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "pronghorn": importlib.metadata.version("pronghorn"),
         **settings,
     }
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _differences(stored: Any, found: Any, name: str = "") -> list[str]:
+    """The names of fields, dotted, that are not equal in two JSON objects."""
+    if not (isinstance(stored, dict) and isinstance(found, dict)):
+        return [] if stored == found else [name]
+    missing = object()
+    return [
+        difference
+        for key in sorted(stored.keys() | found.keys())
+        for difference in _differences(stored.get(key, missing), found.get(key, missing), f"{name}.{key}".strip("."))
+    ]

@@ -41,6 +41,8 @@ from pronghorn.kernels.w4a16_matmul import w4a16_matmul
 logger = logging.getLogger(__name__)
 
 ONLINE_GROUP_SIZES = (128, 64, 32)
+BITS_KEYS = ("bits", "w_bit")
+VERSION_KEYS = ("version", "format", "checkpoint_format")
 
 
 def register() -> None:
@@ -62,6 +64,7 @@ class VllmAwqConfig(QuantizationConfig):
         super().__init__()
         self.online = config is None
         self.config = config or AwqConfig(version="natural")
+        self.skipped = list(self.config.modules_to_not_convert or ())
         if self.online:
             logger.warning("the checkpoint is not quantized: its weights are rounded to the nearest of 4 bits")
 
@@ -89,7 +92,14 @@ class VllmAwqConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> VllmAwqConfig:
-        """Read the checkpoint's quantization configuration."""
+        """Read the checkpoint's quantization configuration.
+
+        Raises:
+            ValueError: it does not say how many bits or which version, or what it says is not accepted.
+        """
+        for name, keys in (("bits", BITS_KEYS), ("version", VERSION_KEYS)):
+            if not any(key in config for key in keys):
+                raise ValueError(f"{name}: the checkpoint's quantization configuration lacks it; it has {config}")
         return cls(AwqConfig.from_dict(config))
 
     @classmethod
@@ -102,8 +112,27 @@ class VllmAwqConfig(QuantizationConfig):
             return METHOD
         if method != PUBLISHED_METHOD or user_quant is not None:
             return None
-        config = AwqConfig.from_dict(hf_quant_cfg)
+        try:
+            config = AwqConfig.from_dict(hf_quant_cfg)
+        except (ValueError, TypeError) as error:  # vLLM may know what to do with it
+            logger.warning("an AWQ checkpoint is left to vLLM, %s cannot read it: %s", METHOD, error)
+            return None
         return METHOD if config.layout != "gemm" or not config.zero_point else None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Skip what the checkpoint has in full precision, whether or not its configuration says so: vision towers."""
+        if self.online:
+            return
+        from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+        stored = get_safetensors_params_metadata(model_name, revision=revision)
+        whole = {name.removesuffix(".weight") for name in stored if name.endswith(".weight")}
+        packed = {name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")}
+        self.skipped += sorted(whole - packed)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Bring the names of skipped modules from transformers' structure of the model to vLLM's."""
+        self.skipped = hf_to_vllm_mapper.apply_list(self.skipped)
 
     def get_quant_method(self, layer: Any, prefix: str) -> LinearMethodBase | None:
         """The method of a linear; other layers stay as they are.
@@ -133,7 +162,7 @@ class VllmAwqConfig(QuantizationConfig):
         return all(skipped)
 
     def _names(self, name: str) -> bool:
-        return is_router(name) or any(f".{entry}." in f".{name}." for entry in self.config.modules_to_not_convert or ())
+        return is_router(name) or any(f".{entry}." in f".{name}." for entry in self.skipped)
 
 
 @register_weight_loader_v2_supported_method

@@ -1,19 +1,15 @@
-"""The calibration runner: the right inputs for every block, resumable, and clear about bad data."""
+"""The calibration runner: the right inputs for every block, and clear words about bad data."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
+import itertools
 
 import pytest
 import torch
-from tests.models import CONFIGS, tiny_model, token_ids
+from tests.faults.fail_at_call import FailAtCall
+from tests.models import CONFIGS, SIZES, tiny_model, token_ids
 
 from pronghorn.transformers.activation_store import ActivationStore
 from pronghorn.transformers.calibration import BlockResult, CalibrationRunner
+from pronghorn.transformers.calibration_capture import BlockCalls
 from pronghorn.transformers.calibration_data import builtin_text, calibration_samples
 from pronghorn.transformers.decoder import find_decoder_blocks
 from pronghorn.transformers.experts import unfuse_experts
@@ -25,9 +21,37 @@ def outputs(block, inputs):
     return BlockResult({"out": torch.cat(found)}, {"block": block.name})
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+def tiny_llava():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SIZES), image_token_index=1)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def tiny_qwen2_vl():
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}
+    text = {**SIZES, "rope_parameters": rope}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=1, video_token_id=2)
+    return Qwen2VLForConditionalGeneration(config).eval()
+
+
+MULTIMODAL = {"llava": tiny_llava, "qwen2_vl": tiny_qwen2_vl}
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_only_the_language_tower_is_found(family):
+    names = [block.name for block in find_decoder_blocks(MULTIMODAL[family]())]
+    assert names == ["model.language_model.layers.0", "model.language_model.layers.1"]
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, *MULTIMODAL])
 def test_blocks_get_what_the_model_gives_them(family):
-    model = tiny_model(family)
+    model = MULTIMODAL[family]() if family in MULTIMODAL else tiny_model(family)
     samples = [token_ids(2, 24), token_ids(1, 17, seed=1)]
     seen = {}
     for block in find_decoder_blocks(model):
@@ -82,10 +106,9 @@ def test_activations_beyond_the_budget_go_to_disk(tmp_path):
     tensors = [torch.randn(3, 5) for _ in range(4)]
     for tensor in tensors:
         store.append(tensor)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert store.spilled == 3 * 60
     assert all(torch.equal(a, b) for a, b in zip(store, tensors, strict=True))
-    store.clear()
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())  # the files have no names: nothing can be left behind
 
 
 def test_spilled_runs_give_the_same_bits(tmp_path):
@@ -93,94 +116,8 @@ def test_spilled_runs_give_the_same_bits(tmp_path):
     kept = CalibrationRunner(model, samples, progress=False).run(outputs)
     spilled = CalibrationRunner(model, samples, progress=False, activation_budget=0, state_dir=tmp_path).run(outputs)
     assert all(torch.equal(kept[name].tensors["out"], spilled[name].tensors["out"]) for name in kept)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-
-
-def test_a_smaller_chunk_after_running_out_of_memory():
-    model, samples = tiny_model("llama"), [token_ids(8)]
-    tried = []
-
-    def hungry(block, inputs):
-        sizes = [hidden.shape[0] for hidden, _ in inputs]
-        tried.append(max(sizes))
-        if max(sizes) > 2:
-            raise torch.OutOfMemoryError("full")
-        return outputs(block, inputs)
-
-    result = CalibrationRunner(model, samples, progress=False).run(hungry)
-    assert tried == [8, 4, 2, 8, 4, 2]
-    wanted = CalibrationRunner(model, samples, progress=False).run(outputs)
-    for name in wanted:
-        torch.testing.assert_close(result[name].tensors["out"], wanted[name].tensors["out"])
-
-    def starving(block, inputs):
-        raise torch.OutOfMemoryError("full")
-
-    with pytest.raises(torch.OutOfMemoryError, match="does not fit"):
-        CalibrationRunner(model, samples, progress=False).run(starving)
-
-
-KILLED = """
-    import os, signal, sys
-    from pathlib import Path
-    import torch
-    from pronghorn.transformers.calibration import CalibrationRunner
-    from tests.integrations.transformers.test_calibration import outputs
-    from tests.models import tiny_model, token_ids
-
-    model = tiny_model("llama", num_hidden_layers=4)
-    calls = []
-
-    def search(block, inputs):
-        calls.append(block.name)
-        if len(calls) == int(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return outputs(block, inputs)
-
-    results = CalibrationRunner(model, [token_ids()], state_dir=Path(sys.argv[1]), progress=False).run(search)
-    torch.save({name: result.tensors["out"] for name, result in results.items()}, sys.argv[3])
-    print(len(calls))
-"""
-
-
-def run_killed(state, kill_at, out):
-    root = Path(__file__).parents[3]
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(state), str(kill_at), str(out)]
-    env = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, env=env)
-
-
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
-    whole = run_killed(tmp_path / "a", 0, tmp_path / "a.pt")
-    assert whole.returncode == 0, whole.stderr
-    killed = run_killed(tmp_path / "b", 3, tmp_path / "b.pt")
-    assert killed.returncode == -signal.SIGKILL
-    resumed = run_killed(tmp_path / "b", 0, tmp_path / "b.pt")
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.strip() == "2"  # two of four blocks were done
-    a, b = torch.load(tmp_path / "a.pt"), torch.load(tmp_path / "b.pt")
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_another_run_is_not_continued(tmp_path):
-    model, samples = tiny_model("llama"), [token_ids()]
-    first = CalibrationRunner(model, samples, state_dir=tmp_path, fingerprint={"bits": 4}, progress=False)
-    first.run(outputs)
-    for changes, field in (
-        ({"fingerprint": {"bits": 3}}, "bits"),
-        ({"samples": [token_ids(seed=5)]}, "data"),
-        ({"model": tiny_model("llama", seed=1)}, "weights"),
-    ):
-        how = {"model": model, "samples": samples, "fingerprint": {"bits": 4}, **changes}
-        with pytest.raises(ValueError, match=field):
-            CalibrationRunner(how.pop("model"), how.pop("samples"), state_dir=tmp_path, progress=False, **how).run(
-                outputs
-            )
-    (tmp_path / "fingerprint.json").write_text(json.dumps({"weights": 0}))
-    with pytest.raises(ValueError, match="these differ"):
-        first.run(outputs)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"fingerprint.json", "block-00000.safetensors", "block-00001.safetensors"}
 
 
 def test_bad_numbers_are_named():
@@ -194,25 +131,46 @@ def test_bad_numbers_are_named():
         CalibrationRunner(model, [token_ids()], progress=False).run(outputs)
 
 
-def test_a_full_disk_is_said_before_the_start(tmp_path, monkeypatch):
-    import shutil
+def test_the_plan_says_what_a_run_takes(tmp_path):
+    model, samples = tiny_model("llama"), [token_ids(4, 64)]
+    side = 256 * 64 * 4
 
-    model = tiny_model("llama")
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
-    with pytest.raises(OSError, match="are needed"):
-        CalibrationRunner(model, [token_ids()], state_dir=tmp_path, progress=False).run(outputs)
+    def plan(workspace=0, **how):
+        runner = CalibrationRunner(model, samples, progress=False, **how)
+        return runner.plan(lambda block, tokens: (1e9 * tokens / 256, workspace))
 
-
-def test_the_plan_says_what_a_run_takes():
-    model = tiny_model("llama")
-    plan = CalibrationRunner(model, [token_ids(4, 64)], progress=False).plan(lambda block, tokens: (1e9, 1000))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert plan.blocks == 2
-    assert plan.tokens == 256
-    assert plan.peak_memory_bytes == weights + 2 * 256 * 64 * 4 + 1000
-    assert plan.seconds > 0
-    assert "256 calibration tokens" in str(plan)
+    assert plan().blocks == 2
+    assert plan().tokens == 256
+    assert plan().disk_bytes == 0
+    assert plan(activation_budget=side).disk_bytes == side
+    assert plan(activation_budget=0).disk_bytes == 2 * side
+    assert plan(state_dir=tmp_path, activation_budget=0).disk_bytes == 2 * side + weights // 10
+    assert plan(workspace=3 << 30).peak_memory_bytes - plan().peak_memory_bytes == pytest.approx(3 << 30, rel=0.05)
+    assert plan().peak_memory_bytes > 100 << 20  # the process itself, torch in it
+    assert plan().seconds > 0
+    assert "256 calibration tokens" in str(plan())
+    assert not list(tmp_path.iterdir())
+
+
+def test_equal_arguments_are_kept_once():
+    model = tiny_model("gemma3")
+    calls = BlockCalls(model, find_decoder_blocks(model))
+    with torch.no_grad():
+        _, (first, second) = calls.record(token_ids(1, 24))
+        _, (again, _) = calls.record(token_ids(1, 24, seed=1))
+        _, (longer, _) = calls.record(token_ids(1, 25))
+    assert first["position_embeddings"][0] is again["position_embeddings"][0]
+    assert not torch.equal(first["position_embeddings"][0], second["position_embeddings"][0])  # local and global
+    assert longer["position_embeddings"][0].shape[1] == 25
+
+
+def test_the_bar_says_what_is_done(capfd):
+    CalibrationRunner(tiny_model("llama"), [token_ids()]).run(outputs)
+    shown = capfd.readouterr().err
+    assert "model.layers.0: forward" in shown
+    assert "model.layers.1: search" in shown
+    assert "2/2" in shown
 
 
 def test_models_that_are_no_language_models():
@@ -248,9 +206,14 @@ def test_samples_of_ids():
     assert calibration_samples(lambda: [[1, 2, 3]])[0].tolist() == [[1, 2, 3]]
 
 
+def test_an_endless_source_is_read_as_far_as_needed():
+    texts = itertools.repeat("abc")
+    assert [tuple(s.shape) for s in calibration_samples(texts, Letters(), n_samples=2, seq_len=6)] == [(1, 6), (1, 6)]
+    assert len(calibration_samples(itertools.repeat([1, 2]), n_samples=3)) == 3
+
+
 def broken():
-    yield "fine"
-    raise RuntimeError("no more")
+    return map(FailAtCall(lambda index: f"text {index}", 38, RuntimeError("no more")), itertools.count())
 
 
 @pytest.mark.parametrize(
@@ -265,7 +228,11 @@ def broken():
         ([[]], None, (TypeError, ValueError), "sample 0"),
         (17, None, TypeError, "wanted texts"),
         ([[5, 500]], None, ValueError, "vocabulary ends at 127"),
-        (broken, Letters(), ValueError, "sample 1 failed: no more"),
+        (broken, Letters(), ValueError, "sample 37 failed: no more"),
+        (["text", 17], Letters(), TypeError, "sample 1 is int"),
+        ([[1, 2], "text"], None, TypeError, "sample 1 is str"),
+        ([b"bytes"], Letters(), TypeError, "sample 0"),
+        ([[-1, 5]], None, ValueError, "from -1 to 5"),
     ],
 )
 def test_bad_samples(data, tokenizer, kind, named):
@@ -273,6 +240,23 @@ def test_bad_samples(data, tokenizer, kind, named):
         calibration_samples(data, tokenizer, vocab_size=128)
 
 
-def test_no_samples():
-    with pytest.raises(ValueError, match="samples: empty"):
-        CalibrationRunner(tiny_model("llama"), [])
+@pytest.mark.parametrize(
+    ("samples", "kind", "named"),
+    [
+        ([], ValueError, "empty"),
+        ([torch.tensor([[1, 128]])], ValueError, "vocabulary ends at 127"),
+        ([torch.tensor([1, 2])], ValueError, r"shape \(2,\)"),
+        ([torch.zeros(1, 0, dtype=torch.long)], ValueError, r"shape \(1, 0\)"),
+        ([torch.zeros(1, 4)], TypeError, "float32"),
+        (["text"], TypeError, "sample 0 is str"),
+    ],
+)
+def test_samples_that_are_no_ids_of_the_model(samples, kind, named):
+    with pytest.raises(kind, match=named):
+        CalibrationRunner(tiny_model("llama"), samples)
+
+
+@pytest.mark.parametrize("how", [{"n_samples": 0}, {"seq_len": 0}])
+def test_no_samples_asked_for(how):
+    with pytest.raises(ValueError, match="wanted at least 1"):
+        calibration_samples([[1, 2]], **how)
