@@ -84,7 +84,8 @@ def outcomes(ecosystem: str) -> list[Outcome]:
 def unavailable(ecosystem: str, reason: str, remedy: str) -> list[Outcome]:
     """The outcomes of an ecosystem that cannot be used here; nothing is loaded or kept."""
     return [
-        Outcome(entry.name, ecosystem, _origin(entry), "unavailable", reason, remedy) for entry in entry_points(ecosystem)
+        Outcome(entry.name, ecosystem, _origin(entry), "unavailable", reason, remedy)
+        for entry in entry_points(ecosystem)
     ]
 
 

@@ -3,14 +3,16 @@
 from pathlib import Path
 
 
-def fake_distribution(folder: Path, name: str, entry_points: dict[str, dict[str, str]], files: dict[str, str]) -> Path:
+def fake_distribution(
+    folder: Path, name: str, entry_points: dict[str, dict[str, str]], files: dict[str, str], version: str = "1.0"
+) -> Path:
     """Write a distribution into `folder`; on PYTHONPATH it counts as installed."""
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(content)
-    metadata = folder / f"{name.replace('-', '_')}-1.0.dist-info"
+    metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     groups = (
         f"[{group}]\n" + "".join(f"{key} = {value}\n" for key, value in entries.items())
         for group, entries in entry_points.items()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pronghorn.transformers.activation_store import ActivationStore
 from pronghorn.transformers.calibration_capture import BlockCalls
 from pronghorn.transformers.calibration_data import check_token_ids
-from pronghorn.transformers.calibration_plan import CalibrationPlan, disk_bytes_of, plan_of
+from pronghorn.transformers.calibration_plan import CalibrationPlan, Undertaking, disk_bytes_of, plan_of
 from pronghorn.transformers.calibration_state import BlockResult, CalibrationState, fingerprint_of
 from pronghorn.transformers.decoder import Block, find_decoder_blocks
 from pronghorn.transformers.disk import check_room
@@ -152,7 +152,13 @@ class CalibrationRunner:
             block = self.blocks[0]
             with self._visiting(block):
                 inputs = hidden_states.to(self.device), _moved(arguments[0], self.device)
-                return plan_of(self, estimate, lambda: block.module(inputs[0], **inputs[1]), hidden_states, arguments)
+                return plan_of(
+                    self._undertaking(),
+                    estimate,
+                    lambda: block.module(inputs[0], **inputs[1]),
+                    hidden_states,
+                    arguments,
+                )
 
     def _result(
         self,
@@ -216,6 +222,12 @@ class CalibrationRunner:
                 torch.cuda.empty_cache()
             _halve(chunks, calls)
 
+    def _undertaking(self) -> Undertaking:
+        tokens = sum(ids.numel() for ids in self.samples)
+        return Undertaking(
+            self.model, self.blocks, tokens, self.device, self.activation_budget, self.state_dir is not None
+        )
+
     def _check_weights(self) -> None:
         for name, parameter in self.model.named_parameters():
             if not bool(parameter.isfinite().all()):
@@ -225,7 +237,7 @@ class CalibrationRunner:
         """Where activations are spilled to, which has room for all that a run writes."""
         directory = Path(tempfile.gettempdir()) if self.state_dir is None else self.state_dir
         directory.mkdir(parents=True, exist_ok=True)
-        check_room(directory, disk_bytes_of(self))
+        check_room(directory, disk_bytes_of(self._undertaking()))
         return directory
 
     @contextmanager

