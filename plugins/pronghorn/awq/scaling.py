@@ -46,10 +46,10 @@ def apply_scale(block: nn.Module, prev: str, readers: Sequence[str], scale: Tens
         ValueError: `prev` is neither a norm, a linear nor an activation, or a shape does not fit.
     """
     module: Any = block.get_submodule(prev)
-    for name in readers:
-        columns: Any = block.get_submodule(name).weight
-        if columns.shape[1] != scale.shape[0]:
-            raise ValueError(f"{name} reads {columns.shape[1]} channels, its scale has {scale.shape[0]}")
+    weights: list[Any] = [block.get_submodule(name).weight for name in readers]
+    for name, weight in zip(readers, weights, strict=True):
+        if weight.shape[1] != scale.shape[0]:
+            raise ValueError(f"{name} reads {weight.shape[1]} channels, its scale has {scale.shape[0]}")
     with torch.no_grad():
         if isinstance(module, nn.Linear):
             divide_last_rows(module.weight, scale)
@@ -62,9 +62,8 @@ def apply_scale(block: nn.Module, prev: str, readers: Sequence[str], scale: Tens
         elif list(module.parameters()):
             raise ValueError(f"{prev} is a {type(module).__name__}; accepted are norms, linears and activations")
         else:
-            block.set_submodule(prev, ScaledActivation(module, scale.to(columns)))
-        for name in readers:
-            weight: Any = block.get_submodule(name).weight
+            block.set_submodule(prev, ScaledActivation(module, scale.to(weights[0])))
+        for weight in weights:
             weight.mul_(scale.to(weight))
 
 

@@ -351,7 +351,7 @@ def test_tensors_that_cannot_be_right_are_refused(monkeypatch, version, bits):
     for number, named in ((float("nan"), "hold NaN or Inf"), (float("inf"), "hold NaN or Inf"), (-1.0, "negative")):
         with pytest.raises(ValueError, match=named):
             load([("scales", lambda tensor, number=number: tensor.index_fill_(0, torch.tensor([0]), number))])
-    with pytest.raises(ValueError, match="is not layout|needs a multiple of 64"):
+    with pytest.raises(ValueError, match=r"is not layout|needs a multiple of 64"):
         load(group_size=128)
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from pronghorn.awq import AwqConfig, AwqLinear, AwqSearch, quantize_model
+from tests.models import SIZES, token_ids
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from tests.models import SIZES, token_ids
+from pronghorn.awq import AwqConfig, AwqLinear, AwqSearch, quantize_model
 
 
 @pytest.fixture
