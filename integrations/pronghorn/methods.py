@@ -18,8 +18,7 @@ logger = logging.getLogger(__name__)
 ECOSYSTEMS = ("transformers", "vllm", "diffusers", "lerobot", "trl")
 DISABLE = "PRONGHORN_DISABLE"
 
-# One for each ecosystem: a method's import in one may import the other, while a second thread does the reverse.
-_locks = {ecosystem: threading.RLock() for ecosystem in ECOSYSTEMS}
+_lock = threading.Lock()
 _tried: set[tuple[str, str]] = set()
 _outcomes: dict[tuple[str, str], Outcome] = {}
 
@@ -65,20 +64,27 @@ def is_disabled(method: str) -> bool:
 
 
 def register_all(ecosystem: str) -> list[Outcome]:
-    """Register every installed method with an ecosystem; each is tried once in a process. Never raises."""
-    with _locks[ecosystem]:
-        for entry in entry_points(ecosystem):
-            key = (ecosystem, entry.name)
-            if key not in _tried:  # known before it ends: a method's register() may come back here
-                _tried.add(key)
-                _outcomes[key] = _register(ecosystem, entry)
-        return outcomes(ecosystem)
+    """Register every installed method with an ecosystem; each is tried once in a process. Never raises.
+
+    One that another thread is registering is not waited for; `import pronghorn.transformers` waits, as imports do.
+    """
+    for entry in entry_points(ecosystem):
+        key = (ecosystem, entry.name)
+        with _lock:
+            if key in _tried:
+                continue
+            _tried.add(key)
+        # Not under the lock: a method's register() may come back here, or wait for an import of another thread.
+        outcome = _register(ecosystem, entry)
+        with _lock:
+            _outcomes[key] = outcome
+    return outcomes(ecosystem)
 
 
 def outcomes(ecosystem: str) -> list[Outcome]:
     """What `register_all` found so far."""
-    with _locks[ecosystem]:
-        return [outcome for (where, _), outcome in sorted(_outcomes.copy().items()) if where == ecosystem]
+    with _lock:
+        return [outcome for (where, _), outcome in sorted(_outcomes.items()) if where == ecosystem]
 
 
 def unavailable(ecosystem: str, reason: str, remedy: str) -> list[Outcome]:

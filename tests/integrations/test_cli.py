@@ -41,6 +41,45 @@ def test_info_is_json():
     }
 
 
+def test_info_says_what_is_wrong_and_what_mends_it(tmp_path):
+    """Also where a plugin prints: the report is the only thing on the standard output."""
+    entry_points = {
+        "pronghorn.transformers": {"badluck": "badluck_plugin:register", "chatty": "chatty_plugin:register"},
+        "pronghorn.lerobot": {"badluck": "badluck_plugin:register"},
+    }
+    chatty = "print('imported')\ndef register():\n    print('registered')\n"
+    files = {"badluck_plugin.py": FAULTS["import error"][0], "chatty_plugin.py": chatty}
+    fake_distribution(tmp_path, "bad-luck", entry_points, files)
+    code = "import sys; sys.argv = ['pronghorn', 'info'{}]; from pronghorn.cli import main; main()"
+    report = run(code.format(", '--json'"), tmp_path, PRONGHORN_DISABLE="awq")
+    assert "registered" in report.stderr
+    found = {(plugin["method"], plugin["ecosystem"]): plugin for plugin in json.loads(report.stdout)["plugins"]}
+    assert found["chatty", "transformers"]["state"] == "loaded"
+    wanted = {
+        ("awq", "transformers"): ("disabled", "unset PRONGHORN_DISABLE"),
+        ("badluck", "transformers"): ("failed", "pip install bad-luck"),
+        ("badluck", "lerobot"): ("unavailable", "pip install 'pronghorn[lerobot]'"),
+    }
+    for key, (state, remedy) in wanted.items():
+        assert (found[key]["state"], found[key]["remedy"]) == (state, remedy)
+        assert found[key]["reason"]
+    table = run(code.format(""), tmp_path).stdout
+    assert "badluck in transformers: ModuleNotFoundError" in table
+    assert "to mend it: pip install bad-luck" in table
+
+
+def test_verify_reports_a_broken_method_and_goes_on(tmp_path):
+    entry_points = {"pronghorn.verify": {"badluck": "badluck_plugin:replay"}}
+    fake_distribution(tmp_path, "bad-luck", entry_points, {"badluck_plugin.py": FAULTS["import error"][0]})
+    code = (
+        "import sys; sys.argv[1:] = ['verify', 'badluck', 'dequantize_weight']; from pronghorn.cli import main; main()"
+    )
+    found = run(code, tmp_path)
+    assert found.returncode == 1
+    assert "badluck: not available: ModuleNotFoundError" in found.stdout
+    assert "limits measured here" in found.stdout
+
+
 def test_verify_checks_an_operation_and_a_method():
     found = pronghorn("verify", "dequantize_weight", "awq")
     assert found.returncode == 0, found.stdout + found.stderr
@@ -72,7 +111,7 @@ def test_mistakes_are_one_line():
         assert "Traceback" not in found.stderr
 
 
-@pytest.mark.parametrize("fault", ["import error", "syntax error"])
+@pytest.mark.parametrize("fault", ["import error", "syntax error", "exits while it is imported"])
 def test_a_broken_command_leaves_the_others(tmp_path, fault):
     entry_points = {"pronghorn.cli": {"badluck": "badluck_plugin:app"}}
     fake_distribution(tmp_path, "bad-luck", entry_points, {"badluck_plugin.py": FAULTS[fault][0]})

@@ -14,6 +14,7 @@ FAULTS = {
     "no register": ("x = 1", "AttributeError"),
     "raises": ("def register():\n    raise RuntimeError('out of luck')\n", "out of luck"),
     "exits": ("import sys\ndef register():\n    sys.exit('bye')\n", "SystemExit"),
+    "exits while it is imported": ("import sys\nsys.exit('bye')\n", "SystemExit"),
     "syntax error": ("def register(:\n", "SyntaxError"),
 }
 
@@ -55,6 +56,32 @@ def test_registering_twice_registers_once(tmp_path):
         "import pronghorn.transformers as t; t.register(); t.register(); import fine_plugin; print(fine_plugin.COUNT)"
     )
     assert run(code, tmp_path).stdout.strip().endswith("1")
+
+
+def test_a_register_that_comes_back_registers_once(tmp_path):
+    again = f"{GOOD}    import pronghorn.transformers as t\n    t.register()\n"
+    entry_points = {"pronghorn.transformers": {"again": "again_plugin:register"}}
+    fake_distribution(tmp_path, "again", entry_points, {"again_plugin.py": again})
+    code = (
+        "from pronghorn.methods import register_all; found = register_all('transformers'); import again_plugin;"
+        "print([o.state for o in found if o.method == 'again'], again_plugin.COUNT)"
+    )
+    assert run(code, tmp_path).stdout.strip().endswith("['loaded'] 1")
+
+
+def test_threads_register_once_and_do_not_lock_each_other_out(tmp_path):
+    """Two methods that each register the other's ecosystem, at the same time."""
+    entry_points = {"pronghorn.diffusers": {"a": "a_plugin:register"}, "pronghorn.trl": {"b": "b_plugin:register"}}
+    slow = f"import time\nfrom pronghorn.methods import register_all\n{GOOD}    time.sleep(0.2)\n"
+    slow += "    register_all({!r})\n"
+    files = {"a_plugin.py": slow.format("trl"), "b_plugin.py": slow.format("diffusers")}
+    fake_distribution(tmp_path, "crossing", entry_points, files)
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor; from pronghorn.methods import register_all, outcomes\n"
+        "with ThreadPoolExecutor(8) as pool: list(pool.map(register_all, ['diffusers', 'trl'] * 4))\n"
+        "import a_plugin, b_plugin; print(a_plugin.COUNT, b_plugin.COUNT, outcomes('trl')[0].state)"
+    )
+    assert run(code, tmp_path).stdout.strip() == "1 1 loaded"
 
 
 def test_the_users_switch(tmp_path):

@@ -1,11 +1,16 @@
 """What every method owes its users, for all entry points of this distribution."""
 
+import dataclasses
 import importlib
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from pronghorn.methods import ECOSYSTEMS, entry_points
 
 METHODS = sorted(
     path.name for path in (Path(__file__).parents[2] / "plugins" / "pronghorn").glob("[a-z]*") if path.is_dir()
@@ -36,21 +41,45 @@ def test_the_face_keeps_its_promises(method):
         _ = face.nothing_of_that_name
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_configuration_survives_json(method):
-    import dataclasses
-    import json
-
+def configurations(method):
     room = importlib.import_module(f"pronghorn.{method}.config")
     kinds = [
         value for value in vars(room).values() if dataclasses.is_dataclass(value) and value.__module__ == room.__name__
     ]
     assert kinds
-    for kind in kinds:
+    return kinds
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_configuration_survives_json(method):
+    for kind in configurations(method):
         config = kind()
         assert kind.from_dict(json.loads(json.dumps(config.to_dict()))) == config
         names = {field.name for field in dataclasses.fields(kind)}
         assert all(f"{name}:" in kind.__doc__ for name in names), names
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_configuration_rejects_what_is_no_value(method):
+    """Every knob, save those that take anything, names itself when it is given something else."""
+    for kind in configurations(method):
+        for field in dataclasses.fields(kind):
+            if field.type != "Any":
+                with pytest.raises((ValueError, TypeError), match=field.name):
+                    kind(**{field.name: object()})
+
+
+@pytest.mark.parametrize("ecosystem", ECOSYSTEMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_users_switch(method, ecosystem):
+    code = (
+        "from pronghorn.methods import register_all;"
+        f"print([o.state for o in register_all({ecosystem!r}) if o.method == {method!r}])"
+    )
+    env = {**os.environ, "PRONGHORN_DISABLE": method}
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    ships = any(entry.name == method for entry in entry_points(ecosystem))
+    assert found.strip() == str(["disabled"] if ships else [])
 
 
 @pytest.mark.parametrize("method", METHODS)

