@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -137,8 +138,9 @@ def demo(session: nox.Session) -> None:
 
 
 def _python_312(session: nox.Session) -> str:
-    found = [shutil.which("python3.12"), *sorted(map(str, Path.home().glob(".pyenv/versions/3.12*/bin/python")))]
-    chosen = next(filter(None, found), None)
-    if chosen is None:
-        session.error("Python 3.12 is needed for the oldest environment; none was found on PATH or under pyenv")
-    return chosen
+    under_pyenv = sorted(map(str, Path.home().glob(".pyenv/versions/3.12*/bin/python")))
+    for candidate in filter(None, [shutil.which("python3.12"), *under_pyenv]):
+        # pyenv's shim is on PATH also where that version is not activated, and then does not run.
+        if subprocess.run([candidate, "--version"], capture_output=True).returncode == 0:
+            return candidate
+    session.error("Python 3.12 is needed for the oldest environment; none was found on PATH or under pyenv")
