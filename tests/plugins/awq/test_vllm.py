@@ -105,12 +105,14 @@ def test_full_precision_linears_that_the_configuration_does_not_list(full_precis
     assert generate(serve(tmp_path)) == wanted
 
 
-def test_experts_are_refused(tmp_path):
-    source, folder = tmp_path / "fp", tmp_path / "quantized"
-    tiny_model("qwen3_moe", hidden_size=128, intermediate_size=256, moe_intermediate_size=64).save_pretrained(source)
-    checkpoint(source, folder, "gemv")
+@pytest.mark.parametrize("kind", ["FusedMoE", "RoutedExperts"])
+def test_experts_are_refused(kind):
+    """By the names that vLLM 0.25 and 0.32 give the layer."""
+    from pronghorn.awq.vllm import VllmAwqConfig
+
+    layer = type(kind, (torch.nn.Module,), {})()
     with pytest.raises(ValueError, match=r"mlp\.experts: pronghorn_awq does not run mixtures of experts"):
-        serve(folder)
+        VllmAwqConfig(AwqConfig(version="gemv")).get_quant_method(layer, "model.layers.0.mlp.experts")
 
 
 def test_a_checkpoint_without_a_tensor_is_refused(full_precision, tmp_path):
