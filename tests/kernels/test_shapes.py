@@ -23,7 +23,7 @@ def packed_shapes(draw):
     while group_size != -1 and k % group_size:
         k += step
     n = layout.n_multiple * draw(st.integers(1, 70 if layout.n_multiple == 1 else 9 if layout.n_multiple < 64 else 1))
-    knobs = {"m": draw(st.sampled_from([1, 2, 7, 16, 17, 33])), "n": n, "k": k, "layout": layout.name}
+    knobs = {"m": draw(st.sampled_from([1, 2, 7, 8, 16, 17, 33, 257])), "n": n, "k": k, "layout": layout.name}
     return {**knobs, "bits": draw(st.sampled_from(layout.bits)), "group_size": group_size}
 
 

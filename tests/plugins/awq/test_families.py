@@ -17,14 +17,14 @@ GATED = [
 LLAMA = [("input_layernorm", QKV, "self_attn"), *GATED]
 V_TO_O = ("self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj")
 GEMMA2 = [("input_layernorm", QKV, "self_attn"), ("pre_feedforward_layernorm", *GATED[0][1:]), GATED[1]]
-EXPERTS = [
-    (
-        "post_attention_layernorm",
-        tuple(f"mlp.experts.{i}.{p}" for i in range(4) for p in ("gate_proj", "up_proj")),
-        "mlp",
-    ),
-    *((f"mlp.experts.{i}.up_proj", (f"mlp.experts.{i}.down_proj",), f"mlp.experts.{i}.down_proj") for i in range(4)),
-]
+
+
+def experts(shared=None):
+    """Groups of four experts and of the one that every token takes, if there is one."""
+    mlps = [*(f"mlp.experts.{i}" for i in range(4)), *([shared] if shared else [])]
+    readers = tuple(f"{mlp}.{name}" for mlp in mlps for name in ("gate_proj", "up_proj"))
+    downs = [(f"{mlp}.up_proj", (f"{mlp}.down_proj",), f"{mlp}.down_proj") for mlp in mlps]
+    return [("post_attention_layernorm", readers, "mlp"), *downs]
 
 
 def gpt(norm1, qkv, attention, norm2, up, mlp, act, down):
@@ -38,8 +38,9 @@ REFERENCE = {
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
-    "qwen3_moe": [LLAMA[0], *EXPERTS],
-    "mixtral": [LLAMA[0], *EXPERTS],
+    "qwen3_moe": [LLAMA[0], *experts()],
+    "qwen2_moe": [LLAMA[0], *experts("mlp.shared_expert")],
+    "mixtral": [LLAMA[0], *experts()],
     "gemma": LLAMA,
     "gemma2": GEMMA2,
     "gemma3": GEMMA2,
@@ -70,10 +71,12 @@ REFERENCE = {
                  ("mlp.gate_up_proj", ("mlp.down_proj",), "mlp.down_proj")],
     "cohere": [("input_layernorm", (*QKV, "mlp.gate_proj", "mlp.up_proj"), ""), V_TO_O, GATED[1]],
     "deepseek_v2": [("input_layernorm", ("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa"), "self_attn"),
-                    ("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",), "self_attn.kv_b_proj")],
+                    ("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",), "self_attn.kv_b_proj"),
+                    *experts("mlp.shared_experts")],
     "deepseek_v3": [("input_layernorm", ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), "self_attn"),
                     ("self_attn.q_a_layernorm", ("self_attn.q_b_proj",), "self_attn.q_b_proj"),
-                    ("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",), "self_attn.kv_b_proj")],
+                    ("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",), "self_attn.kv_b_proj"),
+                    *experts("mlp.shared_experts")],
 }  # fmt: skip
 
 
@@ -99,13 +102,12 @@ def test_groups_and_unchanged_logits(family, monkeypatch):
     assert any((scale - 1).abs().max() > 0.05 for _, _, scale in result.scale)
 
     found = [(group.prev, group.linears, group.inspect) for group in list(traced.values())[-1]]
-    for prev, linears, inspect in REFERENCE.get(family, []):
+    for prev, linears, inspect in REFERENCE[family]:
         match = [entry for entry in found if entry[0] == prev]
         assert match, f"no group of {prev}: {found}"
         assert set(match[0][1]) == set(linears)
         assert match[0][2] == inspect
-    if family in REFERENCE and not family.startswith("deepseek"):
-        assert len(found) == len(REFERENCE[family])
+    assert len(found) == len(REFERENCE[family])
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3"])

@@ -46,7 +46,8 @@ OPERATION = Operation(
     ),
     large={"m": 1, "n": 14336, "k": 4096, "layout": "natural", "bits": 4, "group_size": 128},
     cost=_cost,
-    # The weight tile is rounded to the dtype of x before the tensor cores see it, and so is the result.
-    tolerance={torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3},
+    # Rounding to bfloat16 alone is an error of 1.7e-3. The result is rounded once, and from a few rows on the weight
+    # tile too, before the tensor cores see it: sqrt(2) of that.
+    tolerance={torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 3e-3},
     trains=("x",),
 )
