@@ -31,7 +31,7 @@ def dequantize_weight(
         qweight: packed codes; shape and dtype as `LAYOUTS[layout].shapes` says.
         scales: fp16, bf16 or fp32, in the layout's own order.
         qzeros: zero points in the layout's own form; None for symmetric layouts.
-        layout: "gemm", "gemv", "gemv_fast", "exllama", "marlin" or "natural".
+        layout: "gemm", "gemv", "gemv_fast", "exllama", "marlin", "fragments" or "natural".
         bits: 2, 3, 4 or 8, as far as the layout holds them.
         group_size: input channels a scale; -1 for whole rows.
         out_features: N.

@@ -1,10 +1,11 @@
-"""How group-quantized weights lie in memory: six layouts, each defined by one permutation.
+"""How group-quantized weights lie in memory: seven layouts, each defined by one permutation.
 
 A weight [N, K] (N outputs, K inputs) is kept as codes, with a scale and a zero point for every `group_size` inputs of
 an output; W = (code - zero_point) * scale. Five layouts hold 4-bit codes: split n and k into digits, transpose the
 digits, and the codes stand one after the other in little-endian words. That permutation is the definition of a layout;
-packing and unpacking follow from it, and `triton.py` mirrors it as arithmetic. The sixth, "natural", is ours and holds
-2, 3, 4 and 8 bits: the codes of each output along k, as one bit stream.
+packing and unpacking follow from it, and `triton.py` mirrors it as arithmetic. Two layouts are ours. "natural" holds 2,
+3, 4 and 8 bits: the codes of each output along k, as one bit stream. "fragments" holds 2, 3 and 4 bits in the order of
+the tensor cores' registers; models are brought into it to run, and never stored in it.
 
 Sources: AutoAWQ (gemm, gemv, gemv_fast, Marlin tiles), llm-awq (v1 is gemv, v2 is gemv_fast), ExLlama (GPTQ order).
 """
@@ -72,6 +73,9 @@ GEMV_FAST = Permutation((4,), (2, 4, 4, 2), (0, 2, 1, 3, 5, 6, 4))
 ALONG_K = Permutation((), (8,), (1, 0, 2))
 # 16 x 64 tiles in the order in which tensor-core fragments (mma.m16n8k16) want them.
 MARLIN = Permutation((4, 2, 8), (2, 4, 2), (4, 0, 3, 6, 1, 7, 2, 5))
+# Of 16 x 64 tiles, lane (n % 8, k % 8 / 2) of a warp holds 2 x 16 codes: those of the low half of its registers, then
+# those of the high half, in each half by step of 16 inputs, then as the operand of mma.m16n8k16 has its registers.
+FRAGMENTS = Permutation((2, 8), (4, 2, 4, 2), (0, 3, 2, 6, 7, 4, 5, 1))
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Layout:
     Attributes:
         name: what configurations call it.
         bits: widths it can hold.
-        permutation: where its 4-bit codes stand; None for the bit stream of "natural".
+        permutation: where its codes stand; None for the bit stream of "natural".
         word_dtype: dtype of `qweight`.
         qweight_shape: (N, K, bits) to the shape of `qweight`.
         n_multiple, k_multiple: what N and K must be divisible by (whole words and whole tiles).
@@ -131,6 +135,9 @@ class Layout:
         elif self.name == "gemv_fast":
             shapes["qzeros"] = ((padded, out_features), None)
             shapes["scales"] = ((padded, out_features), None)
+        elif self.name == "fragments":
+            shapes["qzeros"] = ((out_features // 16, groups * 16), torch.uint8)
+            shapes["scales"] = ((out_features // 16, groups * 16), None)
         else:
             if self.zero_points == "packed":
                 shapes["qzeros"] = ((groups, out_features // 8), torch.int32)
@@ -158,6 +165,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout("gemv_fast", (4,), GEMV_FAST, torch.int16, lambda n, k, b: (n // 4, k), 4, 64, "scaled"),
         Layout("exllama", (4,), ALONG_K, torch.int32, lambda n, k, b: (k // 8, n), 8, 8, "packed"),
         Layout("marlin", (4,), MARLIN, torch.int32, lambda n, k, b: (k // 16, 2 * n), 64, 16, "none"),
+        Layout("fragments", (2, 3, 4), FRAGMENTS, torch.int32, lambda n, k, b: (n // 16, k * b // 2), 16, 64, "bytes"),
         Layout("natural", (2, 3, 4, 8), None, torch.int32, lambda n, k, b: (math.ceil(k * b / 32), n), 1, 1, "bytes"),
     )
 }
@@ -232,6 +240,8 @@ def pack_codes(codes: Tensor, *, layout: str, bits: int) -> Tensor:
     shape = chosen.qweight_shape(rows, columns, bits)
     if chosen.permutation is None:
         return _pack_stream(codes.T.contiguous(), bits)
+    if chosen.name == "fragments":
+        return _pack_lanes(chosen.permutation.apply(codes), bits).view(shape)
     per_word = torch.iinfo(chosen.word_dtype).bits // 4
     return _to_words(chosen.permutation.apply(codes), per_word).to(chosen.word_dtype).view(shape)
 
@@ -241,6 +251,8 @@ def unpack_codes(qweight: Tensor, *, layout: str, bits: int, out_features: int, 
     chosen = get_layout(layout)
     if chosen.permutation is None:
         return _unpack_stream(qweight, bits, in_features).T
+    if chosen.name == "fragments":
+        return chosen.permutation.invert(_unpack_lanes(qweight, bits), out_features, in_features)
     return chosen.permutation.invert(_to_nibbles(qweight), out_features, in_features)
 
 
@@ -286,6 +298,45 @@ def _unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
     return (both >> (start % 32)[:, None] & mask).to(torch.uint8)
 
 
+def _pack_lanes(sequence: Tensor, bits: int) -> Tensor:
+    """Codes in the order of "fragments" to int32 words: for each lane `bits` words, each with a low and a high half.
+
+    A half holds 16 // bits codes; of 3-bit codes the sixteenth lies in the top bits of the three halves. The 4-bit
+    words of a lane are neighbours, for one load of 16 bytes; else the words of the lanes are.
+    """
+    codes = sequence.view(-1, 32, 2, 16).int()
+    in_half = 16 // bits
+    shifts = torch.arange(in_half, device=codes.device, dtype=torch.int32) * bits
+    halves = (codes[..., : in_half * bits].unflatten(-1, (bits, in_half)) << shifts).sum(-1, dtype=torch.int32)
+    if bits == 3:
+        halves |= (codes[..., 15:] >> torch.arange(3, device=codes.device, dtype=torch.int32) & 1) << 15
+    words = halves[:, :, 0] | halves[:, :, 1] << 16
+    return words if bits == 4 else words.transpose(1, 2).contiguous()
+
+
+def _unpack_lanes(words: Tensor, bits: int) -> Tensor:
+    """Inverse of `_pack_lanes`: the sequence of codes, uint8."""
+    words = words.view(-1, 32, bits) if bits == 4 else words.view(-1, bits, 32).transpose(1, 2)
+    halves = torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], dim=2)
+    in_half = 16 // bits
+    shifts = torch.arange(in_half, device=words.device, dtype=torch.int32) * bits
+    codes = (halves[..., None] >> shifts & ((1 << bits) - 1)).flatten(-2)
+    if bits == 3:
+        last = (halves >> 15 << torch.arange(3, device=words.device, dtype=torch.int32)).sum(-1, keepdim=True)
+        codes = torch.cat([codes, last], dim=-1)
+    return codes.to(torch.uint8).reshape(-1)
+
+
+def _fragment_groups(values: Tensor) -> Tensor:
+    """[N, groups] to [N / 16, groups * 16]: outputs g and g + 8 of a tile, which one lane holds, side by side."""
+    rows, groups = values.shape
+    return values.view(rows // 16, 2, 8, groups).permute(0, 3, 2, 1).reshape(rows // 16, -1)
+
+
+def _of_fragment_groups(stored: Tensor, groups: int) -> Tensor:
+    return stored.view(-1, groups, 8, 2).permute(0, 3, 2, 1).reshape(-1, groups)
+
+
 def _pack_groups(layout: Layout, scales: Tensor, zeros: Tensor, bits: int, columns: int) -> dict[str, Tensor]:
     rows, groups = scales.shape
     padding = 8 * _zero_words(groups, columns // groups) - groups
@@ -304,6 +355,8 @@ def _pack_groups(layout: Layout, scales: Tensor, zeros: Tensor, bits: int, colum
         if bool((zeros != middle).any()):
             raise ValueError(f"zeros: layout 'marlin' is symmetric and holds zero points of {middle} only")
         return {"scales": scales.T[:, _marlin_scale_order(rows, groups, scales.device)].contiguous()}
+    if layout.name == "fragments":
+        return {"scales": _fragment_groups(scales), "qzeros": _fragment_groups(zeros.to(torch.uint8))}
     stored = {"scales": scales.T.contiguous()}
     if layout.name == "natural":
         stored["qzeros"] = zeros.T.to(torch.uint8).contiguous()
@@ -336,6 +389,8 @@ def unpack_scales(scales: Tensor, *, layout: str, groups: int) -> Tensor:
         return scales[:, :groups].contiguous()
     if layout == "marlin":
         scales = scales[:, _marlin_scale_order(scales.shape[1], groups, scales.device).argsort()]
+    elif layout == "fragments":
+        return _of_fragment_groups(scales, groups)
     return scales[:groups].T.contiguous()
 
 
@@ -343,6 +398,8 @@ def unpack_zeros(qzeros: Tensor, *, layout: str, out_features: int, groups: int)
     """Stored integer zero points to uint8 [N, groups], without padding."""
     if layout == "natural":
         return qzeros.T.contiguous()
+    if layout == "fragments":
+        return _of_fragment_groups(qzeros, groups)
     if layout == "gemv":
         return _to_nibbles(qzeros).view(out_features, -1)[:, :groups].contiguous()
     words = qzeros + EXLLAMA_ONES if layout == "exllama" else qzeros

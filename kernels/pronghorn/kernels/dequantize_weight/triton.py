@@ -34,6 +34,22 @@ def code_at(qweight, n, k, N, K, mask, LAYOUT: tl.constexpr, BITS: tl.constexpr)
         position = (n % 8 * 4 + k % 8 // 2) * 32 + n % 64 // 16 * 8 + k % 2 * 4 + block * 2 + k % 16 // 8
         word = k // 16 * (2 * N) + n // 64 * 128 + position // 8
         bit = 4 * (position % 8)
+    elif LAYOUT == "fragments":
+        # The word and bit of a code among the 16 in the halves of its lane's words; see `_pack_lanes`.
+        index = k % 64 // 16 * 4 + k % 16 // 8 * 2 + n % 16 // 8
+        lane = n % 8 * 4 + k % 8 // 2
+        tile = (n // 16 * (K // 64) + k // 64) * (32 * BITS)
+        bit = index % (16 // BITS) * BITS + k % 2 * 16
+        word = tile + index // (16 // BITS) * 32 + lane
+        if BITS == 4:
+            word = tile + lane * 4 + index // 4
+        if BITS == 3:
+            last = index == 15
+            word = tl.where(last, tile + lane, word)
+            top = 15 + k % 2 * 16
+            first = (tl.load(qweight + word, mask=mask & last, other=0) >> top) & 1
+            second = (tl.load(qweight + word + 32, mask=mask & last, other=0) >> top) & 1
+            third = (tl.load(qweight + word + 64, mask=mask & last, other=0) >> top) & 1
     else:
         word = k * BITS // 32 * N + n
         bit = k * BITS % 32
@@ -42,7 +58,10 @@ def code_at(qweight, n, k, N, K, mask, LAYOUT: tl.constexpr, BITS: tl.constexpr)
         # A code may reach into the next word of its stream.
         high = tl.load(qweight + word + N, mask=mask & (bit > 29), other=0).to(tl.int64)
         low = low | (high & 0xFFFFFFFF) << 32
-    return ((low >> bit) & ((1 << BITS) - 1)).to(tl.int32)
+    code = ((low >> bit) & ((1 << BITS) - 1)).to(tl.int32)
+    if LAYOUT == "fragments" and BITS == 3:
+        code = tl.where(last, first | second << 1 | third << 2, code)
+    return code
 
 
 @triton.jit
@@ -53,6 +72,8 @@ def scale_and_shift_at(scales, qzeros, n, group, N, groups, stored_groups, mask,
     elif LAYOUT == "marlin":
         grouped = group * N + n // 64 * 64 + n % 8 * 8 + n % 64 // 8
         at = tl.where(groups > 1, grouped, n // 32 * 32 + n % 8 // 2 * 8 + n % 32 // 8 * 2 + n % 2)
+    elif LAYOUT == "fragments":
+        at = (n // 16 * groups + group) * 16 + n % 8 * 2 + n % 16 // 8
     else:
         at = group * N + n
     scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
@@ -60,7 +81,7 @@ def scale_and_shift_at(scales, qzeros, n, group, N, groups, stored_groups, mask,
         shift = tl.load(qzeros + at, mask=mask, other=0.0).to(tl.float32)
     elif LAYOUT == "marlin":
         shift = -8.0 * scale
-    elif LAYOUT == "natural":
+    elif LAYOUT == "natural" or LAYOUT == "fragments":
         shift = -scale * tl.load(qzeros + at, mask=mask, other=0).to(tl.float32)
     else:
         if LAYOUT == "gemv":

@@ -10,7 +10,7 @@ from torch import Tensor
 from pronghorn.kernels._arguments import check_tensor
 from pronghorn.kernels._dispatch import use_triton
 from pronghorn.kernels.dequantize_weight import check_quantized_weight
-from pronghorn.kernels.w4a16_matmul import reference
+from pronghorn.kernels.w4a16_matmul import cuda, reference
 
 __all__ = ["w4a16_matmul"]
 
@@ -34,7 +34,7 @@ def w4a16_matmul(
         qweight: packed codes in `layout`.
         scales: scales in `layout`.
         qzeros: zero points in `layout`, None for symmetric layouts.
-        layout: "gemm", "gemv", "gemv_fast", "exllama", "marlin" or "natural".
+        layout: "gemm", "gemv", "gemv_fast", "exllama", "marlin", "fragments" or "natural".
         bits: 2, 3, 4 or 8, as far as the layout holds them.
         group_size: input channels a scale; -1 for whole rows.
         out_features: N.
@@ -75,6 +75,8 @@ def _w4a16_matmul(
 ) -> Tensor:
     arguments = (qweight, scales, qzeros, layout, bits, group_size, out_features)
     if use_triton("w4a16_matmul", x) and x.dtype != torch.float64:
+        if layout == cuda.LAYOUT and not cuda.obstacle(x, scales, layout, bits, group_size):
+            return cuda.w4a16_matmul(x.contiguous(), qweight, scales, qzeros, bits, group_size, out_features)
         from pronghorn.kernels.w4a16_matmul import triton
 
         return triton.w4a16_matmul(x.contiguous(), *arguments)

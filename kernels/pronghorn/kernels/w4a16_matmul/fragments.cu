@@ -1,0 +1,531 @@
+// Matmul with a weight in the "fragments" layout (layouts.py), for Hopper: out[m, n] = sum_k x[m, k] * W[n, k].
+//
+// The weight is the A operand of the tensor cores, so the products are out transposed: rows are outputs n, columns are
+// tokens m. A lane loads the codes of its own fragment, 64 inputs at a time, straight from device memory into
+// registers; no shared memory, no shuffles. A code becomes an exact 16-bit float by setting the exponent bits of
+// 1024 (fp16) or 128 (bf16) above it and subtracting the same constant with the zero point in it.
+//
+// Macros: BITS, GROUP (inputs a scale; 0: one for the row), CHUNKS (1, or 2 where two have the same scale), BFLOAT, SPLIT (blocks that share
+// the inputs of a tile; a cluster that adds up through distributed shared memory), and those named at each kernel.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define LANES 32
+#define TILE_N 16  // outputs of a fragment
+#define CHUNK 64   // inputs that a lane loads at once: four steps of 16
+#define STEPS 4
+#define UNIT (CHUNK * CHUNKS)  // inputs between two looks at the scales
+#define SCALES (GROUP == 32 ? 2 : 1)  // of an output in a unit
+
+#if SPLIT > 1
+#define CLUSTER __cluster_dims__(SPLIT, 1, 1)
+#else
+#define CLUSTER
+#endif
+
+#if BFLOAT
+#define MAGIC 0x43004300u
+#define TYPE "bf16"
+#else
+#define MAGIC 0x64006400u
+#define TYPE "f16"
+#endif
+
+// ---- 16-bit pairs --------------------------------------------------------------------------------------------------
+
+__device__ inline u32 subtract(u32 a, u32 b) {
+    u32 d;
+    asm("sub.rn." TYPE "x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ inline u32 multiply(u32 a, u32 b) {
+    u32 d;
+    asm("mul.rn." TYPE "x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ inline float widen(u32 half) {
+#if BFLOAT
+    return __uint_as_float(half << 16);
+#else
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((u16)half));
+    return f;
+#endif
+}
+
+__device__ inline u32 narrow(float low, float high) {
+    u32 d;
+    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+__device__ inline u32 fused_multiply_add(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// Bytes of a (0 ... 3) and b (4 ... 7), lowest first in the selector.
+template <u32 SELECTOR>
+__device__ inline u32 bytes(u32 a, u32 b) {
+    return __byte_perm(a, b, SELECTOR);
+}
+
+// ---- Weights -------------------------------------------------------------------------------------------------------
+
+// What a lane holds of 16 outputs x a unit: its codes, and scales and zero points of outputs g (low) and g + 8.
+struct Packed {
+    u32 words[CHUNKS][BITS];
+    u32 scales[SCALES];
+    u16 zeros[SCALES];
+};
+
+// Where a lane's part of a tile's first unit lies.
+struct Weight {
+    const u32 *words;
+    const u32 *scales;
+    const u16 *zeros;
+
+    __device__ inline Weight() {}
+    __device__ inline Weight(const u32 *qweight, const u32 *scales, const u16 *zeros, int tile, int K, int lane) {
+        u64 first_scale = (u64)tile * (GROUP ? K / (GROUP ? GROUP : 1) : 1) * 8 + lane / 4;
+        words = qweight + (u64)tile * (K / CHUNK) * (LANES * BITS) + lane * (BITS == 4 ? 4 : 1);
+        this->scales = scales + first_scale;
+        this->zeros = zeros + first_scale;
+    }
+
+    __device__ inline void load(Packed &packed, int unit) const {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) {
+            const u32 *at = words + (unit * CHUNKS + i) * (LANES * BITS);
+#if BITS == 4
+            asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(packed.words[i][0]), "=r"(packed.words[i][1]), "=r"(packed.words[i][2]),
+                           "=r"(packed.words[i][3])
+                         : "l"(at));
+#else
+#pragma unroll
+            for (int j = 0; j < BITS; j++)
+                asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];"
+                             : "=r"(packed.words[i][j])
+                             : "l"(at + j * LANES));
+#endif
+        }
+#pragma unroll
+        for (int i = 0; i < SCALES; i++) {
+            int group = GROUP ? (unit * UNIT + i * 32) / (GROUP ? GROUP : 1) : 0;
+            packed.scales[i] = __ldg(scales + group * 8);
+            packed.zeros[i] = __ldg(zeros + group * 8);
+        }
+    }
+};
+
+// Both codes of a pair, in the low bits of their halves after the shift, as 16-bit floats code + magic.
+template <u32 MASK>
+__device__ inline u32 with_magic(u32 word) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(word), "r"(MASK), "r"(MAGIC));  // (word & MASK) | MAGIC
+    return d;
+}
+
+template <int P>  // 0 ... 15
+__device__ inline u32 magic_pair(const u32 *words) {
+#if BITS == 3
+    if (P == 15)
+        return (words[0] >> 15 & 0x00010001u) | (words[1] >> 14 & 0x00020002u) | (words[2] >> 13 & 0x00040004u) | MAGIC;
+#endif
+    constexpr int pairs = 16 / BITS, word = P / pairs < BITS ? P / pairs : 0;
+    return with_magic<((1u << BITS) - 1) * 0x10001u>(words[word] >> (BITS * (P % pairs)));
+}
+
+// Magic + zero point, twice, of outputs g and g + 8.
+__device__ inline u32 low_zero(const Packed &packed, int i) { return bytes<0x7050>(packed.zeros[i], MAGIC); }
+__device__ inline u32 high_zero(const Packed &packed, int i) { return bytes<0x7151>(packed.zeros[i], MAGIC); }
+
+// The fragment of one step: code - zero as exact 16-bit floats.
+template <int STEP>
+__device__ inline void integers(u32 a[4], const Packed &packed) {
+    constexpr int scale = STEP % STEPS * SCALES / STEPS;
+    const u32 *words = packed.words[STEP / STEPS];
+    u32 low = low_zero(packed, scale), high = high_zero(packed, scale);
+#if BITS == 4 && !BFLOAT
+    // Codes four bits up are 1024 + 16 code here, and (1024 + 16 code) / 16 - (64 + zero) is exact: two shifts less.
+    u32 word = words[STEP % STEPS], upper = word >> 8, sixteenth = 0x2c002c00u, shifted = subtract(0x63806380u, high);
+    a[0] = subtract(with_magic<0x000f000fu>(word), low);
+    a[1] = fused_multiply_add(with_magic<0x00f000f0u>(word), sixteenth, shifted);
+    a[2] = subtract(with_magic<0x000f000fu>(upper), low);
+    a[3] = fused_multiply_add(with_magic<0x00f000f0u>(upper), sixteenth, shifted);
+#else
+    constexpr int first = STEP % STEPS * 4;
+    a[0] = subtract(magic_pair<first + 0>(words), low);
+    a[1] = subtract(magic_pair<first + 1>(words), high);
+    a[2] = subtract(magic_pair<first + 2>(words), low);
+    a[3] = subtract(magic_pair<first + 3>(words), high);
+#endif
+}
+
+// The same, times the scale, which rounds to 16 bits.
+template <int STEP>
+__device__ inline void scaled(u32 a[4], const Packed &packed) {
+    constexpr int scale = STEP % STEPS * SCALES / STEPS;
+    u32 low = bytes<0x1010>(packed.scales[scale], 0), high = bytes<0x3232>(packed.scales[scale], 0);
+    integers<STEP>(a, packed);
+    a[0] = multiply(a[0], low);
+    a[1] = multiply(a[1], high);
+    a[2] = multiply(a[2], low);
+    a[3] = multiply(a[3], high);
+}
+
+// ---- Shared memory and clusters ------------------------------------------------------------------------------------
+
+__device__ inline u32 shared_address(const void *pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+__device__ inline void copy_async(u32 to, const void *from, bool valid) {
+    int bytes = valid ? 16 : 0;  // the rest of the 16 becomes zero
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING>
+__device__ inline void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// With programmatic dependent launch a grid starts before the one it follows has ended; else these do nothing.
+__device__ inline void await_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void allow_next_grid() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+__device__ inline u32 rank_in_cluster() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ inline void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ inline float4 load_of_rank(const float *pointer, u32 rank) {
+    u32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
+    float4 d;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(d.x), "=f"(d.y), "=f"(d.z), "=f"(d.w)
+                 : "r"(address)
+                 : "memory");
+    return d;
+}
+
+// Adds PARTS tiles [ROWS, STRIDE] of this block and those of the cluster, in a fixed order, and writes 16 bits.
+template <int COUNT, int PARTS, int ROWS, int WIDTH, int STRIDE>
+__device__ inline void add_and_store(float *sums, u16 *out, int first_m, int first_n, int M, int N) {
+    __syncthreads();
+#if SPLIT > 1
+    cluster_barrier();
+    u32 rank = rank_in_cluster();
+#else
+    u32 rank = 0;
+#endif
+    for (int index = (int)threadIdx.x * SPLIT + rank; index < ROWS * WIDTH / 4; index += COUNT * SPLIT) {
+        int token = index / (WIDTH / 4), n = index % (WIDTH / 4) * 4;
+        if (first_m + token >= M || first_n + n >= N)
+            continue;
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int source = 0; source < SPLIT; source++)
+#pragma unroll
+            for (int part = 0; part < PARTS; part++) {
+                const float *at = sums + (part * ROWS + token) * STRIDE + n;
+#if SPLIT > 1
+                float4 value = load_of_rank(at, source);
+#else
+                float4 value = *(const float4 *)at;
+#endif
+                sum.x += value.x, sum.y += value.y, sum.z += value.z, sum.w += value.w;
+            }
+        *(uint2 *)(out + (u64)(first_m + token) * N + first_n + n) =
+            make_uint2(narrow(sum.x, sum.y), narrow(sum.z, sum.w));
+    }
+#if SPLIT > 1
+    cluster_barrier();  // nobody leaves while others read its shared memory
+#endif
+}
+
+#ifdef STREAM
+// ---- A few tokens: bound by the bytes of the weight -----------------------------------------------------------------
+// Macros: TOKENS (8 or 16), WARPS_N (tiles of 16 outputs a block), WARPS_K (warps that share a tile's inputs), DEPTH
+// (units in flight a warp), BLOCKS (at least so many fit a multiprocessor). x goes to shared memory once; then each warp streams its chunks without a barrier. Sums
+// over a chunk are exact products added in float32, and scaled in float32.
+
+#define THREADS (LANES * WARPS_N * WARPS_K)
+
+__device__ inline void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline void load_matrices(u32 d[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(address));
+}
+
+template <int STEP>
+__device__ inline void multiply_step(float part[TOKENS / 8][4], const Packed &packed, const u32 b[TOKENS / 8][8]) {
+    u32 a[4];
+    integers<STEP>(a, packed);
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; i++)
+        mma(part[i], a, b[i][STEP % STEPS * 2], b[i][STEP % STEPS * 2 + 1]);
+}
+
+__device__ inline void add_scaled(float sum[TOKENS / 8][4], float part[TOKENS / 8][4], u32 scales) {
+    float low = widen(scales & 0xffff), high = widen(scales >> 16);
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; i++) {
+        sum[i][0] += low * part[i][0];
+        sum[i][1] += low * part[i][1];
+        sum[i][2] += high * part[i][2];
+        sum[i][3] += high * part[i][3];
+        part[i][0] = part[i][1] = part[i][2] = part[i][3] = 0;
+    }
+}
+
+template <int I>  // of the unit's chunks
+__device__ inline void multiply_chunk(
+    float sum[TOKENS / 8][4], float part[TOKENS / 8][4], const Packed &packed, const u32 at[TOKENS / 8], int unit) {
+    u32 b[TOKENS / 8][8];
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j++) {
+        u32 address = at[j] + (unit * CHUNKS + I) * (CHUNK * 2);
+        load_matrices(b[j], address);
+        load_matrices(b[j] + 4, address + 64);
+    }
+    multiply_step<I * STEPS + 0>(part, packed, b);
+    multiply_step<I * STEPS + 1>(part, packed, b);
+    if (SCALES == 2)
+        add_scaled(sum, part, packed.scales[0]);
+    multiply_step<I * STEPS + 2>(part, packed, b);
+    multiply_step<I * STEPS + 3>(part, packed, b);
+    if (I + 1 == CHUNKS)
+        add_scaled(sum, part, packed.scales[SCALES - 1]);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_fragments(
+    const u16 *x, const u32 *qweight, const u32 *scales, const u16 *zeros, u16 *out, int M, int N, int K) {
+    extern __shared__ __align__(16) u8 memory[];
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    int warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
+    int first_tile = blockIdx.x / SPLIT * WARPS_N;
+    int tile = min(first_tile + warp_n, N / TILE_N - 1);
+    int units = K / UNIT, share = (units + SPLIT - 1) / SPLIT;
+    int first = blockIdx.x % SPLIT * share, count = max(min(share, units - first), 0);
+
+    Weight weight(qweight, scales, zeros, tile, K, lane);
+    Packed ring[DEPTH];
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++)
+        if (warp_k + i * WARPS_K < count)
+            weight.load(ring[i], first + warp_k + i * WARPS_K);
+    await_previous_grid();
+
+    // Rows of x in shared memory are 16 bytes longer than they need be, so that ldmatrix meets no bank twice.
+    int row_bytes = (share * UNIT + 8) * 2, vectors = count * (UNIT / 8);
+    for (int m = 0; m < M; m++)
+#pragma unroll 1
+        for (int i = threadIdx.x; i < vectors; i += THREADS)
+            copy_async(shared_address(memory) + m * row_bytes + i * 16, x + (u64)m * K + first * UNIT + i * 8, true);
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+
+    u32 at[TOKENS / 8];  // tokens that are not there repeat the last one and are not stored
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; i++)
+        at[i] = shared_address(memory) + min(i * 8 + lane % 8, M - 1) * row_bytes + lane / 8 * 16;
+
+    float sum[TOKENS / 8][4] = {}, part[TOKENS / 8][4] = {};
+#pragma unroll 1
+    for (int base = warp_k; base < count; base += WARPS_K * DEPTH) {
+#pragma unroll
+        for (int i = 0; i < DEPTH; i++) {
+            int unit = base + i * WARPS_K, next = unit + DEPTH * WARPS_K;
+            if (unit >= count)
+                break;
+            Packed packed = ring[i];
+            if (next < count)
+                weight.load(ring[i], first + next);
+            multiply_chunk<0>(sum, part, packed, at, unit);
+            if (CHUNKS == 2)
+                multiply_chunk<CHUNKS - 1>(sum, part, packed, at, unit);
+        }
+    }
+    allow_next_grid();
+
+    __syncthreads();  // the sums take the place of x
+    float *sums = (float *)memory;
+    constexpr int width = WARPS_N * TILE_N, stride = width + 4;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int token = i * 8 + lane % 4 * 2 + j % 2, n = warp_n * TILE_N + lane / 4 + j / 2 * 8;
+            sums[(warp_k * TOKENS + token) * stride + n] = sum[i][j];
+        }
+    add_and_store<THREADS, WARPS_K, TOKENS, width, stride>(sums, out, 0, first_tile * TILE_N, M, N);
+}
+
+#else
+// ---- More tokens: wgmma ---------------------------------------------------------------------------------------------
+// Macros: TOKENS (8 ... 256), GROUPS_N (warpgroups a block), TILES (64 outputs each, of a warpgroup), STAGES (units of x
+// in shared memory), DEPTH (units of the weight in flight a warp), BLOCKS. While the tensor cores multiply one chunk, the
+// warps unpack the next.
+
+#include "wgmma.cuh"  // wgmma(float sum[TOKENS / 2], const u32 a[4], u64 descriptor), written for TOKENS by cuda.py
+
+#define THREADS (128 * GROUPS_N)
+#define CHUNK_BYTES (TOKENS * CHUNK * 2)
+#define STAGE_BYTES (CHUNK_BYTES * CHUNKS)
+#define ROWS_A_PASS (THREADS / 8)
+
+// Behind the end the last unit counts with a scale of zero: a branch would make the compiler serialize wgmma.
+__device__ inline void load_or_zero(Packed &packed, const Weight &weight, int unit, int end) {
+    weight.load(packed, min(unit, end - 1));
+#pragma unroll
+    for (int i = 0; i < SCALES; i++)
+        packed.scales[i] = unit < end ? packed.scales[i] : 0;
+}
+
+// This thread's share of a unit of x: 16 bytes of every ROWS_A_PASS-th row. `x` points to the first of them in the first
+// unit, `rows` counts the rows from there on. What lies behind the last row or unit counts as zero.
+__device__ inline void copy_stage(u32 stage, const u16 *x, int rows, int unit, int end, int K) {
+    // Rows of 128 bytes whose 16-byte columns are exchanged by row: the 128-byte swizzle that wgmma expects.
+    u32 row = threadIdx.x / 8, to = stage + row * 128 + ((threadIdx.x % 8 ^ row % 8) << 4);
+    const u16 *from = x + unit * UNIT;
+#pragma unroll
+    for (int i = 0; i < (TOKENS + ROWS_A_PASS - 1) / ROWS_A_PASS; i++) {
+        bool valid = i * ROWS_A_PASS < rows && unit < end;
+        if (TOKENS % ROWS_A_PASS == 0 || i * ROWS_A_PASS + row < TOKENS)
+#pragma unroll
+            for (int j = 0; j < CHUNKS; j++)
+                copy_async(to + i * ROWS_A_PASS * 128 + j * CHUNK_BYTES, from + (u64)i * ROWS_A_PASS * K + j * CHUNK, valid);
+    }
+}
+
+// Fragments of chunk C of a unit.
+template <int C>
+__device__ inline void unpack(u32 a[TILES][STEPS][4], const Packed packed[TILES]) {
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        scaled<C * STEPS + 0>(a[j][0], packed[j]);
+        scaled<C * STEPS + 1>(a[j][1], packed[j]);
+        scaled<C * STEPS + 2>(a[j][2], packed[j]);
+        scaled<C * STEPS + 3>(a[j][3], packed[j]);
+    }
+}
+
+// Starts the products of a chunk and waits for those of the chunk before.
+__device__ inline void multiply_chunk(float sum[TILES][TOKENS / 2], u32 a[TILES][STEPS][4], u32 x) {
+    // The operands must be complete before the fence; otherwise the compiler serializes.
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+        for (int step = 0; step < STEPS; step++)
+            asm volatile("" : "+r"(a[j][step][0]), "+r"(a[j][step][1]), "+r"(a[j][step][2]), "+r"(a[j][step][3])::"memory");
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    // K-major, swizzled by 128 bytes (1 << 62), 1024 bytes from eight rows to the next eight.
+    u64 descriptor = (u64)(x >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+        for (int j = 0; j < TILES; j++)
+            wgmma(sum[j], a[j][step], descriptor + step * 2);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_fragments(
+    const u16 *x, const u32 *qweight, const u32 *scales, const u16 *zeros, u16 *out, int M, int N, int K) {
+    extern __shared__ __align__(1024) u8 memory[];
+    constexpr int width = 64 * GROUPS_N * TILES, stride = width + 4;
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES % 4, group = threadIdx.x / 128;
+    int first_n = blockIdx.x / SPLIT * width, first_m = blockIdx.y * TOKENS;
+    int units = K / UNIT, share = (units + SPLIT - 1) / SPLIT;
+    int first = blockIdx.x % SPLIT * share, end = min(first + share, units);
+    u32 stages = shared_address(memory);
+
+    Weight weight[TILES];
+    Packed ring[DEPTH][TILES];
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        int tile = first_n / TILE_N + (group * TILES + j) * 4 + warp;
+        weight[j] = Weight(qweight, scales, zeros, min(tile, N / TILE_N - 1), K, lane);
+#pragma unroll
+        for (int i = 0; i < DEPTH; i++)
+            load_or_zero(ring[i][j], weight[j], first + i, end);
+    }
+    await_previous_grid();
+    int first_row = first_m + threadIdx.x / 8;
+    x += (u64)first_row * K + threadIdx.x % 8 * 8;
+    for (int i = 0; i < STAGES - 2; i++) {
+        copy_stage(stages + i * STAGE_BYTES, x, M - first_row, first + i, end, K);
+        commit_copies();
+    }
+
+    float sum[TILES][TOKENS / 2];
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; i++)
+            sum[j][i] = 0;
+    u32 a[2][TILES][STEPS][4];
+    int stage = 0, next_stage = STAGES - 2;
+#pragma unroll 1
+    for (int base = first; base < end; base += DEPTH) {  // no way out halfway: it would serialize wgmma
+#pragma unroll
+        for (int i = 0; i < DEPTH; i++) {
+            constexpr int odd = CHUNKS % 2;
+            u32 at = stages + stage * STAGE_BYTES;
+            unpack<0>(a[i % 2 * odd], ring[i]);
+            wait_copies<STAGES - 3>();
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            // Everyone has this unit's x, and is done with the unit before the last, whose stage is filled again.
+            __syncthreads();
+            copy_stage(stages + next_stage * STAGE_BYTES, x, M - first_row, base + i + STAGES - 2, end, K);
+            commit_copies();
+            multiply_chunk(sum, a[i % 2 * odd], at);
+            if (CHUNKS == 2) {
+                unpack<CHUNKS - 1>(a[1], ring[i]);
+                multiply_chunk(sum, a[1], at + CHUNK_BYTES);
+            }
+#pragma unroll
+            for (int j = 0; j < TILES; j++)
+                load_or_zero(ring[i][j], weight[j], base + i + DEPTH, end);
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
+            next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
+        }
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    wait_copies<0>();
+    __syncthreads();  // the sums take the place of x
+    allow_next_grid();
+
+    float *sums = (float *)memory;
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; i++) {
+            int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            int n = ((group * TILES + j) * 4 + warp) * TILE_N + lane / 4 + i / 2 % 2 * 8;
+            sums[token * stride + n] = sum[j][i];
+        }
+    add_and_store<THREADS, 1, TOKENS, width, stride>(sums, out, first_m, first_n, M, N);
+}
+#endif
