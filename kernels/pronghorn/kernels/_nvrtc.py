@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 
-LOG = False
 def available() -> bool:
     """Whether NVIDIA's Python bindings are installed; PyTorch's CUDA builds on Linux require them."""
     try:
@@ -40,16 +39,12 @@ def compile_cubin(source: Path, architecture: str, macros: Mapping[str, int], he
         nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 1, [text.encode()], [name.encode()])
     )
     options = [f"-arch={architecture}", "-std=c++17", "-default-device", *(f"-D{k}={v}" for k, v in macros.items())]
-    options += ["--ptxas-options=-v"] if LOG else []
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(status):
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
         raise RuntimeError(f"{source.name} with {macros} does not compile: {log.decode().strip()}")
-    if LOG:
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        nvrtc.nvrtcGetProgramLog(program, log); print(log.decode())
-    cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     _checked(nvrtc.nvrtcDestroyProgram(program))
     return cubin
@@ -66,7 +61,11 @@ class Kernel:
             self._module = _checked(driver.cuModuleLoadData(cubin))
             self._function = _checked(driver.cuModuleGetFunction(self._module, function.encode()))
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+            limit = _checked(
+                driver.cuDeviceGetAttribute(
+                    driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device
+                )
+            )
             _checked(driver.cuFuncSetAttribute(self._function, attribute, limit))
 
     def launch(

@@ -32,13 +32,14 @@ from pronghorn.kernels.dequantize_weight.layouts import (
     get_layout,
     pack,
     pack_codes,
+    repack,
     unpack_codes,
     unpack_scales,
     unpack_zeros,
     zeros_of_scaled,
 )
 from pronghorn.kernels.group_fake_quantize import group_quantize
-from pronghorn.kernels.w4a16_matmul import w4a16_matmul
+from pronghorn.kernels.w4a16_matmul import preferred_layout, w4a16_matmul
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +233,8 @@ class AwqLinearMethod(LinearMethodBase):
         layer.register_parameter(
             stored_as,
             GroupQuantScaleParameter(
-                data=torch.empty(groups, outputs, dtype=params_dtype if scaled else torch.uint8),
+                # Made-up weights, for measurements, leave integers as they are.
+                data=torch.full((groups, outputs), 1 << (bits - 1), dtype=params_dtype if scaled else torch.uint8),
                 input_dim=0,
                 output_dim=1,
                 weight_loader=loader("qzeros", stored_as),
@@ -299,7 +301,7 @@ class AwqLinearMethod(LinearMethodBase):
             zeros = layer.qzeros.data
         if layer.awq_loaded and int(zeros.max()) >> self.config.bits:
             raise ValueError(f"{_name_of(layer)}: a zero point above {2**self.config.bits - 1}")
-        _set_packed(layer, layer.qweight.data, scales, zeros)
+        self._set_packed(layer, layer.qweight.data, scales, zeros)
 
     def _check_loaded(self, layer: Any, scales: Tensor) -> None:
         # vLLM does not look for tensors that a quantized checkpoint lacks; scales start as NaN to show what was filled.
@@ -314,6 +316,21 @@ class AwqLinearMethod(LinearMethodBase):
         if not bool(scales.isfinite().all()):
             raise ValueError(f"{_name_of(layer)}.scales: the checkpoint lacks them, or they hold NaN or Inf")
 
+    def _set_packed(self, layer: Any, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> None:
+        """Take natural tensors, in the layout that is multiplied fastest here."""
+        shape: dict[str, Any] = {
+            "bits": self.config.bits,
+            "group_size": layer.awq_group_size,
+            "out_features": layer.awq_out_features,
+            "in_features": layer.awq_in_features,
+        }
+        tensors = {"qweight": qweight, "scales": scales, "qzeros": qzeros}
+        layer.awq_layout = preferred_layout("natural", **shape, dtype=scales.dtype, device=scales.device)
+        if layer.awq_layout != "natural":
+            tensors = repack(tensors, "natural", layer.awq_layout, **shape)
+        for name, tensor in tensors.items():
+            setattr(layer, name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] to [..., N]."""
         return w4a16_matmul(
@@ -321,7 +338,7 @@ class AwqLinearMethod(LinearMethodBase):
             layer.qweight,
             layer.scales,
             layer.qzeros,
-            layout="natural",
+            layout=layer.awq_layout,
             bits=self.config.bits,
             group_size=layer.awq_group_size,
             out_features=layer.awq_out_features,
@@ -334,7 +351,7 @@ class AwqLinearMethod(LinearMethodBase):
             layer.qweight,
             layer.scales,
             layer.qzeros,
-            layout="natural",
+            layout=layer.awq_layout,
             bits=self.config.bits,
             group_size=layer.awq_group_size,
             out_features=layer.awq_out_features,
@@ -383,13 +400,8 @@ class OnlineAwqLinearMethod(AwqLinearMethod):
         quantized = group_quantize(weight.to(rounding_dtype(weight.dtype)), **how)
         packed = pack(*quantized, layout="natural", **how)
         del layer.weight
-        _set_packed(layer, packed["qweight"], packed["scales"].to(weight.dtype), packed["qzeros"])
+        self._set_packed(layer, packed["qweight"], packed["scales"].to(weight.dtype), packed["qzeros"])
 
 
 def _name_of(layer: Any) -> str:
     return str(getattr(layer, "prefix", type(layer).__name__))
-
-
-def _set_packed(layer: Any, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> None:
-    for name, tensor in (("qweight", qweight), ("scales", scales), ("qzeros", qzeros)):
-        setattr(layer, name, nn.Parameter(tensor.contiguous(), requires_grad=False))

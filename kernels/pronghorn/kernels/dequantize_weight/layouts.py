@@ -233,6 +233,26 @@ def unpack(
     return codes, scales, zeros
 
 
+def repack(
+    tensors: Mapping[str, Tensor],
+    source: str,
+    target: str,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+) -> dict[str, Tensor]:
+    """Packed tensors of layout `source` in layout `target`, without loss.
+
+    Raises:
+        ValueError: `target` cannot hold them.
+    """
+    shape = {"out_features": out_features, "in_features": in_features}
+    codes, scales, zeros = unpack(tensors, layout=source, bits=bits, group_size=group_size, **shape)
+    return pack(codes, scales, zeros, layout=target, bits=bits, group_size=group_size)
+
+
 def pack_codes(codes: Tensor, *, layout: str, bits: int) -> Tensor:
     """`qweight` of codes uint8 [N, K]."""
     chosen = get_layout(layout)
@@ -310,7 +330,7 @@ def _pack_lanes(sequence: Tensor, bits: int) -> Tensor:
     halves = (codes[..., : in_half * bits].unflatten(-1, (bits, in_half)) << shifts).sum(-1, dtype=torch.int32)
     if bits == 3:
         halves |= (codes[..., 15:] >> torch.arange(3, device=codes.device, dtype=torch.int32) & 1) << 15
-    words = halves[:, :, 0] | halves[:, :, 1] << 16
+    words: Tensor = halves[:, :, 0] | halves[:, :, 1] << 16
     return words if bits == 4 else words.transpose(1, 2).contiguous()
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pronghorn.kernels._arguments import check_tensor
-from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels._arguments import check_tensor, resolve_group_size
+from pronghorn.kernels._dispatch import VARIABLE, use_triton
 from pronghorn.kernels.dequantize_weight import check_quantized_weight
+from pronghorn.kernels.dequantize_weight.layouts import get_layout
 from pronghorn.kernels.w4a16_matmul import cuda, reference
 
-__all__ = ["w4a16_matmul"]
+__all__ = ["preferred_layout", "w4a16_matmul"]
 
 
 def w4a16_matmul(
@@ -62,6 +64,43 @@ def w4a16_matmul(
     return output if bias is None else output + bias.to(output.dtype)
 
 
+def preferred_layout(
+    layout: str,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """The layout that a weight stored in `layout` is multiplied fastest in; `repack` brings it there.
+
+    Where that takes kernels that are compiled at first use, they are compiled now, so that CUDA graphs can be captured.
+
+    Args:
+        layout: what the weight is stored in.
+        bits: width of a code.
+        group_size: inputs a scale, -1 for the whole row.
+        out_features: N.
+        in_features: K.
+        dtype: of activations and scales.
+        device: where it is multiplied.
+
+    Returns:
+        "fragments" on a Hopper GPU where shape, bits and dtype allow it, otherwise `layout`.
+    """
+    group_size = resolve_group_size(group_size, in_features)
+    try:
+        get_layout(cuda.LAYOUT).check(out_features, in_features, bits, group_size)
+    except ValueError:
+        return layout
+    if cuda.obstacle(device, dtype, dtype, bits, group_size):
+        return layout
+    cuda.prepare(out_features, in_features, bits=bits, group_size=group_size, dtype=dtype, device=device)
+    return cuda.LAYOUT
+
+
 @torch.library.custom_op("pronghorn::w4a16_matmul", mutates_args=())
 def _w4a16_matmul(
     x: Tensor,
@@ -75,7 +114,8 @@ def _w4a16_matmul(
 ) -> Tensor:
     arguments = (qweight, scales, qzeros, layout, bits, group_size, out_features)
     if use_triton("w4a16_matmul", x) and x.dtype != torch.float64:
-        if layout == cuda.LAYOUT and not cuda.obstacle(x, scales, layout, bits, group_size):
+        fits = layout == cuda.LAYOUT and not cuda.obstacle(x.device, x.dtype, scales.dtype, bits, group_size)
+        if fits and qzeros is not None and os.environ.get(VARIABLE) != "triton":
             return cuda.w4a16_matmul(x.contiguous(), qweight, scales, qzeros, bits, group_size, out_features)
         from pronghorn.kernels.w4a16_matmul import triton
 

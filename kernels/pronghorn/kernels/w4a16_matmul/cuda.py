@@ -8,7 +8,7 @@ the tensor cores' own register layout, and these kernels load it without a detou
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,9 +21,10 @@ SOURCE = Path(__file__).with_name("fragments.cu")
 ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
 LAYOUT = "fragments"
 BITS = (2, 3, 4)
-STREAM_ROWS = 16
 SHARED_BYTES = 227 << 10
 PROCESSORS = 132
+# Whatever the shape of the weight, the plans of other numbers of rows are among those of these.
+PREPARED_ROWS = (1, 2, 4, 8, 16, 32, 64, *range(128, 1024, 64), *range(1024, 8193, 256))
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,11 @@ class Stream:
 
 @dataclass(frozen=True)
 class Tile:
-    """Tiles of the wgmma kernel: `tokens` columns, warpgroups along N and 64-row tiles of each, chunks that are handled
-    at once, units of x and of the weight in flight, blocks along K, blocks that must fit a multiprocessor."""
+    """Tiles of the wgmma kernel: `tokens` columns, warpgroups along N, chunks in a unit where scales allow it, units of
+    x and of the weight in flight, blocks along K, blocks that must fit a multiprocessor."""
 
     tokens: int
     groups_n: int
-    tiles: int
     chunks: int
     stages: int
     depth: int
@@ -84,12 +84,12 @@ class Tile:
     @property
     def outputs(self) -> int:
         """Of a block."""
-        return 64 * self.groups_n * self.tiles
+        return 64 * self.groups_n
 
     @property
     def macros(self) -> dict[str, int]:
         """What the source wants defined."""
-        return {"TOKENS": self.tokens, "GROUPS_N": self.groups_n, "TILES": self.tiles, "STAGES": self.stages,
+        return {"TOKENS": self.tokens, "GROUPS_N": self.groups_n, "STAGES": self.stages,
                 "DEPTH": self.depth, "SPLIT": self.split, "BLOCKS": self.blocks}  # fmt: skip
 
     def shared_bytes(self, rows: int, columns: int) -> int:
@@ -97,14 +97,14 @@ class Tile:
         return max(self.stages * self.chunks * self.tokens * 128, self.tokens * (self.outputs + 4) * 4)
 
 
-def obstacle(x: Tensor, scales: Tensor, layout: str, bits: int, group_size: int) -> str:
-    """Why these kernels cannot run, or nothing."""
-    if layout != LAYOUT or bits not in BITS:
-        return f"the layout is {layout!r} with {bits} bits"
-    if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) != CAPABILITY:
+def obstacle(device: torch.device, dtype: torch.dtype, scales: torch.dtype, bits: int, group_size: int) -> str:
+    """Why these kernels cannot run on x of `dtype` and a weight whose scales have dtype `scales`, or nothing."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != CAPABILITY:
         return "the device is no Hopper GPU"
-    if x.dtype not in (torch.float16, torch.bfloat16) or scales.dtype != x.dtype:
-        return f"x is {x.dtype} and the scales are {scales.dtype}"
+    if dtype not in (torch.float16, torch.bfloat16) or scales != dtype:
+        return f"x is {dtype} and the scales are {scales}"
+    if bits not in BITS:
+        return f"the weight has {bits} bits"
     if group_size % 64 and group_size != 32:
         return f"groups of {group_size} do not divide into chunks of 64"
     return "" if _nvrtc.available() else "the package cuda-bindings is not installed"
@@ -112,21 +112,33 @@ def obstacle(x: Tensor, scales: Tensor, layout: str, bits: int, group_size: int)
 
 @functools.cache
 def plan(rows: int, outputs: int, columns: int) -> Stream | Tile:
-    """Tiles for x [rows, columns] and a weight [outputs, columns]; chosen by measurement on an H100."""
+    """Tiles for x [rows, columns] and a weight [outputs, columns]; what was fastest for Llama-3-8B's linears."""
+    if rows <= 2:
+        warps_k = 16 if columns > 8192 else 8
+        return _fitting(Stream(8, 1, warps_k, 1, 1, 4 if warps_k == 8 else 1), rows, columns)
     if rows <= 8:
-        warps_n, warps_k = (1, 16 if columns > 8192 else 8) if rows <= 2 else (2, 8)
-        split = 1
-        while Stream(8, warps_n, warps_k, 1, split, 1).shared_bytes(rows, columns) > SHARED_BYTES // 2:
-            split *= 2
-        return Stream(8, warps_n, warps_k, 1, split, 4 if warps_k * warps_n == 8 else 1)
-    tokens = next((size for size in (16, 32, 64) if rows <= size), 128)
-    blocks = -(-outputs // 128) * -(-rows // tokens)
-    split = 1
-    while split < 4 and blocks * split * 2 <= 1.1 * PROCESSORS * (2 if tokens <= 64 else 1):
-        split *= 2
-    if tokens < 128:
-        return Tile(tokens, 2, 1, 2, 5, 2, split, 2)
-    return Tile(tokens, 2, 2, 1, 5, 2, split, 1)
+        wide = outputs >= 8192 or (rows > 4 and columns > 8192)
+        split = 2 if wide and outputs < 8192 else 1
+        return _fitting(Stream(8, 4, 4, 1, split, 1) if wide else Stream(8, 2, 8, 1, split, 1), rows, columns)
+    if rows <= 16:
+        return Tile(16, 1, 2, 6, 4, _split(outputs // 64, 512), 2)
+    if rows <= 64:
+        tokens = 32 if rows <= 32 else 64
+        return Tile(tokens, 1, 2, 4, 2, _split(outputs // 64, 2 * PROCESSORS), 2)
+    tokens = 128 if rows <= 128 else 256
+    if -(-outputs // 128) * -(-rows // tokens) >= 0.75 * PROCESSORS:
+        return Tile(tokens, 2, 1, 5, 4, 1, 1)
+    return Tile(64, 2, 2, 5, 2, _split(-(-outputs // 128) * -(-rows // 64), 2 * PROCESSORS), 2)
+
+
+def _split(blocks: int, wanted: int) -> int:
+    return next((split for split in (4, 2) if blocks * split <= wanted), 1)
+
+
+def _fitting(stream: Stream, rows: int, columns: int) -> Stream:
+    while stream.shared_bytes(rows, columns) > SHARED_BYTES:
+        stream = replace(stream, split=stream.split * 2)
+    return stream
 
 
 def w4a16_matmul(
@@ -145,8 +157,7 @@ def w4a16_matmul(
     if not rows:
         return output
     chosen = chosen or plan(rows, out_features, columns)
-    grouped = 0 if group_size == columns else group_size
-    kernel = _kernel(chosen, bits, grouped, columns % 128 == 0, x.dtype == torch.bfloat16, x.device.index)
+    kernel = _kernel(chosen, bits, group_size, columns, x.dtype, x.device)
     grid = (-(-out_features // chosen.outputs) * chosen.split, 1, 1)
     if isinstance(chosen, Tile):
         grid = (grid[0], -(-rows // chosen.tokens), 1)
@@ -155,14 +166,34 @@ def w4a16_matmul(
     return output
 
 
-@functools.cache
+def prepare(
+    outputs: int, columns: int, *, bits: int, group_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Compile and load what any number of rows may need; a CUDA graph's capture allows neither."""
+    for rows in PREPARED_ROWS:
+        _kernel(plan(rows, outputs, columns), bits, group_size, columns, dtype, device)
+
+
 def _kernel(
-    chosen: Stream | Tile, bits: int, group_size: int, paired: bool, bfloat: bool, device: int
+    chosen: Stream | Tile, bits: int, group_size: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> _nvrtc.Kernel:
-    chunks = min(chosen.chunks, 2 if not group_size % 128 and paired else 1)
+    grouped = 0 if group_size == columns else group_size
+    chunks = min(chosen.chunks, 1 if grouped % 128 or columns % 128 else 2)
+    return _compiled(chosen, chunks, bits, grouped, dtype == torch.bfloat16, device.index)
+
+
+@functools.cache
+def _compiled(
+    chosen: Stream | Tile, chunks: int, bits: int, group_size: int, bfloat: bool, device: int
+) -> _nvrtc.Kernel:
+    cubin = compile_cubin(chosen, chunks, bits, group_size, bfloat)
+    return _nvrtc.Kernel(cubin, "multiply_fragments", device)
+
+
+def compile_cubin(chosen: Stream | Tile, chunks: int, bits: int, group_size: int, bfloat: bool) -> bytes:
+    """Machine code for a plan; needs no GPU."""
     macros = {**chosen.macros, "BITS": bits, "GROUP": group_size, "CHUNKS": chunks, "BFLOAT": int(bfloat)}
-    header = ("wgmma.cuh", wgmma_header(chosen.tokens, bfloat))
-    return _nvrtc.Kernel(_nvrtc.compile_cubin(SOURCE, ARCHITECTURE, macros, header), "multiply_fragments", device)
+    return _nvrtc.compile_cubin(SOURCE, ARCHITECTURE, macros, ("wgmma.cuh", wgmma_header(chosen.tokens, bfloat)))
 
 
 def wgmma_header(tokens: int, bfloat: bool) -> str:

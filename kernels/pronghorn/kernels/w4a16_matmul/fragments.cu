@@ -5,8 +5,9 @@
 // registers; no shared memory, no shuffles. A code becomes an exact 16-bit float by setting the exponent bits of
 // 1024 (fp16) or 128 (bf16) above it and subtracting the same constant with the zero point in it.
 //
-// Macros: BITS, GROUP (inputs a scale; 0: one for the row), CHUNKS (1, or 2 where two have the same scale), BFLOAT, SPLIT (blocks that share
-// the inputs of a tile; a cluster that adds up through distributed shared memory), and those named at each kernel.
+// Macros: BITS, GROUP (inputs a scale; 0: one for the row), CHUNKS (that make a unit, which has one scale: 1 or 2), BFLOAT,
+// SPLIT (blocks that share the inputs of a tile: a cluster, which adds up through distributed shared memory), and those
+// named at each kernel.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -91,7 +92,6 @@ struct Weight {
     const u32 *scales;
     const u16 *zeros;
 
-    __device__ inline Weight() {}
     __device__ inline Weight(const u32 *qweight, const u32 *scales, const u16 *zeros, int tile, int K, int lane) {
         u64 first_scale = (u64)tile * (GROUP ? K / (GROUP ? GROUP : 1) : 1) * 8 + lane / 4;
         words = qweight + (u64)tile * (K / CHUNK) * (LANES * BITS) + lane * (BITS == 4 ? 4 : 1);
@@ -384,9 +384,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
 
 #else
 // ---- More tokens: wgmma ---------------------------------------------------------------------------------------------
-// Macros: TOKENS (8 ... 256), GROUPS_N (warpgroups a block), TILES (64 outputs each, of a warpgroup), STAGES (units of x
-// in shared memory), DEPTH (units of the weight in flight a warp), BLOCKS. While the tensor cores multiply one chunk, the
-// warps unpack the next.
+// Macros: TOKENS (8 ... 256), GROUPS_N (warpgroups a block, 64 outputs each), STAGES (units of x in shared memory), DEPTH
+// (units of the weight in flight a warp; even if CHUNKS is 1), BLOCKS. While the tensor cores multiply one chunk, the warps
+// unpack the next.
 
 #include "wgmma.cuh"  // wgmma(float sum[TOKENS / 2], const u32 a[4], u64 descriptor), written for TOKENS by cuda.py
 
@@ -421,32 +421,25 @@ __device__ inline void copy_stage(u32 stage, const u16 *x, int rows, int unit, i
 
 // Fragments of chunk C of a unit.
 template <int C>
-__device__ inline void unpack(u32 a[TILES][STEPS][4], const Packed packed[TILES]) {
-#pragma unroll
-    for (int j = 0; j < TILES; j++) {
-        scaled<C * STEPS + 0>(a[j][0], packed[j]);
-        scaled<C * STEPS + 1>(a[j][1], packed[j]);
-        scaled<C * STEPS + 2>(a[j][2], packed[j]);
-        scaled<C * STEPS + 3>(a[j][3], packed[j]);
-    }
+__device__ inline void unpack(u32 a[STEPS][4], const Packed &packed) {
+    scaled<C * STEPS + 0>(a[0], packed);
+    scaled<C * STEPS + 1>(a[1], packed);
+    scaled<C * STEPS + 2>(a[2], packed);
+    scaled<C * STEPS + 3>(a[3], packed);
 }
 
 // Starts the products of a chunk and waits for those of the chunk before.
-__device__ inline void multiply_chunk(float sum[TILES][TOKENS / 2], u32 a[TILES][STEPS][4], u32 x) {
+__device__ inline void multiply_chunk(float sum[TOKENS / 2], u32 a[STEPS][4], u32 x) {
     // The operands must be complete before the fence; otherwise the compiler serializes.
 #pragma unroll
-    for (int j = 0; j < TILES; j++)
-#pragma unroll
-        for (int step = 0; step < STEPS; step++)
-            asm volatile("" : "+r"(a[j][step][0]), "+r"(a[j][step][1]), "+r"(a[j][step][2]), "+r"(a[j][step][3])::"memory");
+    for (int step = 0; step < STEPS; step++)
+        asm volatile("" : "+r"(a[step][0]), "+r"(a[step][1]), "+r"(a[step][2]), "+r"(a[step][3])::"memory");
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
     // K-major, swizzled by 128 bytes (1 << 62), 1024 bytes from eight rows to the next eight.
     u64 descriptor = (u64)(x >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
-#pragma unroll
-        for (int j = 0; j < TILES; j++)
-            wgmma(sum[j], a[j][step], descriptor + step * 2);
+        wgmma(sum, a[step], descriptor + step * 2);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
 }
@@ -454,23 +447,18 @@ __device__ inline void multiply_chunk(float sum[TILES][TOKENS / 2], u32 a[TILES]
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_fragments(
     const u16 *x, const u32 *qweight, const u32 *scales, const u16 *zeros, u16 *out, int M, int N, int K) {
     extern __shared__ __align__(1024) u8 memory[];
-    constexpr int width = 64 * GROUPS_N * TILES, stride = width + 4;
-    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES % 4, group = threadIdx.x / 128;
+    constexpr int width = 64 * GROUPS_N, stride = width + 4;
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     int first_n = blockIdx.x / SPLIT * width, first_m = blockIdx.y * TOKENS;
     int units = K / UNIT, share = (units + SPLIT - 1) / SPLIT;
     int first = blockIdx.x % SPLIT * share, end = min(first + share, units);
     u32 stages = shared_address(memory);
 
-    Weight weight[TILES];
-    Packed ring[DEPTH][TILES];
+    Weight weight(qweight, scales, zeros, min(first_n / TILE_N + warp, N / TILE_N - 1), K, lane);
+    Packed ring[DEPTH];
 #pragma unroll
-    for (int j = 0; j < TILES; j++) {
-        int tile = first_n / TILE_N + (group * TILES + j) * 4 + warp;
-        weight[j] = Weight(qweight, scales, zeros, min(tile, N / TILE_N - 1), K, lane);
-#pragma unroll
-        for (int i = 0; i < DEPTH; i++)
-            load_or_zero(ring[i][j], weight[j], first + i, end);
-    }
+    for (int i = 0; i < DEPTH; i++)
+        load_or_zero(ring[i], weight, first + i, end);
     await_previous_grid();
     int first_row = first_m + threadIdx.x / 8;
     x += (u64)first_row * K + threadIdx.x % 8 * 8;
@@ -479,13 +467,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
         commit_copies();
     }
 
-    float sum[TILES][TOKENS / 2];
+    float sum[TOKENS / 2];
 #pragma unroll
-    for (int j = 0; j < TILES; j++)
-#pragma unroll
-        for (int i = 0; i < TOKENS / 2; i++)
-            sum[j][i] = 0;
-    u32 a[2][TILES][STEPS][4];
+    for (int i = 0; i < TOKENS / 2; i++)
+        sum[i] = 0;
+    u32 a[2][STEPS][4];
     int stage = 0, next_stage = STAGES - 2;
 #pragma unroll 1
     for (int base = first; base < end; base += DEPTH) {  // no way out halfway: it would serialize wgmma
@@ -505,9 +491,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
                 unpack<CHUNKS - 1>(a[1], ring[i]);
                 multiply_chunk(sum, a[1], at + CHUNK_BYTES);
             }
-#pragma unroll
-            for (int j = 0; j < TILES; j++)
-                load_or_zero(ring[i][j], weight[j], base + i + DEPTH, end);
+            load_or_zero(ring[i], weight, base + i + DEPTH, end);
             stage = stage + 1 == STAGES ? 0 : stage + 1;
             next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
         }
@@ -519,13 +503,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
 
     float *sums = (float *)memory;
 #pragma unroll
-    for (int j = 0; j < TILES; j++)
-#pragma unroll
-        for (int i = 0; i < TOKENS / 2; i++) {
-            int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-            int n = ((group * TILES + j) * 4 + warp) * TILE_N + lane / 4 + i / 2 % 2 * 8;
-            sums[token * stride + n] = sum[j][i];
-        }
+    for (int i = 0; i < TOKENS / 2; i++) {
+        int token = i / 4 * 8 + lane % 4 * 2 + i % 2, n = warp * TILE_N + lane / 4 + i / 2 % 2 * 8;
+        sums[token * stride + n] = sum[i];
+    }
     add_and_store<THREADS, 1, TOKENS, width, stride>(sums, out, first_m, first_n, M, N);
 }
 #endif
