@@ -121,7 +121,7 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """All benchmarks that can run here; tables and JSON."""
     env = environment(session, "main")
-    for script in session.posargs or ["correctness.py", "kernels.py", "w4a16_matmul.py"]:
+    for script in session.posargs or ["correctness.py", "kernels.py"]:
         run(session, env, "python", f"benchmarks/{Path(script).name}")
 
 
