@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pronghorn.awq.config import AwqConfig
     from pronghorn.awq.convert import convert_checkpoint
+    from pronghorn.awq.fused import fuse
     from pronghorn.awq.layers import AwqLinear
     from pronghorn.awq.peft import prepare_lora
     from pronghorn.awq.quantize import fake_quantize_model, quantize_model
@@ -27,6 +28,7 @@ __all__ = [
     "SearchResult",
     "convert_checkpoint",
     "fake_quantize_model",
+    "fuse",
     "install",
     "prepare_lora",
     "quantize_model",
@@ -39,6 +41,7 @@ _ROOMS = {
     "SearchResult": "search",
     "convert_checkpoint": "convert",
     "fake_quantize_model": "quantize",
+    "fuse": "fused",
     "install": "transformers",
     "prepare_lora": "peft",
     "quantize_model": "quantize",

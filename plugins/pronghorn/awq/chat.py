@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, TextStreamer
+from transformers import DynamicCache, StaticCache, TextStreamer
+from transformers.cache_utils import StaticLayer
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Chat:
         tokenizer: its tokenizer.
         system: system prompt, if any.
         max_new_tokens: the longest answer.
+        capacity: tokens that a static cache holds; on a GPU transformers then compiles the decoding step and replays
+            it as a CUDA graph. Without it the cache grows as it must.
         generation: arguments of `generate`; the defaults are TinyChat's sampling.
     """
 
@@ -50,6 +53,7 @@ class Chat:
         *,
         system: str | None = None,
         max_new_tokens: int = 512,
+        capacity: int | None = None,
         **generation: Any,
     ) -> None:
         if tokenizer.chat_template is None:
@@ -63,14 +67,21 @@ class Chat:
         }  # fmt: skip
         self.generation["max_new_tokens"] = max_new_tokens
         self.messages = [{"role": "system", "content": system}] if system else []
-        self._cache = DynamicCache(config=model.config)
+        self.capacity = capacity
+        self._forget()
+
+    def _forget(self) -> None:
+        config = self.model.config
+        self._cache: Any = (
+            StaticCache(config=config, max_cache_len=self.capacity) if self.capacity else DynamicCache(config=config)
+        )
         self._cached = torch.empty(0, dtype=torch.long)
 
     def ask(self, message: str, on_text: Callable[[str], None] = lambda text: None) -> Turn:
         """Send a message; `on_text` receives the answer piece by piece.
 
         Raises:
-            ValueError: the message is empty.
+            ValueError: the message is empty, or the conversation does not fit the static cache any more.
         """
         if not message.strip():
             raise ValueError("message: empty")
@@ -78,6 +89,11 @@ class Chat:
         prompt = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).input_ids
+        longest = prompt.shape[1] + self.generation["max_new_tokens"]
+        if self.capacity and longest > self.capacity:
+            raise ValueError(
+                f"message: with its answer the conversation may take {longest} tokens, capacity is {self.capacity}"
+            )
         reused = self._rewind(prompt[0])
         streamer = _Streamer(self.tokenizer, on_text)
         start = time.perf_counter()
@@ -85,6 +101,7 @@ class Chat:
             prompt.to(self.model.device),
             attention_mask=torch.ones_like(prompt).to(self.model.device),
             past_key_values=self._cache,
+            cache_implementation=None,  # a fused model asks for a static one, but this one is at hand
             streamer=streamer,
             pad_token_id=self.tokenizer.eos_token_id,
             **self.generation,
@@ -92,7 +109,7 @@ class Chat:
         end = time.perf_counter()
         answer = output[prompt.shape[1] :]
         text = self.tokenizer.decode(answer, skip_special_tokens=True)
-        self._cached = output[: self._cache.get_seq_length()]
+        self._cached = output[: int(self._cache.get_seq_length())]
         self.messages = [*messages, {"role": "assistant", "content": text}]
         first = streamer.first_token - start
         speed = (len(answer) - 1) / (end - streamer.first_token) if len(answer) > 1 else 0.0
@@ -104,9 +121,25 @@ class Chat:
         limit = min(len(self._cached), len(prompt) - 1)
         differs = (self._cached[:limit] != prompt[:limit]).nonzero()
         kept = int(differs[0]) if len(differs) else limit
-        if kept < self._cache.get_seq_length():
-            self._cache.crop(kept)
+        surplus = len(self._cached) - kept
+        if surplus and not self._drop(surplus):
+            self._forget()
+            return 0
         return kept
+
+    def _drop(self, surplus: int) -> bool:
+        """Take the last tokens out of the cache; False where it cannot, as beyond a sliding window."""
+        if not self.capacity:
+            try:
+                self._cache.crop(-surplus)
+            except RuntimeError:
+                return False
+            return True
+        if any(type(layer) is not StaticLayer for layer in self._cache.layers):
+            return False
+        for layer in self._cache.layers:
+            layer.cumulative_length -= surplus  # what lies behind is masked, and written over
+        return True
 
 
 class _Streamer(TextStreamer):

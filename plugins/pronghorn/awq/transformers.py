@@ -123,6 +123,16 @@ class AwqQuantizer(HfQuantizer):
         """Packed weights are saved as they are."""
         return True
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
+        """The model's own tensors.
+
+        Raises:
+            ValueError: the model is fused; that form is for running only.
+        """
+        if hasattr(model, "awq_fused"):
+            raise ValueError("a fused model is not saved; model.awq_fused.restore() gives the checkpoint's form back")
+        return super().get_state_dict_and_metadata(model)
+
     @property
     def is_trainable(self) -> bool:
         """Adapters can be trained on top: gradients pass through the packed linears."""

@@ -33,10 +33,11 @@ def letters(tmp_path_factory):
     return folder
 
 
-def test_follow_ups_prefill_new_tokens_only(letters):
+@pytest.mark.parametrize("capacity", [None, 256])
+def test_follow_ups_prefill_new_tokens_only(letters, capacity):
     model = AutoModelForCausalLM.from_pretrained(letters, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(letters)
-    chat = Chat(model, tokenizer, max_new_tokens=8, do_sample=False)
+    chat = Chat(model, tokenizer, max_new_tokens=8, capacity=capacity, do_sample=False)
     widths = []
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -55,6 +56,31 @@ def test_follow_ups_prefill_new_tokens_only(letters):
     fresh = Chat(model, tokenizer, max_new_tokens=8, do_sample=False)
     fresh.messages = chat.messages[:2]
     assert fresh.ask("and again").text == second.text
+
+
+@pytest.mark.parametrize("capacity", [None, 256])
+@pytest.mark.parametrize("rewritten", [0, 20])
+def test_a_history_that_was_rewritten_is_prefilled_from_there(letters, capacity, rewritten):
+    model = AutoModelForCausalLM.from_pretrained(letters, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(letters)
+    chat = Chat(model, tokenizer, max_new_tokens=8, capacity=capacity, do_sample=False)
+    chat.ask("hello there, what is the time?")
+    question = chat.messages[0]["content"]
+    chat.messages[0]["content"] = question[:rewritten] + "?" + question[rewritten:]
+    chat.messages[0]["role"] = "user" if rewritten else "person"
+    found = chat.ask("and again")
+    assert found.reused_tokens == (len("<u>") + rewritten if rewritten else 1)
+    fresh = Chat(model, tokenizer, max_new_tokens=8, do_sample=False)
+    fresh.messages = chat.messages[:2]
+    assert fresh.ask("and again").text == found.text
+
+
+def test_a_chat_that_outgrows_its_cache_says_so(letters):
+    model = AutoModelForCausalLM.from_pretrained(letters, dtype=torch.float32)
+    chat = Chat(model, AutoTokenizer.from_pretrained(letters), max_new_tokens=8, capacity=30, do_sample=False)
+    chat.ask("hello")
+    with pytest.raises(ValueError, match="capacity is 30"):
+        chat.ask("this is a longer question")
 
 
 def test_a_chat_needs_a_template_and_a_message(letters):

@@ -1,0 +1,199 @@
+"""Run a packed model fast: linears that read the same input become one, in the layout that is multiplied fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pronghorn.awq.layers import AwqLinear
+from pronghorn.kernels.dequantize_weight.layouts import pack, pack_codes, unpack_codes
+from pronghorn.kernels.w4a16_matmul import preferred_layout, w4a16_matmul
+
+
+class Fused:
+    """A model in its fast form; `restore` (or the end of a `with` block) gives the old one back, bit for bit."""
+
+    def __init__(self, model: PreTrainedModel, example: Tensor) -> None:
+        self.model = model
+        self._linears: list[tuple[SharedInput, list[str], list[AwqLinear]]] = []
+        self._cache = model.generation_config.cache_implementation if model.can_generate() else None
+        modules = dict(model.named_modules())
+        for names in shared_inputs(model, example):
+            members = [modules[name] for name in names]
+            shared = SharedInput(members)
+            for index, (name, member) in enumerate(zip(names, members, strict=True)):
+                model.set_submodule(name, Output(shared, index))
+                member.qweight = member.qweight.to("meta")  # one copy of the codes is enough
+            self._linears.append((shared, names, members))
+        if model.can_generate() and next(model.parameters()).is_cuda and self._cache is None:
+            # transformers then compiles the decoding step and replays it as a CUDA graph.
+            model.generation_config.cache_implementation = "static"
+        model.awq_fused = self  # type: ignore[assignment]
+
+    def restore(self) -> None:
+        """Put the checkpoint's own linears back."""
+        for shared, names, members in self._linears:
+            for name, member, qweight in zip(names, members, shared.separate(members), strict=True):
+                member.qweight = qweight
+                self.model.set_submodule(name, member)
+        self._linears = []
+        if self.model.can_generate():
+            self.model.generation_config.cache_implementation = self._cache
+        del self.model.awq_fused
+
+    def __enter__(self) -> Fused:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+
+def fuse(model: PreTrainedModel, *, example: Tensor | None = None) -> Fused:
+    """Bring a model with packed linears into its fast form, in place.
+
+    Linears that are given the same tensor (queries, keys and values; gate and up) become one matmul. Which they are
+    is seen in a run of one token, not known by name. On a Hopper GPU codes are put into the order of the tensor
+    cores, and `generate` uses a static cache, for which transformers compiles the decoding step and replays it as a
+    CUDA graph. A fused model is not saved: restore it first.
+
+    Args:
+        model: with `AwqLinear`s.
+        example: token ids [1, length] that every packed linear sees; by default one token.
+
+    Returns:
+        The fused model's handle, also a context manager.
+
+    Raises:
+        ValueError: no packed linears, or fused already.
+
+    Example:
+        >>> with fuse(model):
+        ...     model.generate(**inputs)
+
+    Source: Lin et al. (arXiv 2306.00978), section 4.2 (kernel fusion).
+    """
+    if hasattr(model, "awq_fused"):
+        raise ValueError("model: fused already")
+    if not any(isinstance(module, AwqLinear) for module in model.modules()):
+        raise ValueError("model: has no packed linears; load or quantize one with AwqConfig")
+    if example is None:
+        example = torch.zeros(1, 1, dtype=torch.long)
+    return Fused(model, example.to(model.device))
+
+
+@torch.no_grad()
+def shared_inputs(model: PreTrainedModel, example: Tensor) -> list[list[str]]:
+    """Names of the packed linears, those that read the same tensor together, in the order in which they run.
+
+    Experts that the example does not reach stay by themselves.
+    """
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    inputs: list[Tensor] = []  # kept alive: ids are not given out twice
+
+    def record(name: str, module: AwqLinear, x: Tensor) -> None:
+        inputs.append(x)
+        form = (module.bits, module.group_size, module.scales.dtype, module.bias is None, module.qweight.device)
+        members = groups.setdefault((id(x), x._version, *form), [])
+        if name not in members:
+            members.append(name)
+
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, AwqLinear)}
+    with _hooked(packed, record):
+        model(input_ids=example, use_cache=False)
+    seen = [names for names in groups.values() if not set(names) & _repeated(groups)]
+    alone = set(packed) - {name for names in seen for name in names}
+    return [*seen, *([name] for name in packed if name in alone)]
+
+
+def _repeated(groups: dict[tuple[Any, ...], list[str]]) -> set[str]:
+    """Linears that ran more than once, on different inputs: layers that share weights."""
+    names = [name for members in groups.values() for name in members]
+    return {name for name in names if names.count(name) > 1}
+
+
+@contextmanager
+def _hooked(packed: dict[str, AwqLinear], record: Any) -> Iterator[None]:
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, name=name: record(name, module, args[0]))
+        for name, module in packed.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class SharedInput(nn.Module):
+    """Packed linears that read the same input, as one."""
+
+    qweight: Tensor
+    scales: Tensor
+    qzeros: Tensor
+    bias: Tensor | None
+
+    def __init__(self, members: list[AwqLinear]) -> None:
+        super().__init__()
+        first = members[0]
+        self.sizes = [member.out_features for member in members]
+        self.bits, self.in_features = first.bits, first.in_features
+        self.group_size = first.in_features if first.group_size == -1 else first.group_size
+        self.out_features = sum(self.sizes)
+        codes, scales, zeros = (torch.cat(parts) for parts in zip(*(member.codes() for member in members), strict=True))
+        self.layout = preferred_layout(
+            "natural", bits=self.bits, group_size=self.group_size, out_features=self.out_features,
+            in_features=self.in_features, dtype=scales.dtype, device=scales.device,
+        )  # fmt: skip
+        packed = pack(codes, scales, zeros, layout=self.layout, bits=self.bits, group_size=self.group_size)
+        for name, tensor in packed.items():
+            self.register_buffer(name, tensor)
+        bias = None if first.bias is None else torch.cat([member.bias for member in members])  # type: ignore[misc]
+        self.register_buffer("bias", bias)
+        self._input: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def output(self, x: Tensor, index: int) -> Tensor:
+        """[..., K] to the output [..., N] of one linear; the others' are kept until the last has been asked for."""
+        if self._input is not x:
+            together = w4a16_matmul(
+                x, self.qweight, self.scales, self.qzeros, layout=self.layout, bits=self.bits,
+                group_size=self.group_size, out_features=self.out_features, bias=self.bias,
+            )  # fmt: skip
+            self._input, self._outputs = x, together.split(self.sizes, dim=-1)
+        result = self._outputs[index]
+        if index == len(self.sizes) - 1:
+            self._input, self._outputs = None, ()
+        return result
+
+    def separate(self, members: list[AwqLinear]) -> Iterator[Tensor]:
+        """The codes of each linear in its own layout."""
+        codes = unpack_codes(
+            self.qweight,
+            layout=self.layout,
+            bits=self.bits,
+            out_features=self.out_features,
+            in_features=self.in_features,
+        )
+        for member, own in zip(members, codes.split(self.sizes), strict=True):
+            yield pack_codes(own, layout=member.layout, bits=self.bits)
+
+
+class Output(nn.Module):
+    """Stands where one of the linears stood."""
+
+    def __init__(self, shared: SharedInput, index: int) -> None:
+        super().__init__()
+        self._shared = (shared,)  # not a submodule of each: the first one's
+        if index == 0:
+            self.shared = shared
+        self.index = index
+        self.in_features, self.out_features = shared.in_features, shared.sizes[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] to [..., N], in the dtype of `x`."""
+        return self._shared[0].output(x, self.index)
