@@ -1,13 +1,17 @@
-"""`pronghorn awq …`: search, quantize, pack, convert, eval and chat."""
+"""`pronghorn awq …`: search, quantize, pack, convert, eval, chat and bench."""
 
 from __future__ import annotations
 
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from pronghorn.awq.chat import Chat
     from pronghorn.awq.config import AwqConfig
 
 app = typer.Typer(no_args_is_help=True, help="AWQ: 4-bit (and 2-, 3-, 8-bit) weights for language models.")
@@ -223,11 +227,65 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Folder or hub name, quantized or not.")],
+    contexts: Annotated[str, typer.Option(help="Lengths of prompts, with commas.")] = "16,512,2048,4096",
+    histories: Annotated[str, typer.Option(help="Lengths of histories before a question.")] = "16,128,1024",
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for the decoding speed.")] = 256,
+    repeats: Annotated[int, typer.Option(help="Repeats of each measurement.")] = 10,
+    fused: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Run packed linears in their fast form.")] = True,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Time to the first token and decoding speed by context, and of a question after a history."""
+    from pronghorn.awq.bench import context_speeds, follow_up_speeds
+
+    loaded, _ = _load(model, dtype, device)
+    found: dict[str, list[dict[str, float]]] = {"contexts": [], "follow_ups": []}
+    with _fused(loaded, fused):
+        for speed in context_speeds(loaded, _lengths(contexts), new_tokens=new_tokens, repeats=repeats):
+            found["contexts"].append(asdict(speed))
+            typer.echo(
+                f"context {speed.context:6}: first token {speed.first_token_seconds * 1e3:8.1f} ms, "
+                f"then {speed.tokens_per_second:7.1f} tokens/s"
+            )
+        for turn in follow_up_speeds(loaded, _lengths(histories), repeats=repeats):
+            found["follow_ups"].append(asdict(turn))
+            typer.echo(
+                f"history {turn.history:6}: first token {turn.kept_seconds * 1e3:8.1f} ms, "
+                f"{turn.recomputed_seconds * 1e3:8.1f} ms without the cache"
+            )
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"wanted numbers with commas, got {text!r}") from None
+
+
+def _fused(model: Any, wanted: bool) -> AbstractContextManager[Any]:
+    """The fast form of a model with packed linears; others run as they are."""
+    from pronghorn.awq.fused import fuse
+    from pronghorn.awq.layers import AwqLinear
+
+    packed = any(isinstance(module, AwqLinear) for module in model.modules())
+    return fuse(model) if wanted and packed else nullcontext()
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="Folder or hub name of an instruct model, quantized or not.")],
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token, instead of sampling.")] = False,
+    capacity: Annotated[
+        int | None, typer.Option(help="Tokens of a static cache: decoding is then compiled, on a GPU.")
+    ] = None,
+    fused: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Run packed linears in their fast form.")] = True,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -236,7 +294,12 @@ def chat(
 
     loaded, tokenizer = _load(model, dtype, device)
     generation = {"do_sample": False} if greedy else {}
-    session = Chat(loaded, tokenizer, system=system, max_new_tokens=max_new_tokens, **generation)
+    session = Chat(loaded, tokenizer, system=system, max_new_tokens=max_new_tokens, capacity=capacity, **generation)
+    with _fused(loaded, fused):
+        _converse(session)
+
+
+def _converse(session: Chat) -> None:
     while True:
         try:
             message = input("> ")

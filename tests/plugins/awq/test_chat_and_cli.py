@@ -150,3 +150,23 @@ def test_three_bits_by_default_in_our_own_format(letters, tmp_path):
     with pytest.raises(ValueError, match="bits"):
         call("quantize", letters, tmp_path / "r", "--bits", 5, "--device", "cpu")
     assert not (tmp_path / "r").exists()
+
+
+def test_bench_measures_contexts_and_follow_ups(letters, tmp_path):
+    out = tmp_path / "speeds.json"
+    folder = tmp_path / "packed"
+    runner = CliRunner()
+    made = runner.invoke(app, ["quantize", str(letters), str(folder), "--rtn", "--group-size", "32"])
+    assert made.exit_code == 0, made.output
+    how = ["--contexts", "8,16", "--histories", "40", "--new-tokens", "4", "--repeats", "2", "--json", str(out)]
+    result = runner.invoke(app, ["bench", str(folder), *how])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert [row["context"] for row in found["contexts"]] == [8, 16]
+    assert all(row["tokens_per_second"] > 0 and row["first_token_seconds"] > 0 for row in found["contexts"])
+    assert found["follow_ups"][0]["history"] == 40
+    assert "history     40" in result.output
+    refused = runner.invoke(app, ["bench", str(folder), "--contexts", "100000"])
+    assert refused.exit_code != 0
+    assert "lengths" in str(refused.exception) + refused.output
+    assert runner.invoke(app, ["bench", str(folder), "--contexts", "8,many"]).exit_code == 2

@@ -15,8 +15,10 @@ from tests.assets import smollm2_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pronghorn.transformers  # noqa: F401 - registers
-from pronghorn.awq import AwqConfig
+from pronghorn.awq import AwqConfig, fuse
 from pronghorn.awq.chat import Chat
+from pronghorn.awq.evaluate import perplexity
+from pronghorn.transformers.calibration_data import builtin_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 QUESTION = "What is the capital of France?"
@@ -37,6 +39,15 @@ def test_it_answers_in_transformers(quantized):
     model = AutoModelForCausalLM.from_pretrained(quantized)
     chat = Chat(model, AutoTokenizer.from_pretrained(quantized), max_new_tokens=16, do_sample=False)
     assert "Paris" in chat.ask(QUESTION).text
+
+
+def test_the_fast_form_has_the_same_perplexity(quantized):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(quantized), AutoTokenizer.from_pretrained(quantized)
+    text = builtin_text("evaluation")
+    plain = perplexity(model, tokenizer, text, window=256, max_windows=3).perplexity
+    with fuse(model):
+        fused = perplexity(model, tokenizer, text, window=256, max_windows=3).perplexity
+    assert f"{fused:.3g}" == f"{plain:.3g}"
 
 
 def test_it_answers_over_http(quantized):

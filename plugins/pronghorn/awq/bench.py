@@ -1,0 +1,127 @@
+"""How long the first token takes and how fast the next ones come, by length of context and of history."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+QUESTION_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class ContextSpeed:
+    """One context length.
+
+    Attributes:
+        context: tokens of the prompt.
+        first_token_seconds: from the call of `generate` to the first token, the mean of the repeats.
+        tokens_per_second: of the tokens after the first.
+    """
+
+    context: int
+    first_token_seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class FollowUpSpeed:
+    """A question of `QUESTION_TOKENS` tokens after a history.
+
+    Attributes:
+        history: tokens before the question.
+        kept_seconds: to the first token with the history in the cache.
+        recomputed_seconds: to the first token without.
+    """
+
+    history: int
+    kept_seconds: float
+    recomputed_seconds: float
+
+
+def context_speeds(
+    model: PreTrainedModel, contexts: list[int], *, new_tokens: int = 256, repeats: int = 10
+) -> Iterator[ContextSpeed]:
+    """Prefill and decoding speed at batch 1, as `generate` has them, after one round to warm up.
+
+    Args:
+        model: the language model.
+        contexts: lengths of random prompts.
+        new_tokens: generated for the decoding speed, at least 2.
+        repeats: of each measurement.
+
+    Raises:
+        ValueError: a length that is not positive, or beyond what the model was made for.
+
+    Source: TinyChat's benchmark (llm-awq), which has the same lengths and numbers of repeats.
+    """
+    _check(model, [length + new_tokens for length in contexts], at_least={"new_tokens": (new_tokens, 2)})
+    for context in contexts:
+        ids = _random_ids(model, context)
+        firsts, wholes = [], []
+        for _ in range(repeats + 1):
+            firsts.append(_seconds(model, ids, 1))
+            wholes.append(_seconds(model, ids, new_tokens))
+        first, whole = mean(firsts[1:]), mean(wholes[1:])
+        yield ContextSpeed(context, first, (new_tokens - 1) / (whole - first))
+
+
+def follow_up_speeds(model: PreTrainedModel, histories: list[int], *, repeats: int = 10) -> Iterator[FollowUpSpeed]:
+    """Time to the first token of a question after a history, with and without the history's keys and values.
+
+    Raises:
+        ValueError: a length that is not positive, or beyond what the model was made for.
+    """
+    _check(model, [length + QUESTION_TOKENS + 1 for length in histories])
+    for history in histories:
+        ids = _random_ids(model, history + QUESTION_TOKENS)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :history], past_key_values=cache, logits_to_keep=1)
+        kept, recomputed = [], []
+        for _ in range(repeats + 1):
+            kept.append(_seconds(model, ids, 1, past_key_values=copy.deepcopy(cache)))
+            recomputed.append(_seconds(model, ids, 1, past_key_values=DynamicCache(config=model.config)))
+        yield FollowUpSpeed(history, mean(kept[1:]), mean(recomputed[1:]))
+
+
+def _check(model: PreTrainedModel, lengths: list[int], at_least: dict[str, tuple[int, int]] | None = None) -> None:
+    for name, (value, least) in (at_least or {}).items():
+        if value < least:
+            raise ValueError(f"{name}: got {value}, wanted at least {least}")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for length in lengths:
+        if length < 1 or (limit is not None and length > limit):
+            raise ValueError(f"lengths: {length} tokens in all; this model takes 1 to {limit}")
+
+
+def _random_ids(model: PreTrainedModel, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size = model.config.get_text_config().vocab_size
+    return torch.randint(0, size, (1, length), generator=generator).to(model.device)
+
+
+def _seconds(model: PreTrainedModel, ids: Tensor, new_tokens: int, **cache: Any) -> float:
+    """Wall time of one call of `generate`; with a cache given, that one is used and none is made."""
+    generate: Any = model.generate
+    given = {"cache_implementation": None, **cache} if cache else {}
+    _synchronize(model)
+    start = time.perf_counter()
+    generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
+        pad_token_id=0, **given,
+    )  # fmt: skip
+    _synchronize(model)
+    return time.perf_counter() - start
+
+
+def _synchronize(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
