@@ -1,4 +1,4 @@
-"""`pronghorn awq …`: search, quantize, pack, convert, eval, chat and bench."""
+"""`pronghorn awq …`: search, quantize, pack, convert, eval, chat, bench and demo."""
 
 from __future__ import annotations
 
@@ -258,6 +258,29 @@ def bench(
             )
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of an instruct model, quantized or not.")],
+    host: Annotated[str, typer.Option(help="Address to serve at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to serve at.")] = 7860,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    fused: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Run packed linears in their fast form.")] = True,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Serve a page to chat with MODEL in the browser; needs `pip install pronghorn[demo]`."""
+    try:
+        from pronghorn.awq.demo import build_demo
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"{error}; pip install pronghorn[demo]") from None
+
+    loaded, tokenizer = _load(model, dtype, device)
+    with _fused(loaded, fused):
+        page = build_demo(loaded, tokenizer, system=system, max_new_tokens=max_new_tokens)
+        page.launch(server_name=host, server_port=port)
 
 
 def _lengths(text: str) -> list[int]:

@@ -5,32 +5,13 @@ import json
 import pytest
 import torch
 from tests.models import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tests.plugins.awq.conftest import TEMPLATE
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from pronghorn.awq.chat import Chat
 from pronghorn.awq.cli import app
 from pronghorn.awq.evaluate import perplexity
-
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}|{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-)
-
-
-@pytest.fixture(scope="session")
-def letters(tmp_path_factory):
-    """A tiny model with a tokenizer of one token a letter, saved."""
-    folder = tmp_path_factory.mktemp("letters")
-    characters = [chr(code) for code in range(32, 127)]
-    vocabulary = {letter: index for index, letter in enumerate(["<unk>", *characters])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="~")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    tiny_model("llama").save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("capacity", [None, 256])
