@@ -116,3 +116,18 @@ def test_experts_that_the_example_misses_still_run():
         plain = model(ids).logits
         with fuse(model):
             torch.testing.assert_close(model(ids).logits, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_compiled_graph_gives_the_same_tokens_on_a_gpu():
+    model = packed("llama", hidden_size=256, intermediate_size=512).half().cuda()
+    ids = token_ids(1, 7).cuda()
+    how = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    with fuse(model) as fused:
+        assert model.generation_config.cache_implementation == "static"
+        compiled = model.generate(ids, **how)
+        eager = model.generate(ids, **how, cache_implementation=None, disable_compile=True)
+        assert torch.equal(compiled, eager)
+        layouts = {shared.layout for shared, _, _ in fused._linears}
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert layouts == {"fragments"}
