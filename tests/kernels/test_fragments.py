@@ -108,3 +108,13 @@ def test_a_captured_graph_gives_the_same():
         captured = OPERATION.function(**arguments)
     graph.replay()
     assert torch.equal(captured, wanted)
+
+
+@on_hopper
+def test_views_need_not_be_aligned():
+    knobs = {"m": 3, "n": 64, "k": 192, "layout": "fragments", "bits": 4, "group_size": 64}
+    arguments = OPERATION.example(knobs, torch.float16, torch.Generator().manual_seed(0), DEVICE)
+    buffer = torch.zeros(3 * 192 + 1, dtype=torch.float16, device=DEVICE)
+    buffer[1:] = arguments["x"].flatten()
+    wanted = OPERATION.function(**arguments)
+    assert torch.equal(OPERATION.function(**{**arguments, "x": buffer[1:].view(3, 192)}), wanted)

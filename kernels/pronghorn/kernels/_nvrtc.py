@@ -56,6 +56,7 @@ class Kernel:
     def __init__(self, cubin: bytes, function: str, device: int) -> None:
         from cuda.bindings import driver
 
+        self._device = device
         torch.cuda.current_stream(device)  # the device's context exists
         with torch.cuda.device(device):
             self._module = _checked(driver.cuModuleLoadData(cubin))
@@ -71,13 +72,16 @@ class Kernel:
     def launch(
         self, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: Sequence[Tensor | int]
     ) -> None:
-        """Queue it on the current stream; integers are passed as int32, tensors as pointers."""
+        """Queue it on its device's current stream; integers are passed as int32, tensors as pointers."""
         from cuda.bindings import driver
 
         values = tuple(value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
         types = tuple(ctypes.c_void_p if isinstance(value, Tensor) else ctypes.c_int for value in arguments)
-        stream = torch.cuda.current_stream().cuda_stream
-        _checked(driver.cuLaunchKernel(self._function, *grid, threads, 1, 1, shared_bytes, stream, (values, types), 0))
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        with torch.cuda.device(self._device):
+            _checked(
+                driver.cuLaunchKernel(self._function, *grid, threads, 1, 1, shared_bytes, stream, (values, types), 0)
+            )
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

@@ -116,7 +116,7 @@ def _w4a16_matmul(
     if use_triton("w4a16_matmul", x) and x.dtype != torch.float64:
         fits = layout == cuda.LAYOUT and not cuda.obstacle(x.device, x.dtype, scales.dtype, bits, group_size)
         if fits and qzeros is not None and os.environ.get(VARIABLE) != "triton":
-            return cuda.w4a16_matmul(x.contiguous(), qweight, scales, qzeros, bits, group_size, out_features)
+            return cuda.w4a16_matmul(x, qweight, scales, qzeros, bits, group_size, out_features)
         from pronghorn.kernels.w4a16_matmul import triton
 
         return triton.w4a16_matmul(x.contiguous(), *arguments)

@@ -151,19 +151,26 @@ def w4a16_matmul(
     out_features: int,
     chosen: Stream | Tile | None = None,
 ) -> Tensor:
-    """x [M, K], contiguous, times the transposed weight, [M, N]."""
+    """x [M, K] times the transposed weight, [M, N]."""
     rows, columns = x.shape
     output = x.new_empty(rows, out_features)
-    if not rows:
+    if not output.numel():
         return output
     chosen = chosen or plan(rows, out_features, columns)
     kernel = _kernel(chosen, bits, group_size, columns, x.dtype, x.device)
     grid = (-(-out_features // chosen.outputs) * chosen.split, 1, 1)
     if isinstance(chosen, Tile):
         grid = (grid[0], -(-rows // chosen.tokens), 1)
-    arguments = (x, qweight, scales, qzeros, output, rows, out_features, columns)
+    arguments: list[Tensor | int] = [_aligned(tensor) for tensor in (x, qweight, scales, qzeros)]
+    arguments += [output, rows, out_features, columns]
     kernel.launch(grid, chosen.threads, chosen.shared_bytes(rows, columns), arguments)
     return output
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and where a load of 16 bytes may start; views need not be."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def prepare(
