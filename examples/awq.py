@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import pronghorn.transformers  # noqa: F401 - registers Pronghorn's methods
-from pronghorn.awq import AwqConfig
+from pronghorn.awq import AwqConfig, fuse
 
 
 def size(model) -> float:
@@ -38,6 +38,10 @@ def main() -> None:
         tokens = again.generate(prompt, max_new_tokens=8, do_sample=False)
         same = torch.equal(tokens, model.generate(prompt, max_new_tokens=8, do_sample=False))
         print(f"the reloaded model generates {tokens[0, 10:].tolist()}, the same tokens: {same}")
+
+        with fuse(again):  # queries, keys and values as one linear, gate and up as another; fast on a GPU
+            same = torch.equal(again.generate(prompt, max_new_tokens=8, do_sample=False), tokens)
+        print(f"fused, the same tokens: {same}")
 
 
 if __name__ == "__main__":

@@ -63,8 +63,9 @@ def test_every_layout_comes_back(version, bits):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_generation_gives_the_same_tokens(cache):
+def test_generation_gives_the_same_tokens(cache, chunk):
     model = packed("llama")
     ids = token_ids(2, 7)
     how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
@@ -72,7 +73,7 @@ def test_generation_gives_the_same_tokens(cache):
     mask[0, :3] = 0
     wanted = model.generate(ids, attention_mask=mask, **how)
     with fuse(model):
-        assert torch.equal(model.generate(ids, attention_mask=mask, **how), wanted)
+        assert torch.equal(model.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **how), wanted)
 
 
 def test_a_fused_step_is_one_graph():
