@@ -39,6 +39,20 @@ def use_triton(operation: str, tensor: Tensor) -> bool:
     return not reason
 
 
+def use_cuda(operation: str, reason: str) -> bool:
+    """Whether an operation that may run Triton runs its CUDA kernel instead: nothing speaks against it.
+
+    Args:
+        operation: its name.
+        reason: why the CUDA kernel cannot run, or nothing. It is logged, once, where Triton was not asked for.
+    """
+    if os.environ.get(VARIABLE) == "triton":
+        return False
+    if reason:
+        _warn_once(operation, reason, "its Triton kernel")
+    return not reason
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter is on (`TRITON_INTERPRET=1`), which runs kernels on a CPU for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -58,5 +72,5 @@ def _obstacle(device: torch.device) -> str:
 
 
 @functools.cache
-def _warn_once(operation: str, reason: str) -> None:
-    logger.warning("%s runs its reference implementation: %s", operation, reason)
+def _warn_once(operation: str, reason: str, instead: str = "its reference implementation") -> None:
+    logger.warning("%s runs %s: %s", operation, instead, reason)

@@ -121,7 +121,8 @@ class Chat:
         limit = min(len(self._cached), len(prompt) - 1)
         differs = (self._cached[:limit] != prompt[:limit]).nonzero()
         kept = int(differs[0]) if len(differs) else limit
-        surplus = len(self._cached) - kept
+        # Not counted from the known tokens: a turn that was interrupted left more behind.
+        surplus = int(self._cache.get_seq_length()) - kept
         if surplus and not self._drop(surplus):
             self._forget()
             return 0

@@ -22,18 +22,27 @@ class Fused:
         self.model = model
         self._linears: list[tuple[SharedInput, list[str], list[AwqLinear]]] = []
         self._cache = model.generation_config.cache_implementation if model.can_generate() else None
-        modules = dict(model.named_modules())
-        for names in shared_inputs(model, example):
-            members = [modules[name] for name in names]
-            shared = SharedInput(members)
-            for index, (name, member) in enumerate(zip(names, members, strict=True)):
-                model.set_submodule(name, Output(shared, index))
-                member.qweight = member.qweight.to("meta")  # one copy of the codes is enough
-            self._linears.append((shared, names, members))
-        if model.can_generate() and next(model.parameters()).is_cuda and self._cache is None:
+        groups = shared_inputs(model, example)
+        object.__setattr__(model, "awq_fused", self)
+        try:
+            self._fuse(groups)
+        except BaseException:  # out of memory, say: what was fused comes back
+            self.restore()
+            raise
+        compilable = getattr(model, "_can_compile_fullgraph", False) and next(model.parameters()).is_cuda
+        if model.can_generate() and compilable and self._cache is None:
             # transformers then compiles the decoding step and replays it as a CUDA graph.
             model.generation_config.cache_implementation = "static"
-        model.awq_fused = self  # type: ignore[assignment]
+
+    def _fuse(self, groups: list[list[str]]) -> None:
+        modules = dict(self.model.named_modules())
+        for names in groups:
+            members = [modules[name] for name in names]
+            shared = SharedInput(members)
+            self._linears.append((shared, names, members))
+            for index, (name, member) in enumerate(zip(names, members, strict=True)):
+                self.model.set_submodule(name, Output(shared, index))
+                member.qweight = member.qweight.to("meta")  # one copy of the codes is enough
 
     def restore(self) -> None:
         """Put the checkpoint's own linears back."""
@@ -58,8 +67,8 @@ def fuse(model: PreTrainedModel, *, example: Tensor | None = None) -> Fused:
 
     Linears that are given the same tensor (queries, keys and values; gate and up) become one matmul. Which they are
     is seen in a run of one token, not known by name. On a Hopper GPU codes are put into the order of the tensor
-    cores, and `generate` uses a static cache, for which transformers compiles the decoding step and replays it as a
-    CUDA graph. A fused model is not saved: restore it first.
+    cores; on any, `generate` uses a static cache where the model can be compiled, for which transformers compiles the
+    decoding step and replays it as a CUDA graph. A fused model is not saved: restore it first.
 
     Args:
         model: with `AwqLinear`s.
@@ -152,8 +161,8 @@ class SharedInput(nn.Module):
         packed = pack(codes, scales, zeros, layout=self.layout, bits=self.bits, group_size=self.group_size)
         for name, tensor in packed.items():
             self.register_buffer(name, tensor)
-        bias = None if first.bias is None else torch.cat([member.bias for member in members])  # type: ignore[misc]
-        self.register_buffer("bias", bias)
+        biases = [member.bias for member in members if member.bias is not None]  # all have one, or none
+        self.register_buffer("bias", torch.cat(biases) if biases else None)
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 

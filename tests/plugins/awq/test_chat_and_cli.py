@@ -56,6 +56,23 @@ def test_a_history_that_was_rewritten_is_prefilled_from_there(letters, capacity,
     assert fresh.ask("and again").text == found.text
 
 
+@pytest.mark.parametrize("capacity", [None, 256])
+def test_an_interrupted_turn_leaves_nothing_in_the_cache(letters, capacity):
+    model = AutoModelForCausalLM.from_pretrained(letters, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(letters)
+
+    def interrupt(text):
+        raise KeyboardInterrupt
+
+    chat = Chat(model, tokenizer, max_new_tokens=8, capacity=capacity, do_sample=False)
+    chat.ask("hello there")
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("something else entirely", interrupt)
+    fresh = Chat(model, tokenizer, max_new_tokens=8, do_sample=False)
+    fresh.messages = list(chat.messages)
+    assert chat.ask("and again").text == fresh.ask("and again").text
+
+
 def test_a_chat_that_outgrows_its_cache_says_so(letters):
     model = AutoModelForCausalLM.from_pretrained(letters, dtype=torch.float32)
     chat = Chat(model, AutoTokenizer.from_pretrained(letters), max_new_tokens=8, capacity=30, do_sample=False)

@@ -5,6 +5,7 @@ import torch
 from tests.models import tiny_model, token_ids
 
 from pronghorn.awq import AwqConfig, fuse, quantize_model
+from pronghorn.awq import fused as fused_room
 from pronghorn.awq.fused import Output, shared_inputs
 from pronghorn.awq.layers import AwqLinear
 from pronghorn.awq.transformers import mark_quantized
@@ -108,6 +109,28 @@ def test_what_cannot_be_fused_says_so(tmp_path):
         with pytest.raises(ValueError, match="restore"):
             model.save_pretrained(tmp_path / "fused")
     model.save_pretrained(tmp_path / "whole")
+
+
+def test_a_failure_halfway_gives_the_model_back(monkeypatch):
+    model = packed("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    original, made = fused_room.SharedInput, []
+
+    def failing(members):
+        if len(made) == 3:
+            raise MemoryError("injected")
+        made.append(original(members))
+        return made[-1]
+
+    monkeypatch.setattr(fused_room, "SharedInput", failing)
+    with pytest.raises(MemoryError, match="injected"):
+        fuse(model)
+    assert len(made) == 3
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    monkeypatch.undo()
+    fuse(model).restore()
 
 
 def test_experts_that_the_example_misses_still_run():

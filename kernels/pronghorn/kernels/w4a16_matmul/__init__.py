@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pronghorn.kernels._arguments import check_tensor, resolve_group_size
-from pronghorn.kernels._dispatch import VARIABLE, use_triton
+from pronghorn.kernels._dispatch import use_cuda, use_triton
 from pronghorn.kernels.dequantize_weight import check_quantized_weight
 from pronghorn.kernels.dequantize_weight.layouts import get_layout
 from pronghorn.kernels.w4a16_matmul import cuda, reference
@@ -114,9 +113,10 @@ def _w4a16_matmul(
 ) -> Tensor:
     arguments = (qweight, scales, qzeros, layout, bits, group_size, out_features)
     if use_triton("w4a16_matmul", x) and x.dtype != torch.float64:
-        fits = layout == cuda.LAYOUT and not cuda.obstacle(x.device, x.dtype, scales.dtype, bits, group_size)
-        if fits and qzeros is not None and os.environ.get(VARIABLE) != "triton":
-            return cuda.w4a16_matmul(x, qweight, scales, qzeros, bits, group_size, out_features)
+        if layout == cuda.LAYOUT and qzeros is not None:
+            obstacle = cuda.obstacle(x.device, x.dtype, scales.dtype, bits, group_size)
+            if use_cuda("w4a16_matmul", obstacle):
+                return cuda.w4a16_matmul(x, qweight, scales, qzeros, bits, group_size, out_features)
         from pronghorn.kernels.w4a16_matmul import triton
 
         return triton.w4a16_matmul(x.contiguous(), *arguments)

@@ -21,6 +21,7 @@ SOURCE = Path(__file__).with_name("fragments.cu")
 ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
 LAYOUT = "fragments"
 BITS = (2, 3, 4)
+STREAM_COLUMNS = 1 << 16  # beyond it, x would take more shared memory than eight blocks have
 SHARED_BYTES = 227 << 10
 PROCESSORS = 132
 # Whatever the shape of the weight, the plans of other numbers of rows are among those of these.
@@ -113,10 +114,10 @@ def obstacle(device: torch.device, dtype: torch.dtype, scales: torch.dtype, bits
 @functools.cache
 def plan(rows: int, outputs: int, columns: int) -> Stream | Tile:
     """Tiles for x [rows, columns] and a weight [outputs, columns]; what was fastest for Llama-3-8B's linears."""
-    if rows <= 2:
+    if rows <= 2 and columns <= STREAM_COLUMNS:
         warps_k = 16 if columns > 8192 else 8
         return _fitting(Stream(8, 1, warps_k, 1, 1, 4 if warps_k == 8 else 1), rows, columns)
-    if rows <= 8:
+    if rows <= 8 and columns <= STREAM_COLUMNS:
         wide = outputs >= 8192 or (rows > 4 and columns > 8192)
         split = 2 if wide and outputs < 8192 else 1
         return _fitting(Stream(8, 4, 4, 1, split, 1) if wide else Stream(8, 2, 8, 1, split, 1), rows, columns)
@@ -149,14 +150,13 @@ def w4a16_matmul(
     bits: int,
     group_size: int,
     out_features: int,
-    chosen: Stream | Tile | None = None,
 ) -> Tensor:
     """x [M, K] times the transposed weight, [M, N]."""
     rows, columns = x.shape
     output = x.new_empty(rows, out_features)
     if not output.numel():
         return output
-    chosen = chosen or plan(rows, out_features, columns)
+    chosen = plan(rows, out_features, columns)
     kernel = _kernel(chosen, bits, group_size, columns, x.dtype, x.device)
     grid = (-(-out_features // chosen.outputs) * chosen.split, 1, 1)
     if isinstance(chosen, Tile):
@@ -186,7 +186,8 @@ def _kernel(
 ) -> _nvrtc.Kernel:
     grouped = 0 if group_size == columns else group_size
     chunks = min(chosen.chunks, 1 if grouped % 128 or columns % 128 else 2)
-    return _compiled(chosen, chunks, bits, grouped, dtype == torch.bfloat16, device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _compiled(chosen, chunks, bits, grouped, dtype == torch.bfloat16, index)
 
 
 @functools.cache
