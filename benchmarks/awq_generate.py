@@ -1,7 +1,6 @@
 """`generate` at batch 1 with Llama-3-8B's shapes and random weights: 4 bits fused against fp16 as users run it.
 
-Peers: transformers as it is, and with a static cache, for which it compiles the decoding step. Prefill is compared with
-the faster of the two at each length.
+Peers: transformers as it is, and with a static cache, for which it compiles the decoding step.
 """
 
 from __future__ import annotations

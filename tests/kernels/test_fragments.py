@@ -7,6 +7,7 @@ import torch
 from tests.kernels.harness import DEVICE, error_of
 
 from pronghorn.kernels import _nvrtc
+from pronghorn.kernels._dispatch import use_cuda
 from pronghorn.kernels.dequantize_weight.layouts import LAYOUTS, pack, repack
 from pronghorn.kernels.w4a16_matmul import cuda, preferred_layout
 from pronghorn.kernels.w4a16_matmul.cases import OPERATION
@@ -19,6 +20,7 @@ SHAPES = [
     (4096, 14336),
     (1024, 1024),
     (8192, 28672),
+    (4096, 131072),
     (64, 192),
 ]
 ROWS = [*range(1, 300), 300, 400, 511, 600, 777, 1000, 1500, 2048, 5000, 8192]
@@ -86,6 +88,16 @@ def test_the_layout_stays_where_no_kernel_wants_another():
     how = {"bits": 4, "group_size": 64, "in_features": 256, "dtype": torch.float16, "device": torch.device("cpu")}
     assert preferred_layout("natural", out_features=128, **how) == "natural"
     assert preferred_layout("natural", out_features=100, **how) == "natural"
+
+
+def test_falling_back_to_triton_is_logged_once(caplog, monkeypatch):
+    monkeypatch.delenv("PRONGHORN_KERNELS", raising=False)
+    assert use_cuda("some_operation", "")
+    for _ in range(2):
+        assert not use_cuda("some_operation", "the scales have another dtype")
+    assert caplog.text.count("some_operation runs its Triton kernel: the scales have another dtype") == 1
+    monkeypatch.setenv("PRONGHORN_KERNELS", "triton")
+    assert not use_cuda("some_operation", "")
 
 
 @on_hopper

@@ -76,7 +76,7 @@ class CalibrationState:
         try:
             with safe_open(path, framework="pt") as file:
                 notes = json.loads((file.metadata() or {})["notes"])
-                tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
+                tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118 - not a dict
             return BlockResult(tensors, notes["info"]), int(notes["halvings"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it, and its block is searched again") from error

@@ -1,7 +1,8 @@
 """AWQ in vLLM: `--quantization pronghorn_awq`, and checkpoints in layouts that vLLM cannot read.
 
 Checkpoint tensors are brought into the "natural" layout one by one as they are loaded, and vLLM shards them in that
-form, where a code's row is its input channel and its column its output: one mechanism for all layouts.
+form, where a code's row is its input channel and its column its output: one mechanism for all layouts. Once loaded,
+they go into the layout that the device multiplies fastest.
 """
 
 from __future__ import annotations
