@@ -17,8 +17,8 @@ def main() -> None:
     rows = []
     for operation in operations():
         for dtype, tolerance in operation.tolerance.items():
-            for which in ("reference", "triton") if where.type == "cuda" else ("reference",):
-                os.environ["PRONGHORN_KERNELS"] = which
+            for which in ("reference", "triton", "fastest") if where.type == "cuda" else ("reference",):
+                os.environ["PRONGHORN_KERNELS"] = "" if which == "fastest" else which
                 errors = {}
                 for knobs in operation.shapes:
                     arguments = operation.example(knobs, dtype, torch.Generator().manual_seed(0), where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,19 +70,59 @@ class Kernel:
             )
             _checked(driver.cuFuncSetAttribute(self._function, attribute, limit))
 
-    def launch(
-        self, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: Sequence[Tensor | int]
-    ) -> None:
-        """Queue it on its device's current stream; integers are passed as int32, tensors as pointers."""
+    def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: Sequence[Any]) -> None:
+        """Queue it on its device's current stream; integers are passed as int32, tensors as pointers, and tensor maps."""
         from cuda.bindings import driver
 
         values = tuple(value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
-        types = tuple(ctypes.c_void_p if isinstance(value, Tensor) else ctypes.c_int for value in arguments)
+        types = tuple(_ctype(value) for value in arguments)
         stream = torch.cuda.current_stream(self._device).cuda_stream
         with torch.cuda.device(self._device):
             _checked(
                 driver.cuLaunchKernel(self._function, *grid, threads, 1, 1, shared_bytes, stream, (values, types), 0)
             )
+
+
+def tensor_map(x: Tensor, box: tuple[int, int]) -> Any:
+    """A kernel argument that tells the copy engine (TMA) how to copy boxes of a matrix to shared memory.
+
+    Args:
+        x: contiguous [rows, columns], float16 or bfloat16; the caller keeps it alive, as with a pointer.
+        box: rows (at most 256) and columns (64) of a copy. Its rows of 128 bytes are swizzled as wgmma expects; what lies
+            outside of x becomes zero.
+    """
+    return _tensor_map(x.data_ptr(), *x.shape, *box, x.dtype == torch.bfloat16)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tensor_map(pointer: int, rows: int, columns: int, box_rows: int, box_columns: int, bfloat: bool) -> Any:
+    from cuda.bindings import driver
+
+    kinds = driver.CUtensorMapDataType
+    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bfloat else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+    shape, strides = [driver.cuuint64_t(columns), driver.cuuint64_t(rows)], [driver.cuuint64_t(2 * columns)]
+    box, steps = [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)], [driver.cuuint32_t(1)] * 2
+    return _checked(
+        driver.cuTensorMapEncodeTiled(
+            kind,
+            2,
+            pointer,
+            shape,
+            strides,
+            box,
+            steps,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
+def _ctype(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_int if isinstance(value, int) else None  # None: a tensor map knows its bytes
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ BITS = (2, 3, 4)
 STREAM_COLUMNS = 1 << 16  # beyond it, x would take more shared memory than eight blocks have
 SHARED_BYTES = 227 << 10
 PROCESSORS = 132
+MULTIPLICATIONS = 2048 * 1.75e3  # that a multiprocessor's tensor cores do in a microsecond
+MOST_ROWS = 8192  # more rows take what these take
 # Whatever the shape of the weight, the plans of other numbers of rows are among those of these.
-PREPARED_ROWS = (1, 2, 4, 8, 16, 32, 64, *range(128, 1024, 64), *range(1024, 8193, 256))
+PREPARED_ROWS = (1, 2, 4, 8, 16, 32, *range(64, MOST_ROWS + 1, 64))
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Stream:
 @dataclass(frozen=True)
 class Tile:
     """Tiles of the wgmma kernel: `tokens` columns, warpgroups along N, chunks in a unit where scales allow it, units of
-    x and of the weight in flight, blocks along K, blocks that must fit a multiprocessor."""
+    x and of the weight in flight, blocks blocks along K, blocks that must fit a multiprocessor."""
 
     tokens: int
     groups_n: int
@@ -94,8 +96,22 @@ class Tile:
                 "DEPTH": self.depth, "SPLIT": self.split, "BLOCKS": self.blocks}  # fmt: skip
 
     def shared_bytes(self, rows: int, columns: int) -> int:
-        """Stages of x; later the sums."""
-        return max(self.stages * self.chunks * self.tokens * 128, self.tokens * (self.outputs + 4) * 4)
+        """Stages of x and their barriers; later the sums."""
+        sums = (self.outputs + 4) * 4 if self.split > 1 else (self.outputs + 8) * 2
+        return max(self.stages * (self.chunks * self.tokens * 128 + 16), self.tokens * sums)
+
+
+# For more than 64 rows. With each, fitted to what an H100 took for 96 to 1024 rows of Llama-3-8B's linears: how much longer
+# than the tensor cores need, and the microseconds that a round of blocks takes besides.
+LARGE_TILES = {
+    Tile(256, 2, 1, 6, 4, 1, 1): (1.05, 3.5),
+    Tile(256, 2, 1, 6, 4, 2, 1): (1.05, 8.5),
+    Tile(192, 2, 1, 8, 4, 1, 1): (1.2, 2.5),
+    Tile(192, 2, 1, 8, 4, 2, 1): (1.2, 6.5),
+    Tile(128, 2, 1, 8, 4, 1, 1): (1.6, 1.6),
+    Tile(128, 2, 1, 8, 4, 2, 1): (1.6, 4.6),
+    Tile(128, 1, 1, 4, 4, 2, 3): (1.65, 4.0),
+}
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, scales: torch.dtype, bits: int, group_size: int) -> str:
@@ -122,14 +138,23 @@ def plan(rows: int, outputs: int, columns: int) -> Stream | Tile:
         split = 2 if wide and outputs < 8192 else 1
         return _fitting(Stream(8, 4, 4, 1, split, 1) if wide else Stream(8, 2, 8, 1, split, 1), rows, columns)
     if rows <= 16:
-        return Tile(16, 1, 2, 6, 4, _split(outputs // 64, 512), 2)
+        return Tile(16, 1, 2, 4, 4, _split(outputs // 64, 512), 2)
+    if rows <= 32:
+        return Tile(32, 1, 2, 4, 2, _split(outputs // 64, 512), 2)
     if rows <= 64:
-        tokens = 32 if rows <= 32 else 64
-        return Tile(tokens, 1, 2, 4, 2, _split(outputs // 64, 2 * PROCESSORS), 2)
-    tokens = 128 if rows <= 128 else 256
-    if -(-outputs // 128) * -(-rows // tokens) >= 0.75 * PROCESSORS:
-        return Tile(tokens, 2, 1, 5, 4, 1, 1)
-    return Tile(64, 2, 2, 5, 2, _split(-(-outputs // 128) * -(-rows // 64), 2 * PROCESSORS), 2)
+        groups = 2 if outputs >= 8192 else 1
+        return Tile(64, groups, 2, 4, 2, _split(outputs // (64 * groups), 2 * PROCESSORS), 2)
+    return min(LARGE_TILES, key=lambda tile: _microseconds(tile, min(rows, MOST_ROWS), outputs, columns))
+
+
+def _microseconds(tile: Tile, rows: int, outputs: int, columns: int) -> float:
+    """About what a large tile takes: its blocks come in rounds, and the last one may be nearly empty."""
+    slowdown, start = LARGE_TILES[tile]
+    blocks = -(-rows // tile.tokens) * -(-outputs // tile.outputs) * tile.split
+    of_one_processor = -(-blocks // PROCESSORS)
+    rounds = -(-of_one_processor // tile.blocks)
+    multiplications = of_one_processor * tile.tokens * tile.outputs * columns / tile.split
+    return multiplications / MULTIPLICATIONS * slowdown + rounds * start
 
 
 def _split(blocks: int, wanted: int) -> int:
@@ -159,9 +184,10 @@ def w4a16_matmul(
     chosen = plan(rows, out_features, columns)
     kernel = _kernel(chosen, bits, group_size, columns, x.dtype, x.device)
     grid = (-(-out_features // chosen.outputs) * chosen.split, 1, 1)
+    arguments: list[Any] = [_aligned(tensor) for tensor in (x, qweight, scales, qzeros)]
     if isinstance(chosen, Tile):
         grid = (grid[0], -(-rows // chosen.tokens), 1)
-    arguments: list[Tensor | int] = [_aligned(tensor) for tensor in (x, qweight, scales, qzeros)]
+        arguments[0] = _nvrtc.tensor_map(arguments[0], (min(chosen.tokens, rows), 64))
     arguments += [output, rows, out_features, columns]
     kernel.launch(grid, chosen.threads, chosen.shared_bytes(rows, columns), arguments)
     return output

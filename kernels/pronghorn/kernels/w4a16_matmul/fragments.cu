@@ -197,11 +197,6 @@ __device__ inline void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// With programmatic dependent launch a grid starts before the one it follows has ended; else these do nothing. No launch
-// asks for it yet: the kernels that were checked and measured on a GPU have these, and stay as they were.
-__device__ inline void await_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ inline void allow_next_grid() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 __device__ inline u32 rank_in_cluster() {
     u32 rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -335,7 +330,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
     for (int i = 0; i < DEPTH; i++)
         if (warp_k + i * WARPS_K < count)
             weight.load(ring[i], first + warp_k + i * WARPS_K);
-    await_previous_grid();
 
     // Rows of x in shared memory are 16 bytes longer than they need be, so that ldmatrix meets no bank twice.
     int row_bytes = (share * UNIT + 8) * 2, vectors = count * (UNIT / 8);
@@ -368,7 +362,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
                 multiply_chunk<CHUNKS - 1>(sum, part, packed, at, unit);
         }
     }
-    allow_next_grid();
 
     __syncthreads();  // the sums take the place of x
     float *sums = (float *)memory;
@@ -391,10 +384,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
 
 #include "wgmma.cuh"  // wgmma(float sum[TOKENS / 2], const u32 a[4], u64 descriptor), written for TOKENS by cuda.py
 
-#define THREADS (128 * GROUPS_N)
+#define WARPS (4 * GROUPS_N)
+#define THREADS (LANES * WARPS)
 #define CHUNK_BYTES (TOKENS * CHUNK * 2)
 #define STAGE_BYTES (CHUNK_BYTES * CHUNKS)
-#define ROWS_A_PASS (THREADS / 8)
 
 // Behind the end the last unit counts with a scale of zero: a branch would make the compiler serialize wgmma.
 __device__ inline void load_or_zero(Packed &packed, const Weight &weight, int unit, int end) {
@@ -404,21 +397,61 @@ __device__ inline void load_or_zero(Packed &packed, const Weight &weight, int un
         packed.scales[i] = unit < end ? packed.scales[i] : 0;
 }
 
-// This thread's share of a unit of x: 16 bytes of every ROWS_A_PASS-th row. `x` points to the first of them in the first
-// unit, `rows` counts the rows from there on. What lies behind the last row or unit counts as zero.
-__device__ inline void copy_stage(u32 stage, const u16 *x, int rows, int unit, int end, int K) {
-    // Rows of 128 bytes whose 16-byte columns are exchanged by row: the 128-byte swizzle that wgmma expects.
-    u32 row = threadIdx.x / 8, to = stage + row * 128 + ((threadIdx.x % 8 ^ row % 8) << 4);
-    const u16 *from = x + unit * UNIT;
-#pragma unroll
-    for (int i = 0; i < (TOKENS + ROWS_A_PASS - 1) / ROWS_A_PASS; i++) {
-        bool valid = i * ROWS_A_PASS < rows && unit < end;
-        if (TOKENS % ROWS_A_PASS == 0 || i * ROWS_A_PASS + row < TOKENS)
-#pragma unroll
-            for (int j = 0; j < CHUNKS; j++)
-                copy_async(to + i * ROWS_A_PASS * 128 + j * CHUNK_BYTES, from + (u64)i * ROWS_A_PASS * K + j * CHUNK, valid);
-    }
+__device__ inline void init_barrier(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
+
+__device__ inline void wait_barrier(u32 barrier, u32 parity) {
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@!p bra WAIT; }" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// A tensor map of x [M, K], made by the host: boxes of 64 inputs x min(TOKENS, M) rows, swizzled by 128 bytes as wgmma
+// expects.
+struct alignas(64) TensorMap {
+    u8 opaque[128];
+};
+
+// The stages of x in shared memory and their barriers. The copy engine fills them: after cp.async the tensor cores would
+// need a fence at every unit, and that waits for all loads of the weight that are in flight.
+struct Stages {
+    u32 memory, filled, released;  // addresses; of a barrier a stage
+    int row, bytes;
+
+    __device__ inline Stages(const void *pointer, int row, int rows)
+        : memory(shared_address(pointer)), filled(memory + STAGES * STAGE_BYTES), released(filled + STAGES * 8),
+          row(row), bytes(rows * (UNIT * 2)) {}
+
+    __device__ inline void init() const {
+        for (int i = 0; i < STAGES; i++) {
+            init_barrier(filled + i * 8, 1);
+            init_barrier(released + i * 8, WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+
+    // One thread calls it. Columns behind x become zero.
+    __device__ inline void fill(int stage, const TensorMap &x, int column) const {
+        u32 barrier = filled + stage * 8;
+        asm volatile(
+            "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++)
+            asm volatile(
+                "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                "[%0], [%1, {%2, %3}], [%4];" ::"r"(memory + stage * STAGE_BYTES + i * CHUNK_BYTES),
+                "l"(&x), "r"(column + i * CHUNK), "r"(row), "r"(barrier)
+                : "memory");
+    }
+
+    // Every warp calls it when its tensor core is done with the stage. Nothing was written: no order is needed.
+    __device__ inline void release(int stage) const {
+        if (threadIdx.x % LANES == 0)
+            asm volatile("mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [%0];" ::"r"(released + stage * 8) : "memory");
+    }
+};
 
 // Fragments of chunk C of a unit.
 template <int C>
@@ -445,63 +478,94 @@ __device__ inline void multiply_chunk(float sum[TOKENS / 2], u32 a[STEPS][4], u3
     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_fragments(
-    const u16 *x, const u32 *qweight, const u32 *scales, const u16 *zeros, u16 *out, int M, int N, int K) {
-    extern __shared__ __align__(1024) u8 memory[];
-    constexpr int width = 64 * GROUPS_N, stride = width + 4;
+// Writes the block's tile in 16 bits: transposed on its way through shared memory, then in rows.
+template <int WIDTH, int STRIDE>
+__device__ inline void store(u16 *memory, const float sum[TOKENS / 2], u16 *out, int first_m, int first_n, int M, int N) {
     int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    int first_n = blockIdx.x / SPLIT * width, first_m = blockIdx.y * TOKENS;
+    // Four matrices of 8 x 8: tokens i * 8 ... + 7 by outputs 0 ... 7 and 8 ... 15, and the next eight tokens.
+    u32 to = shared_address(memory + (lane / 16 * 8 + lane % 8) * STRIDE + warp * TILE_N + lane / 8 % 2 * 8);
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; i += 2)
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to + i * 8 * STRIDE * 2),
+                     "r"(narrow(sum[i * 4], sum[i * 4 + 1])), "r"(narrow(sum[i * 4 + 2], sum[i * 4 + 3])),
+                     "r"(narrow(sum[i * 4 + 4], sum[i * 4 + 5])), "r"(narrow(sum[i * 4 + 6], sum[i * 4 + 7]))
+                     : "memory");
+    __syncthreads();
+    for (int index = threadIdx.x; index < TOKENS * WIDTH / 8; index += THREADS) {
+        int token = index / (WIDTH / 8), n = index % (WIDTH / 8) * 8;
+        if (first_m + token < M && first_n + n < N)
+            *(uint4 *)(out + (u64)(first_m + token) * N + first_n + n) = *(const uint4 *)(memory + token * STRIDE + n);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_fragments(
+    const __grid_constant__ TensorMap x, const u32 *qweight, const u32 *scales, const u16 *zeros, u16 *out, int M, int N,
+    int K) {
+    extern __shared__ __align__(1024) u8 memory[];
+    constexpr int width = 64 * GROUPS_N;
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    int first_n = blockIdx.x / SPLIT * width;
+    // The last tile ends where x does, and repeats rows of the one before: filling up with zeros is slow in the copy engine.
+    int rows = min(TOKENS, M), first_m = min((int)blockIdx.y * TOKENS, M - rows);
     int units = K / UNIT, share = (units + SPLIT - 1) / SPLIT;
     int first = blockIdx.x % SPLIT * share, end = min(first + share, units);
-    u32 stages = shared_address(memory);
 
     Weight weight(qweight, scales, zeros, min(first_n / TILE_N + warp, N / TILE_N - 1), K, lane);
     Packed ring[DEPTH];
 #pragma unroll
     for (int i = 0; i < DEPTH; i++)
         load_or_zero(ring[i], weight, first + i, end);
-    await_previous_grid();
-    int first_row = first_m + threadIdx.x / 8;
-    x += (u64)first_row * K + threadIdx.x % 8 * 8;
-    for (int i = 0; i < STAGES - 2; i++) {
-        copy_stage(stages + i * STAGE_BYTES, x, M - first_row, first + i, end, K);
-        commit_copies();
+
+    Stages stages(memory, first_m, rows);
+    // As many units as the loop handles; those behind the end are read from behind x, which gives zeros.
+    int last = first + (end - first + DEPTH - 1) / DEPTH * DEPTH;
+    if (threadIdx.x == 0) {
+        stages.init();
+        for (int i = 0; i < STAGES && first + i < last; i++)
+            stages.fill(i, x, first + i < end ? (first + i) * UNIT : K);
     }
+    __syncthreads();
 
     float sum[TOKENS / 2];
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; i++)
         sum[i] = 0;
     u32 a[2][STEPS][4];
-    int stage = 0, next_stage = STAGES - 2;
+    int stage = 0, old_stage = STAGES - 2;  // of this unit, and of the one before the last
+    u32 parity = 0, old_parity = 1;
 #pragma unroll 1
     for (int base = first; base < end; base += DEPTH) {  // no way out halfway: it would serialize wgmma
 #pragma unroll
         for (int i = 0; i < DEPTH; i++) {
             constexpr int odd = CHUNKS % 2;
-            u32 at = stages + stage * STAGE_BYTES;
+            u32 at = stages.memory + stage * STAGE_BYTES;
             unpack<0>(a[i % 2 * odd], ring[i]);
-            wait_copies<STAGES - 3>();
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            // Everyone has this unit's x, and is done with the unit before the last, whose stage is filled again.
-            __syncthreads();
-            copy_stage(stages + next_stage * STAGE_BYTES, x, M - first_row, base + i + STAGES - 2, end, K);
-            commit_copies();
+            wait_barrier(stages.filled + stage * 8, parity);
             multiply_chunk(sum, a[i % 2 * odd], at);
             if (CHUNKS == 2) {
                 unpack<CHUNKS - 1>(a[1], ring[i]);
                 multiply_chunk(sum, a[1], at + CHUNK_BYTES);
             }
             load_or_zero(ring[i], weight, base + i + DEPTH, end);
+            // The unit before is done. That all warps are done with the one before it is likely: hardly a wait.
+            if (base + i > first)
+                stages.release(stage ? stage - 1 : STAGES - 1);
+            int old = base + i - 2, next = old + STAGES;
+            if (threadIdx.x == 0 && old >= first && next < last) {
+                wait_barrier(stages.released + old_stage * 8, old_parity);
+                stages.fill(old_stage, x, next < end ? next * UNIT : K);
+            }
             stage = stage + 1 == STAGES ? 0 : stage + 1;
-            next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
+            parity ^= stage == 0;
+            old_stage = old_stage + 1 == STAGES ? 0 : old_stage + 1;
+            old_parity ^= old_stage == 0;
         }
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    wait_copies<0>();
     __syncthreads();  // the sums take the place of x
-    allow_next_grid();
 
+#if SPLIT > 1
+    constexpr int stride = width + 4;
     float *sums = (float *)memory;
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; i++) {
@@ -509,5 +573,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
         sums[token * stride + n] = sum[i];
     }
     add_and_store<THREADS, 1, TOKENS, width, stride>(sums, out, first_m, first_n, M, N);
+#else
+    store<width, width + 8>((u16 *)memory, sum, out, first_m, first_n, M, N);
+#endif
 }
 #endif
