@@ -5,6 +5,7 @@ Peers: transformers as it is, and with a static cache, for which it compiles the
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -60,7 +61,12 @@ def main() -> None:
 
 def _contexts(model: PreTrainedModel, contexts: list[int]) -> dict[int, tuple[Any, Any]]:
     speeds = context_speeds(model, contexts, new_tokens=NEW_TOKENS, repeats=REPEATS)
-    return {found.context: (_same(found.first_token_seconds), _same(found.tokens_per_second)) for found in speeds}
+    result = {}
+    for found in speeds:
+        result[found.context] = (_same(found.first_token_seconds), _same(found.tokens_per_second))
+        sys.stdout.write(f"{found}\n")
+        sys.stdout.flush()
+    return result
 
 
 def _follow_ups(model: PreTrainedModel, histories: list[int]) -> dict[int, tuple[Any, Any]]:

@@ -59,12 +59,22 @@ def interpreting() -> bool:
 
 
 def _obstacle(device: torch.device) -> str:
-    if importlib.util.find_spec("triton") is None:
+    if not _installed("triton"):
         return "triton is not installed"
     if device.type == "cpu":
         return "" if interpreting() else "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
     if device.type != "cuda":
         return f"no Triton backend for {device.type} is known to work"
+    return _too_old(device)
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         found = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"compute capability {found} is below {'.'.join(map(str, OLDEST_CAPABILITY))}"

@@ -71,7 +71,7 @@ class Kernel:
             _checked(driver.cuFuncSetAttribute(self._function, attribute, limit))
 
     def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: Sequence[Any]) -> None:
-        """Queue it on its device's current stream; integers are passed as int32, tensors as pointers, and tensor maps."""
+        """Queue it on its device's current stream: integers as int32, tensors as pointers, and tensor maps."""
         from cuda.bindings import driver
 
         values = tuple(value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
@@ -88,8 +88,8 @@ def tensor_map(x: Tensor, box: tuple[int, int]) -> Any:
 
     Args:
         x: contiguous [rows, columns], float16 or bfloat16; the caller keeps it alive, as with a pointer.
-        box: rows (at most 256) and columns (64) of a copy. Its rows of 128 bytes are swizzled as wgmma expects; what lies
-            outside of x becomes zero.
+        box: rows (at most 256) and columns (64) of a copy. Its rows of 128 bytes are swizzled as wgmma expects; what
+            lies outside of x becomes zero.
     """
     return _tensor_map(x.data_ptr(), *x.shape, *box, x.dtype == torch.bfloat16)
 

@@ -144,7 +144,7 @@ def test_experts_that_the_example_misses_still_run():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_compiled_graph_gives_the_same_tokens_on_a_gpu():
-    model = packed("llama", hidden_size=256, intermediate_size=512).half().cuda()
+    model = packed("llama", hidden_size=256, intermediate_size=512, dtype=torch.float16).cuda()
     ids = token_ids(1, 7).cuda()
     how = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     with fuse(model) as fused:

@@ -101,8 +101,8 @@ class Tile:
         return max(self.stages * (self.chunks * self.tokens * 128 + 16), self.tokens * sums)
 
 
-# For more than 64 rows. With each, fitted to what an H100 took for 96 to 1024 rows of Llama-3-8B's linears: how much longer
-# than the tensor cores need, and the microseconds that a round of blocks takes besides.
+# For more than 64 rows. With each, fitted to what an H100 took for 96 to 1024 rows of Llama-3-8B's linears: how much
+# longer than the tensor cores need, and the microseconds that a round of blocks takes besides.
 LARGE_TILES = {
     Tile(256, 2, 1, 6, 4, 1, 1): (1.05, 3.5),
     Tile(256, 2, 1, 6, 4, 2, 1): (1.05, 8.5),
@@ -114,6 +114,7 @@ LARGE_TILES = {
 }
 
 
+@functools.cache
 def obstacle(device: torch.device, dtype: torch.dtype, scales: torch.dtype, bits: int, group_size: int) -> str:
     """Why these kernels cannot run on x of `dtype` and a weight whose scales have dtype `scales`, or nothing."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != CAPABILITY:
