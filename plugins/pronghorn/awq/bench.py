@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 QUESTION_TOKENS = 32
+WARM_UP = 2  # rounds; a static cache's memory and CUDA graphs are there from the second on
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class FollowUpSpeed:
 def context_speeds(
     model: PreTrainedModel, contexts: list[int], *, new_tokens: int = 256, repeats: int = 10
 ) -> Iterator[ContextSpeed]:
-    """Prefill and decoding speed at batch 1, as `generate` has them, after one round to warm up.
+    """Prefill and decoding speed at batch 1, as `generate` has them, once it is warm.
 
     Args:
         model: the language model.
@@ -66,10 +66,10 @@ def context_speeds(
     for context in contexts:
         ids = _random_ids(model, context)
         firsts, wholes = [], []
-        for _ in range(repeats + 1):
+        for _ in range(WARM_UP + repeats):
             firsts.append(_seconds(model, ids, 1))
             wholes.append(_seconds(model, ids, new_tokens))
-        first, whole = mean(firsts[1:]), mean(wholes[1:])
+        first, whole = mean(firsts[WARM_UP:]), mean(wholes[WARM_UP:])
         yield ContextSpeed(context, first, (new_tokens - 1) / (whole - first))
 
 
@@ -79,17 +79,34 @@ def follow_up_speeds(model: PreTrainedModel, histories: list[int], *, repeats: i
     Raises:
         ValueError: a length that is not positive, or beyond what the model was made for.
     """
-    _check(model, [length + QUESTION_TOKENS + 1 for length in histories])
+    lengths = [length + QUESTION_TOKENS + 1 for length in histories]
+    _check(model, lengths)
     for history in histories:
         ids = _random_ids(model, history + QUESTION_TOKENS)
-        cache = DynamicCache(config=model.config)
+        cache = _chat_cache(model, max(lengths))
         with torch.no_grad():
             model(ids[:, :history], past_key_values=cache, logits_to_keep=1)
         kept, recomputed = [], []
-        for _ in range(repeats + 1):
-            kept.append(_seconds(model, ids, 1, past_key_values=copy.deepcopy(cache)))
+        for _ in range(WARM_UP + repeats):
+            kept.append(_seconds(model, ids, 1, past_key_values=cache))
+            _rewind(cache, QUESTION_TOKENS)
             recomputed.append(_seconds(model, ids, 1, past_key_values=DynamicCache(config=model.config)))
-        yield FollowUpSpeed(history, mean(kept[1:]), mean(recomputed[1:]))
+        yield FollowUpSpeed(history, mean(kept[WARM_UP:]), mean(recomputed[WARM_UP:]))
+
+
+def _chat_cache(model: PreTrainedModel, capacity: int) -> Any:
+    """A static cache where `generate` would use one, as a chat with a capacity has it."""
+    if model.generation_config.cache_implementation == "static":
+        return StaticCache(config=model.config, max_cache_len=capacity)
+    return DynamicCache(config=model.config)
+
+
+def _rewind(cache: Any, tokens: int) -> None:
+    if isinstance(cache, StaticCache):
+        for layer in cache.layers:
+            layer.cumulative_length -= tokens  # what lies behind is masked, and written over
+    else:
+        cache.crop(-tokens)
 
 
 def _check(model: PreTrainedModel, lengths: list[int], at_least: dict[str, tuple[int, int]] | None = None) -> None:

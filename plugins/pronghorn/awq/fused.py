@@ -21,18 +21,35 @@ class Fused:
     def __init__(self, model: PreTrainedModel, example: Tensor) -> None:
         self.model = model
         self._linears: list[tuple[SharedInput, list[str], list[AwqLinear]]] = []
-        self._cache = model.generation_config.cache_implementation if model.can_generate() else None
+        self._norms: dict[str, nn.Module] = {}
+        self._graphs: Any = None
+        self._generation = _generation_options(model)
         groups = shared_inputs(model, example)
         object.__setattr__(model, "awq_fused", self)
         try:
             self._fuse(groups)
+            self._fuse_norms()
         except BaseException:  # out of memory, say: what was fused comes back
             self.restore()
             raise
-        compilable = getattr(model, "_can_compile_fullgraph", False) and next(model.parameters()).is_cuda
-        if model.can_generate() and compilable and self._cache is None:
-            # transformers then compiles the decoding step and replays it as a CUDA graph.
-            model.generation_config.cache_implementation = "static"
+        if _graphable(model):
+            self._install_graphs()
+
+    def _install_graphs(self) -> None:
+        from pronghorn.transformers.graphs import GraphedForward
+
+        self._graphs = GraphedForward(self.model)
+        self._graphs.install()
+        options = self.model.generation_config
+        options.cache_implementation = options.cache_implementation or "static"
+        options.disable_compile = True  # the graphs do it
+
+    def _fuse_norms(self) -> None:
+        from pronghorn.transformers.norms import find_rms_norms
+
+        for name, norm in find_rms_norms(self.model).items():
+            self._norms[name] = self.model.get_submodule(name)
+            self.model.set_submodule(name, norm)
 
     def _fuse(self, groups: list[list[str]]) -> None:
         modules = dict(self.model.named_modules())
@@ -50,9 +67,13 @@ class Fused:
             for name, member, qweight in zip(names, members, shared.separate(members), strict=True):
                 member.qweight = qweight
                 self.model.set_submodule(name, member)
-        self._linears = []
-        if self.model.can_generate():
-            self.model.generation_config.cache_implementation = self._cache
+        for name, norm in self._norms.items():
+            self.model.set_submodule(name, norm)
+        self._linears, self._norms = [], {}
+        if self._graphs is not None:
+            self._graphs.remove()
+        for name, value in self._generation.items():
+            setattr(self.model.generation_config, name, value)
         del self.model.awq_fused
 
     def __enter__(self) -> Fused:
@@ -62,13 +83,31 @@ class Fused:
         self.restore()
 
 
+def _generation_options(model: PreTrainedModel) -> dict[str, Any]:
+    names = ("cache_implementation", "disable_compile") if model.can_generate() else ()
+    return {name: getattr(model.generation_config, name) for name in names}
+
+
+def _graphable(model: PreTrainedModel) -> bool:
+    """Whether the model decodes into a static cache on one GPU, with an attention that takes its mask."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    return (
+        model.can_generate()
+        and bool(getattr(model, "_can_compile_fullgraph", False))
+        and getattr(model.config, "_attn_implementation", None) == "sdpa"
+        and len(devices) == 1
+        and devices.pop().type == "cuda"
+    )
+
+
 def fuse(model: PreTrainedModel, *, example: Tensor | None = None) -> Fused:
     """Bring a model with packed linears into its fast form, in place.
 
     Linears that are given the same tensor (queries, keys and values; gate and up) become one matmul. Which they are
-    is seen in a run of one token, not known by name. On a Hopper GPU codes are put into the order of the tensor
-    cores; on any, `generate` uses a static cache where the model can be compiled, for which transformers compiles the
-    decoding step and replays it as a CUDA graph. A fused model is not saved: restore it first.
+    is seen in a run of one token, not known by name. RMS norms, known by what they compute, become one kernel each. On
+    a Hopper GPU codes are put into the order of the tensor cores. On any one GPU, `generate` uses a static cache where
+    the model allows it, and its steps are CUDA graphs: captured at their first use, without a compiler. A fused model
+    is not saved: restore it first.
 
     Args:
         model: with `AwqLinear`s.

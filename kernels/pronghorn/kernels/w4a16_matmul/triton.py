@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels._dispatch import interpreting
+from pronghorn.kernels._triton import dot_type
 from pronghorn.kernels.dequantize_weight.triton import (
     contiguous_zeros,
     dequantize_weight,
@@ -170,7 +170,7 @@ def w4a16_matmul(
         kernel[(tiles, splits)](x, *weight, partial, *shape, layout, bits, block_n, block_k, num_warps=WORDS_WARPS)
     else:
         grid = (triton.cdiv(rows, block_m), triton.cdiv(out_features, BLOCK_N), splits)
-        _multiply[grid](x, *weight, partial, rows, *shape, layout, bits, _dot_type(x.dtype), block_m, BLOCK_N, BLOCK_K)
+        _multiply[grid](x, *weight, partial, rows, *shape, layout, bits, dot_type(x.dtype), block_m, BLOCK_N, BLOCK_K)
     return partial[0] if splits == 1 else partial.sum(0).to(x.dtype)
 
 
@@ -184,10 +184,3 @@ def _words_block_k(layout: str, bits: int, group_size: int) -> int:
 def _splits(tiles: int, columns: int, block_k: int) -> int:
     wanted: int = min(PROGRAMS_WANTED // tiles, triton.cdiv(columns, block_k), LARGEST_SPLIT)
     return 1 << max(0, wanted.bit_length() - 1)
-
-
-def _dot_type(dtype: torch.dtype) -> tl.dtype:
-    # The interpreter multiplies 16-bit operands wrongly.
-    if interpreting() or dtype == torch.float32:
-        return tl.float32
-    return tl.float16 if dtype == torch.float16 else tl.bfloat16
