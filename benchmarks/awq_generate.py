@@ -44,18 +44,22 @@ def main() -> None:
         model.generation_config.cache_implementation = None
         torch._dynamo.reset()
     quantize_model(model, AwqConfig(group_size=128, method="rtn"), progress=False)
-    with fuse(model):
-        ours, follow_ups = _contexts(model, contexts), _follow_ups(model, histories)
     rows = []
-    for name, theirs in peers.items():
-        for context in contexts:
-            (first, speed), (their_first, their_speed) = ours[context], theirs[context]
-            rows.append(row("generate, batch 1", name, f"{context} in, {NEW_TOKENS} out", speed, their_speed,
-                            unit="tokens/s", reach=REACH[name], higher_is_better=True))  # fmt: skip
-            rows.append(row("time to the first token", name, f"{context} in", first, their_first, reach=1.0))
-    for history in histories:
-        rows.append(row("time to the first token", "fp16, recomputed", f"32 in after {history}",
-                        follow_ups[history][0], kept[history][1], reach=5.0 if history == 1024 else None))  # fmt: skip
+    for compiled, suffix in ((False, ""), (True, ", compiled")):
+        with fuse(model, compile=compiled):
+            ours, follow_ups = _contexts(model, contexts), _follow_ups(model, histories)
+        for name, theirs in peers.items():
+            for context in contexts:
+                (first, speed), (their_first, their_speed) = ours[context], theirs[context]
+                rows.append(row(f"generate, batch 1{suffix}", name, f"{context} in, {NEW_TOKENS} out", speed,
+                                their_speed, unit="tokens/s", reach=REACH[name], higher_is_better=True))  # fmt: skip
+                rows.append(
+                    row(f"time to the first token{suffix}", name, f"{context} in", first, their_first, reach=1.0)
+                )
+        for history in histories:
+            rows.append(row(f"time to the first token{suffix}", "fp16, recomputed", f"32 in after {history}",
+                            follow_ups[history][0], kept[history][1],
+                            reach=5.0 if history == 1024 else None))  # fmt: skip
     write("awq-generate", rows)
 
 

@@ -35,11 +35,14 @@ class GraphedForward:
 
     Args:
         model: on one CUDA device, with the attention "sdpa", for which "pronghorn_cached" stands in.
+        compile: let `torch.compile` fuse the small operations of a step before it is captured, once for one token and
+            once for chunks.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, compile: bool = False) -> None:
         self.model = model
         self._eager: Callable[..., Any] = model.forward
+        self._captured: Callable[..., Any] = torch.compile(self._eager, dynamic=True) if compile else self._eager
         self._attention = model.config._attn_implementation
         self._states: weakref.WeakKeyDictionary[StaticCache, _State] = weakref.WeakKeyDictionary()
         self._released: _State | None = None
@@ -137,7 +140,7 @@ class GraphedForward:
             size = tokens  # there is no room to fill up
         if size not in state.graphs:
             try:
-                state.graphs[size] = _Graph(self._eager, state, cache, size)
+                state.graphs[size] = _Graph(self._captured, state, cache, size)
             except RuntimeError as error:
                 if "captur" not in str(error):
                     raise

@@ -28,6 +28,11 @@ Data = Annotated[Path | None, typer.Option(help="Text file for calibration; Pyth
 Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens a sequence.")]
 State = Annotated[Path | None, typer.Option(help="Folder that keeps progress; the same call then resumes.")]
+Fuse = Annotated[bool, typer.Option("--fuse/--no-fuse", help="Run packed linears in their fast form.")]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="Let torch.compile fuse what is between the linears: slow to start, then faster."),
+]
 Dtype = Annotated[str, typer.Option(help="float16, bfloat16, float32 or auto.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu …; the GPU if there is one.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print peak memory, time and disk, and stop.")]
@@ -233,7 +238,8 @@ def bench(
     histories: Annotated[str, typer.Option(help="Lengths of histories before a question.")] = "16,128,1024",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate for the decoding speed.")] = 256,
     repeats: Annotated[int, typer.Option(help="Repeats of each measurement.")] = 10,
-    fused: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Run packed linears in their fast form.")] = True,
+    fused: Fuse = True,
+    compiled: Compile = False,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -243,7 +249,7 @@ def bench(
 
     loaded, _ = _load(model, dtype, device)
     found: dict[str, list[dict[str, float]]] = {"contexts": [], "follow_ups": []}
-    with _fused(loaded, fused):
+    with _fused(loaded, fused, compiled):
         for speed in context_speeds(loaded, _lengths(contexts), new_tokens=new_tokens, repeats=repeats):
             found["contexts"].append(asdict(speed))
             typer.echo(
@@ -267,7 +273,8 @@ def demo(
     port: Annotated[int, typer.Option(help="Port to serve at.")] = 7860,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
-    fused: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Run packed linears in their fast form.")] = True,
+    fused: Fuse = True,
+    compiled: Compile = False,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -278,7 +285,7 @@ def demo(
         raise typer.BadParameter(f"{error}; pip install pronghorn[demo]") from None
 
     loaded, tokenizer = _load(model, dtype, device)
-    with _fused(loaded, fused):
+    with _fused(loaded, fused, compiled):
         page = build_demo(loaded, tokenizer, system=system, max_new_tokens=max_new_tokens)
         page.launch(server_name=host, server_port=port)
 
@@ -290,13 +297,13 @@ def _lengths(text: str) -> list[int]:
         raise typer.BadParameter(f"wanted numbers with commas, got {text!r}") from None
 
 
-def _fused(model: Any, wanted: bool) -> AbstractContextManager[Any]:
+def _fused(model: Any, wanted: bool, compiled: bool) -> AbstractContextManager[Any]:
     """The fast form of a model with packed linears; others run as they are."""
     from pronghorn.awq.fused import fuse
     from pronghorn.awq.layers import AwqLinear
 
     packed = any(isinstance(module, AwqLinear) for module in model.modules())
-    return fuse(model) if wanted and packed else nullcontext()
+    return fuse(model, compile=compiled) if wanted and packed else nullcontext()
 
 
 @app.command()
@@ -306,9 +313,10 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token, instead of sampling.")] = False,
     capacity: Annotated[
-        int | None, typer.Option(help="Tokens of a static cache: decoding is then compiled, on a GPU.")
+        int | None, typer.Option(help="Tokens of a static cache: on a GPU, steps are then CUDA graphs.")
     ] = None,
-    fused: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Run packed linears in their fast form.")] = True,
+    fused: Fuse = True,
+    compiled: Compile = False,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -318,7 +326,7 @@ def chat(
     loaded, tokenizer = _load(model, dtype, device)
     generation = {"do_sample": False} if greedy else {}
     session = Chat(loaded, tokenizer, system=system, max_new_tokens=max_new_tokens, capacity=capacity, **generation)
-    with _fused(loaded, fused):
+    with _fused(loaded, fused, compiled):
         _converse(session)
 
 

@@ -18,7 +18,7 @@ from pronghorn.kernels.w4a16_matmul import preferred_layout, w4a16_matmul
 class Fused:
     """A model in its fast form; `restore` (or the end of a `with` block) gives the old one back, bit for bit."""
 
-    def __init__(self, model: PreTrainedModel, example: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, example: Tensor, compile: bool = False) -> None:
         self.model = model
         self._linears: list[tuple[SharedInput, list[str], list[AwqLinear]]] = []
         self._norms: dict[str, nn.Module] = {}
@@ -33,12 +33,12 @@ class Fused:
             self.restore()
             raise
         if _graphable(model):
-            self._install_graphs()
+            self._install_graphs(compile)
 
-    def _install_graphs(self) -> None:
+    def _install_graphs(self, compile: bool) -> None:
         from pronghorn.transformers.graphs import GraphedForward
 
-        self._graphs = GraphedForward(self.model)
+        self._graphs = GraphedForward(self.model, compile=compile)
         self._graphs.install()
         options = self.model.generation_config
         options.cache_implementation = options.cache_implementation or "static"
@@ -100,7 +100,7 @@ def _graphable(model: PreTrainedModel) -> bool:
     )
 
 
-def fuse(model: PreTrainedModel, *, example: Tensor | None = None) -> Fused:
+def fuse(model: PreTrainedModel, *, example: Tensor | None = None, compile: bool = False) -> Fused:
     """Bring a model with packed linears into its fast form, in place.
 
     Linears that are given the same tensor (queries, keys and values; gate and up) become one matmul. Which they are
@@ -112,6 +112,8 @@ def fuse(model: PreTrainedModel, *, example: Tensor | None = None) -> Fused:
     Args:
         model: with `AwqLinear`s.
         example: token ids [1, length] that every packed linear sees; by default one token.
+        compile: let `torch.compile` fuse what is between the linears, for the CUDA graphs; their first use then takes
+            tens of seconds for a large model.
 
     Returns:
         The fused model's handle, also a context manager.
@@ -131,7 +133,7 @@ def fuse(model: PreTrainedModel, *, example: Tensor | None = None) -> Fused:
         raise ValueError("model: has no packed linears; load or quantize one with AwqConfig")
     if example is None:
         example = torch.zeros(1, 1, dtype=torch.long)
-    return Fused(model, example.to(model.device))
+    return Fused(model, example.to(model.device), compile)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from tests.models import tiny_model, token_ids
+from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 from pronghorn.transformers import graphs
@@ -68,6 +69,29 @@ def test_generate_gives_the_same_tokens(model, captures, monkeypatch, tokens, lo
     forward.remove()
     assert sizes == ({1} if tokens > longest or tokens == 1 else {1, 16})
     assert len(captures) == len(sizes)  # the second cache takes over the memory of the first, and its graphs
+
+
+def test_few_compilations_serve_all_sizes(model, captures, monkeypatch):
+    ids = token_ids(1, 40)
+    wanted = generate(model, ids, max_new_tokens=6)
+    compiled, original = [], torch.compile
+    torch._dynamo.reset()
+
+    def noted(function, **options):
+        compiled.append(options)
+        return original(function, **options, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", noted)
+    forward = GraphedForward(model, compile=True)
+    forward.install()
+    for tokens in (40, 40, 20, 20, 9, 9):
+        result = generate(model, ids[:, :tokens], max_new_tokens=6)
+        if tokens == 40:
+            assert torch.equal(result, wanted)
+    forward.remove()
+    assert len(compiled) == 1
+    assert counters["stats"]["unique_graphs"] == 2  # one token, and more
+    assert len(captures) > 2
 
 
 def test_a_follow_up_continues_a_kept_cache(model, graphed, captures):

@@ -32,6 +32,7 @@ def _attend(
     cached,
     tokens,
     capacity,
+    splits,
     stretch,
     query_batch,
     query_head,
@@ -49,7 +50,7 @@ def _attend(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    ALONE: tl.constexpr,
     DOT_TYPE: tl.constexpr,
 ):
     split, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -87,13 +88,13 @@ def _attend(
             sum += tl.dot(weights.to(v.dtype).to(DOT_TYPE), v.to(DOT_TYPE), input_precision="ieee")
             peak = higher
     to = ((b * heads + own_head) * tokens + token).to(tl.int64)
-    if SPLIT == 1:
+    if ALONE:
         result = sum / tl.maximum(total, 1e-30)[:, None]
         tl.store(
             out + to[:, None] * SIZE + d[None, :], result.to(out.dtype.element_ty), mask=inside[:, None] & used[None, :]
         )
     else:
-        to = to * SPLIT + split
+        to = to * splits + split
         tl.store(partial + to[:, None] * SIZE + d[None, :], sum, mask=inside[:, None] & used[None, :])
         tl.store(peaks + to, peak, mask=inside)
         tl.store(totals + to, total, mask=inside)
@@ -131,10 +132,11 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
     peaks, totals = torch.empty(2, parts, dtype=torch.float32, device=query.device)
     width = max(16, triton.next_power_of_2(size))
     _attend[(split, batch * cached, triton.cdiv(tokens * group, rows))](
-        query, key, value, mask, out, partial, peaks, totals, scale * LOG2_E, heads, cached, tokens, capacity, stretch,
+        query, key, value, mask, out, partial, peaks, totals, scale * LOG2_E,
+        heads, cached, tokens, capacity, split, stretch,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2),
-        size, width, group, rows, slots, split, dot_type(query.dtype),
+        size, width, group, rows, slots, split == 1, dot_type(query.dtype),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if split > 1:
