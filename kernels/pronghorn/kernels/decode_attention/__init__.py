@@ -1,0 +1,178 @@
+"""Attention of one new token a sequence, over caches of two kinds of heads."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pronghorn.kernels._arguments import check_shape, check_tensor
+from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels.decode_attention import reference
+
+__all__ = ["CachedHeads", "decode_attention"]
+
+BITS = (16, 8, 4)
+
+
+class CachedHeads(NamedTuple):
+    """The cache of the heads of one kind, of which there may be none.
+
+    Attributes:
+        key: [batch, heads, capacity, head_dim], or in pages [pages, heads, page size, head_dim]; uint8 codes of
+            `kv_quantize` for 8 and 4 bits, where the last dimension is head_dim * bits / 8.
+        value: the same.
+        lengths: int32 [batch]: slots that are filled; their order does not matter.
+        start: int32 [batch]: slots before it are not seen; 0 by default.
+        block_table: int32 [batch, pages of a sequence], where the cache is in pages.
+        key_scale: fp16 [batch, heads, capacity, 1], or in pages, for 8 and 4 bits; and so on.
+        key_zero: the same.
+        value_scale: the same.
+        value_zero: the same.
+    """
+
+    key: Tensor
+    value: Tensor
+    lengths: Tensor
+    start: Tensor | None = None
+    block_table: Tensor | None = None
+    key_scale: Tensor | None = None
+    key_zero: Tensor | None = None
+    value_scale: Tensor | None = None
+    value_zero: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Keys and values, or codes, scales and zeros of keys and of values."""
+        found = (self.key, self.key_scale, self.key_zero, self.value, self.value_scale, self.value_zero)
+        return [tensor for tensor in found if tensor is not None]
+
+
+def decode_attention(
+    query: Tensor,
+    full: CachedHeads,
+    streaming: CachedHeads,
+    head_index: Tensor,
+    *,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bits: int = 16,
+) -> Tensor:
+    """softmax(scale * query key^T) value for each head over the cache of its kind.
+
+    For inference: nothing is differentiable. The caches are two because those of one kind grow and those of the other
+    do not; heads of either stay where they are in `query`.
+
+    Args:
+        query: [batch, heads, 1, head_dim] in fp16, bf16 or fp32 (fp64 in the reference).
+        full: the cache of one kind.
+        streaming: the cache of the other.
+        head_index: int32 [key/value heads]: i >= 0 is head i of `full`, i < 0 head -1 - i of `streaming`. Heads are a
+            multiple of key/value heads.
+        key: [batch, key/value heads, 1, head_dim], a token in no cache, which heads of `streaming` see besides theirs.
+        value: the same.
+        scale: 1 / sqrt(head_dim) by default.
+        softcap: scores become softcap * tanh(scores / softcap) if it is not 0.
+        bits: of the caches: 16 for the query's dtype, 8 or 4 for codes of `kv_quantize` with one group a head.
+
+    Returns:
+        [batch, heads, 1, head_dim]; zeros where nothing is seen.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value.
+
+    Source: Dao et al., Flash-Decoding (2023); Xiao et al. (arXiv 2410.10819), section 2.3.
+    """
+    check_tensor("query", query, dim=4, floating=True)
+    batch, heads, tokens, size = query.shape
+    check_tensor("head_index", head_index, dim=1, floating=False, like=query)
+    if tokens != 1:
+        raise ValueError(f"query: got {tokens} tokens, wanted 1")
+    if head_index.dtype != torch.int32:
+        raise TypeError(f"head_index: got {head_index.dtype}, wanted torch.int32")
+    if bits not in BITS:
+        raise ValueError(f"bits: got {bits!r}, accepted are {', '.join(map(str, BITS))}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap: got {softcap!r}, wanted 0 for none or a positive number")
+    kinds = head_index.shape[0]
+    if not kinds or heads % kinds or full.key.shape[1] + streaming.key.shape[1] != kinds:
+        raise ValueError(
+            f"head_index: got {kinds} heads, wanted those of full ({full.key.shape[1]}) and streaming "
+            f"({streaming.key.shape[1]}), and a divisor of the query's {heads}"
+        )
+    for name, cache in (("full", full), ("streaming", streaming)):
+        _check_cache(name, cache, query, bits)
+    if (key is None) != (value is None):
+        raise ValueError("key, value: got one without the other")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor is not None:
+            check_tensor(name, tensor, like=query)
+            check_shape(name, tensor, (batch, kinds, 1, size))
+    result: Tensor = torch.ops.pronghorn.decode_attention(
+        query, full.tensors(), streaming.tensors(), [full.lengths, streaming.lengths],
+        [full.start, streaming.start], [full.block_table, streaming.block_table], head_index,
+        key, value, size**-0.5 if scale is None else scale, softcap, bits,
+    )  # fmt: skip
+    return result
+
+
+def _check_cache(name: str, cache: CachedHeads, query: Tensor, bits: int) -> None:
+    batch, size = query.shape[0], query.shape[3]
+    check_tensor(f"{name}.key", cache.key, dim=4, like=query)
+    pages, heads, slots = cache.key.shape[:3]
+    if cache.block_table is None:
+        pages = batch
+    else:
+        check_tensor(f"{name}.block_table", cache.block_table, dim=2, floating=False, like=query)
+        check_shape(f"{name}.block_table", cache.block_table, (batch, cache.block_table.shape[1]))
+    width = size if bits == 16 else size * bits // 8
+    dtype = query.dtype if bits == 16 else torch.uint8
+    for part, tensor in (("key", cache.key), ("value", cache.value)):
+        check_tensor(f"{name}.{part}", tensor, like=query)
+        check_shape(f"{name}.{part}", tensor, (pages, heads, slots, width))
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}.{part}: got {tensor.dtype}, wanted {dtype} for {bits} bits")
+    for part in ("key_scale", "key_zero", "value_scale", "value_zero"):
+        found: Tensor | None = getattr(cache, part)
+        if (found is None) != (bits == 16):
+            raise ValueError(f"{name}.{part}: {'is missing' if found is None else 'has no meaning'} with {bits} bits")
+        if found is not None:
+            check_tensor(f"{name}.{part}", found, floating=True, like=query)
+            check_shape(f"{name}.{part}", found, (pages, heads, slots, 1))
+    for part, optional in (("lengths", cache.lengths), ("start", cache.start)):
+        if optional is not None:
+            check_tensor(f"{name}.{part}", optional, floating=False, like=query)
+            check_shape(f"{name}.{part}", optional, (batch,))
+            if optional.dtype != torch.int32:
+                raise TypeError(f"{name}.{part}: got {optional.dtype}, wanted torch.int32")
+
+
+@torch.library.custom_op("pronghorn::decode_attention", mutates_args=())
+def _decode_attention(
+    query: Tensor,
+    full: list[Tensor],
+    streaming: list[Tensor],
+    lengths: list[Tensor],
+    start: list[Tensor | None],
+    block_table: list[Tensor | None],
+    head_index: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    scale: float,
+    softcap: float,
+    bits: int,
+) -> Tensor:
+    arguments = (query, full, streaming, lengths, start, block_table, head_index, key, value, scale, softcap, bits)
+    if use_triton("decode_attention", query) and query.dtype != torch.float64 and query.numel():
+        from pronghorn.kernels.decode_attention import triton
+
+        return triton.decode_attention(*arguments)
+    return reference.decode_attention(*arguments)
+
+
+@_decode_attention.register_fake
+def _(query: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape)

@@ -1,0 +1,83 @@
+"""Definition of attention of one new token over caches of two kinds of heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pronghorn.kernels.kv_quantize.reference import kv_dequantize
+
+
+def decode_attention(
+    query: Tensor,
+    full: list[Tensor],
+    streaming: list[Tensor],
+    lengths: list[Tensor],
+    start: list[Tensor | None],
+    block_table: list[Tensor | None],
+    head_index: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    scale: float,
+    softcap: float,
+    bits: int,
+) -> Tensor:
+    """[batch, heads, 1, head_dim]; in float32 or better, and rounded once."""
+    groups = query.unflatten(1, (head_index.shape[0], -1))  # [batch, key/value heads, group, 1, head_dim]
+    result = torch.empty_like(groups)
+    for kind, tensors in enumerate((full, streaming)):
+        heads = _heads_of(head_index, kind, tensors[0].shape[1])
+        if heads.numel():
+            keys, values = _cached(tensors, block_table[kind], query, bits)
+            extra = (key[:, heads], value[:, heads]) if kind and key is not None and value is not None else None
+            seen = _seen(keys.shape[2], lengths[kind], start[kind])
+            result[:, heads] = _attend(groups[:, heads], keys, values, seen, extra, scale, softcap)
+    return result.flatten(1, 2).contiguous()
+
+
+def _heads_of(head_index: Tensor, kind: int, count: int) -> Tensor:
+    """Where the heads of a kind are in the model, in the order of their cache."""
+    places = torch.empty(count, dtype=torch.long, device=head_index.device)
+    own = head_index < 0 if kind else head_index >= 0
+    rank = (-1 - head_index if kind else head_index).long()
+    places[rank[own]] = own.nonzero()[:, 0]
+    return places
+
+
+def _cached(tensors: list[Tensor], table: Tensor | None, query: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [batch, heads, slots, head_dim], out of their pages and in wide floating point."""
+    if table is not None:
+        tensors = [tensor[table].transpose(1, 2).flatten(2, 3) for tensor in tensors]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if bits == 16:
+        return tensors[0].to(wide), tensors[1].to(wide)
+    key, value = (kv_dequantize(*part, bits=bits, dtype=wide) for part in _halves(tensors))
+    return key, value
+
+
+def _halves(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    key, key_scale, key_zero, value, value_scale, value_zero = tensors
+    return [(key, key_scale, key_zero), (value, value_scale, value_zero)]
+
+
+def _seen(slots: int, lengths: Tensor, start: Tensor | None) -> Tensor:
+    slot = torch.arange(slots, device=lengths.device)
+    seen = slot < lengths[:, None]
+    return seen if start is None else seen & (slot >= start[:, None])
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, extra: tuple[Tensor, Tensor] | None, scale: float,
+    softcap: float,
+) -> Tensor:  # fmt: skip
+    if extra is not None:
+        key, value = torch.cat([key, extra[0].to(key.dtype)], dim=2), torch.cat([value, extra[1].to(key.dtype)], dim=2)
+        seen = torch.cat([seen, seen.new_ones(seen.shape[0], 1)], dim=1)
+    scores = query[:, :, :, 0].to(key.dtype) @ key.mT * scale  # [batch, heads, group, slots]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1)
+    weights = weights.masked_fill(~seen.any(dim=-1)[:, None, None, None], 0)  # softmax of nothing is NaN
+    # What lies in unseen slots may be no number, and would stay so when multiplied by 0.
+    value = value.masked_fill(~seen[:, None, :, None], 0)
+    return (weights @ value)[:, :, :, None].to(query.dtype)

@@ -1,0 +1,131 @@
+"""Patterns: tables of gates on disk, and which heads they make retrieval heads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+GATES, SETTINGS = "full_attention_heads.tsv", "config.json"
+TIE_NOISE = 1e-6  # added before ranking, so that the seed decides between equal gates
+
+
+@dataclass
+class Pattern:
+    """The gates of a model, and what is known of how they were found.
+
+    Attributes:
+        gates: [layers][key/value heads].
+        settings: `config.json`; the authors' holds all arguments of the training, `sink_size` and `recent_size` among
+            them.
+    """
+
+    gates: list[list[float]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def load_pattern(pattern: str | os.PathLike[str]) -> Pattern:
+    """Read a pattern's folder, or a published pattern by its name.
+
+    Raises:
+        FileNotFoundError: there is no such folder or no such published pattern.
+        ValueError: a line is not numbers, lengths differ, a number is not finite, or the settings are not JSON.
+    """
+    folder = Path(pattern)
+    if not (folder / GATES).is_file() and str(pattern) in published_patterns():
+        folder = Path(__file__).parent / "patterns" / str(pattern)
+    if not (folder / GATES).is_file():
+        raise FileNotFoundError(
+            f"pattern: no {GATES} in {folder}; published patterns are {', '.join(published_patterns())}"
+        )
+    rows = []
+    for number, line in enumerate((folder / GATES).read_text().splitlines(), 1):
+        try:
+            rows.append([float(cell) for cell in line.split("\t")])
+        except ValueError:
+            raise ValueError(
+                f"{folder / GATES}, line {number}: wanted numbers with tabs between, got {line!r}"
+            ) from None
+    gates = checked_gates(rows, str(folder / GATES))
+    if not (folder / SETTINGS).is_file():
+        return Pattern(gates)
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / SETTINGS}: is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder / SETTINGS}: got {type(settings).__name__}, wanted an object")
+    return Pattern(gates, settings)
+
+
+def save_pattern(pattern: Pattern, folder: str | os.PathLike[str]) -> None:
+    """Write a pattern's folder; each file is there as a whole or not at all."""
+    from pronghorn.transformers.disk import write_atomically
+
+    lines = ["\t".join(f"{gate:.18e}" for gate in row) for row in checked_gates(pattern.gates)]
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    write_atomically(target / SETTINGS, (json.dumps(pattern.settings, indent=2) + "\n").encode())
+    write_atomically(target / GATES, ("\n".join(lines) + "\n").encode())
+
+
+def threshold_gates(
+    gates: list[list[float]],
+    *,
+    sparsity: float | None = None,
+    threshold: float | None = None,
+    balance: str = "global",
+    seed: int = 42,
+) -> list[list[bool]]:
+    """Which heads are retrieval heads.
+
+    Args:
+        gates: [layers][key/value heads].
+        sparsity: share of heads that are to stream.
+        threshold: or the gate from which on a head is full; no noise, no seed.
+        balance: "global" or "per_layer".
+        seed: decides between equal gates.
+
+    Returns:
+        [layers][key/value heads], True for a retrieval head.
+
+    Source: DuoAttention (arXiv 2410.10819), section 2.3; clipping, noise and quantile as in the authors' code.
+    """
+    table = np.clip(np.asarray(checked_gates(gates), dtype=np.float64), 0, 1)
+    if threshold is not None:
+        return [[bool(cell) for cell in row] for row in table >= threshold]
+    if sparsity is None:
+        raise ValueError("sparsity: got None and no threshold; give one of them")
+    table = table + np.random.RandomState(seed).uniform(0, TIE_NOISE, table.shape)
+    if balance == "per_layer":
+        streaming = round(sparsity * table.shape[1])
+        full = table.argsort(axis=1, kind="stable").argsort(axis=1) >= streaming
+    elif sparsity >= 1 or sparsity <= 0:
+        full = np.full(table.shape, sparsity <= 0)
+    else:
+        full = table >= np.quantile(table, sparsity)
+    return [[bool(cell) for cell in row] for row in full]
+
+
+def checked_gates(gates: Any, name: str = "gates") -> list[list[float]]:
+    """A table [layers][key/value heads] of finite numbers; ValueError or TypeError otherwise."""
+    rows = gates.tolist() if hasattr(gates, "tolist") else gates
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, (list, tuple)) and row for row in rows):
+        raise TypeError(f"{name}: got {type(gates).__name__}, wanted a table of layers and their key/value heads")
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError(f"{name}: rows have {sorted({len(row) for row in rows})} heads, wanted as many in every layer")
+    for layer, row in enumerate(rows):
+        for head, gate in enumerate(row):
+            if isinstance(gate, bool) or not isinstance(gate, (int, float)) or not math.isfinite(gate):
+                raise ValueError(f"{name}: got {gate!r} for head {head} of layer {layer}, wanted a finite number")
+    return [[float(gate) for gate in row] for row in rows]
+
+
+def published_patterns() -> list[str]:
+    """Names of the patterns that the authors published and that come with Pronghorn."""
+    return sorted(path.name for path in (Path(__file__).parent / "patterns").iterdir() if path.is_dir())
