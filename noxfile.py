@@ -136,8 +136,9 @@ def tables(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """AWQ on SmolLM2: evaluate, quantize, save, reload, chat."""
-    run(session, environment(session, "main"), "python", "examples/demo/awq_smollm2.py", *session.posargs)
+    """Each method on SmolLM2: what it is for, and whether it does it."""
+    for script in sorted((ROOT / "examples" / "demo").glob("*_smollm2.py")):
+        run(session, environment(session, "main"), "python", str(script), *session.posargs)
 
 
 def _python_312(session: nox.Session) -> str:

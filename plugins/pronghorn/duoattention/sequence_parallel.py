@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -84,3 +85,14 @@ def _exchange(tensor: Tensor, group: Any, given: int, joined: int) -> Tensor:
     received = torch.empty_like(shares)
     dist.all_to_all_single(received, shares, group=group)
     return torch.cat(list(received), dim=joined)
+
+
+def launched() -> SequenceParallel:
+    """All processes of this run as one group, where `accelerate launch` or `torchrun` started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return SequenceParallel()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return SequenceParallel(dist.group.WORLD)

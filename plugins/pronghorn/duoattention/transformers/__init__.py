@@ -27,7 +27,7 @@ class DuoAttention:
     Attributes:
         model: the model.
         config: the settings.
-        full_heads: [layers][key/value heads], True where the whole cache is kept, in the order of the model's weights.
+        full_heads: for each layer, for each key/value head in the order of the weights, whether it keeps the whole cache.
     """
 
     def __init__(self, model: PreTrainedModel, config: DuoAttentionConfig, full_heads: list[list[bool]]) -> None:

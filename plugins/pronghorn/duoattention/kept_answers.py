@@ -1,0 +1,45 @@
+"""Answers of a long evaluation on disk, so that it can be resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class KeptAnswers:
+    """A JSON file of answers, written as a whole after each.
+
+    Args:
+        path: of the file; it is read if it is there.
+        settings: of the evaluation.
+
+    Raises:
+        ValueError: the file is of other settings (they are named), or damaged.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self._path, self._settings = path, json.loads(json.dumps(settings))
+        self._answers: dict[str, str] = {}
+        if not path.exists():
+            return
+        try:
+            content = json.loads(path.read_text())
+            stored, self._answers = content["settings"], content["answers"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it to start anew") from error
+        differing = [name for name in {**stored, **self._settings} if stored.get(name) != self._settings.get(name)]
+        if differing:
+            raise ValueError(f"{path} holds answers of another run; these differ: {', '.join(sorted(differing))}")
+
+    def get(self, name: str) -> str | None:
+        """The answer of this name, if it is known."""
+        return self._answers.get(name)
+
+    def keep(self, name: str, answer: str) -> None:
+        """Add an answer."""
+        from pronghorn.transformers.disk import write_atomically
+
+        self._answers[name] = answer
+        content = {"settings": self._settings, "answers": self._answers}
+        write_atomically(self._path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,109 @@
+"""The commands, as users type them, on a tiny model with a tokenizer of letters."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pronghorn.duoattention import DuoAttentionConfig
+from pronghorn.duoattention.cli import app
+
+FAST = ["--dtype", "float32", "--device", "cpu"]
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pattern")
+    DuoAttentionConfig(gates=[[0.9, 0.1], [0.2, 0.7]]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    path = tmp_path_factory.mktemp("story") / "story.txt"
+    path.write_text("the quiet river runs by the old oak. " * 200)
+    return path
+
+
+@pytest.mark.parametrize("method", ["optimise", "on_the_fly"])
+def test_find(letters, story, tmp_path, method):
+    found = call(
+        "find", letters, tmp_path / "out", "--method", method, "--text", story, "--steps", 2, "--sink", 4,
+        "--recent", 8, "--block", 1, "--context-min", 200, "--context-max", 1000, "--passkeys", 1,
+        "--passkey-length", 2, "--samples", 1, "--state", tmp_path / "state", *FAST,
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    assert "mean gate" in found.output
+    assert len(DuoAttentionConfig.from_pattern(tmp_path / "out").gates) == 2
+    assert (tmp_path / "out" / "gates.png").exists()
+
+
+def test_apply_gives_the_same_model_in_another_order(letters, pattern, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    found = call("apply", letters, pattern, tmp_path / "duo", "--sink", 4, "--recent", 8, "--dtype", "float32")
+    assert found.exit_code == 0, found.output
+    assert "2 of 4" in found.output
+    config = DuoAttentionConfig.from_pretrained(tmp_path / "duo" / "duoattention")
+    assert config.full_heads() == [[True, False], [True, False]]
+    assert (config.sink_size, config.recent_size) == (4, 8)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        before, after = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (letters, tmp_path / "duo"))
+    assert torch.allclose(before, after, atol=1e-5)
+    assert isinstance(call("apply", letters, pattern, tmp_path / "duo").exception, FileExistsError)
+
+
+def test_plan(letters, pattern):
+    found = call("plan", letters, "--context", 1000, "--pattern", pattern, "--budget", 1)
+    assert found.exit_code == 0, found.output
+    assert "1000 tokens" in found.output
+    assert "fit" in found.output
+    assert "2.00 x" in call("plan", letters, "--context", 10**9, "--sparsity", 0.5).output
+
+
+def test_bench(letters, pattern, tmp_path):
+    found = call(
+        "bench", letters, "--pattern", pattern, "--contexts", "60,100", "--chunk", 40, "--steps", 2, "--sink", 4,
+        "--recent", 8, "--json", tmp_path / "bench.json", *FAST,
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    rows = json.loads((tmp_path / "bench.json").read_text())
+    assert [(row["cache"], row["context"]) for row in rows] == [
+        ("dense", 60),
+        ("dense", 100),
+        ("duo", 60),
+        ("duo", 100),
+    ]
+    of_token = 2 * 16 * 4  # keys and values of a head
+    assert rows[1]["cache_bytes"] == 4 * 100 * of_token
+    assert rows[3]["cache_bytes"] == (2 * 100 + 2 * 12) * of_token
+    assert call("bench", letters, "--contexts", "8,many").exit_code == 2
+
+
+def test_niah(letters, pattern, story, tmp_path):
+    arguments = ("niah", letters, "--out", tmp_path, "--pattern", pattern, "--lengths", "400,500,2", "--depths", 2,
+                 "--text", story, "--sink", 4, "--recent", 8, "--chunk", 128, *FAST)  # fmt: skip
+    found = call(*arguments)
+    assert found.exit_code == 0, found.output
+    assert "mean score" in found.output
+    assert (tmp_path / "niah.png").exists()
+    assert len(json.loads((tmp_path / "niah.json").read_text())["answers"]) == 4
+    assert call(*arguments).output == found.output
+    assert call(*arguments[:-6], "--sink", 5, *FAST).exception is not None
+
+
+def test_longbench(letters, pattern, tmp_path):
+    line = {"input": "Who?", "context": "the owl sleeps. " * 30, "answers": ["the owl"]}
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(line) + "\n")
+    found = call(
+        "longbench", letters, tmp_path / "qasper.jsonl", "--out", tmp_path / "out", "--pattern", pattern, "--sink", 4,
+        "--recent", 8, "--max-length", 200, "--chunk", 64, *FAST,
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    assert "qasper" in json.loads((tmp_path / "out" / "longbench.json").read_text())["scores"]
