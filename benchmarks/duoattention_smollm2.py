@@ -24,8 +24,8 @@ def main() -> None:
         drawn = found["random", 0.5]["each"]
         codes = median([entry["right"] for entry in drawn])
         rows.append(
-            row(f"pass codes of {content['codes']}, {name} heads", "random heads", shape, median([ours["right"]]), codes,
-                unit="codes", higher_is_better=True)
+            row(f"pass codes of {content['codes']}, {name} heads", "random heads", shape, median([ours["right"]]),
+                codes, unit="codes", higher_is_better=True)
         )  # fmt: skip
         for other in ("random", "inverted"):
             theirs = median([entry["kl"] for entry in found[other, 0.5]["each"]])

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from tests.models import tiny_model
-from tests.plugins.awq.conftest import TEMPLATE
+from tests.plugins.conftest import TEMPLATE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 

@@ -216,6 +216,7 @@ def decode_attention(
 ) -> Tensor:
     """[batch, heads, 1, head_dim]."""
     query = query if query.stride(-1) == 1 else query.contiguous()
+    head_index = head_index.contiguous()
     batch, heads, _, size = query.shape
     kinds = head_index.shape[0]
     group = heads // kinds

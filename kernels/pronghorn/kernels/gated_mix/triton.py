@@ -59,7 +59,7 @@ def gated_mix(full: Tensor, streaming: Tensor, gate: Tensor) -> Tensor:
     batch, heads, tokens, size = full.shape
     out = torch.empty(full.shape, dtype=full.dtype, device=full.device)
     _mix[(triton.cdiv(tokens, TOKENS), batch * heads)](
-        full, streaming, gate, out, heads, heads // gate.shape[0], tokens,
+        full, streaming, gate.contiguous(), out, heads, heads // gate.shape[0], tokens,
         *full.stride()[:3], *streaming.stride()[:3], size, triton.next_power_of_2(size), TOKENS,
     )  # fmt: skip
     return out

@@ -27,7 +27,7 @@ class DuoAttention:
     Attributes:
         model: the model.
         config: the settings.
-        full_heads: for each layer, for each key/value head in the order of the weights, whether it keeps the whole cache.
+        full_heads: for each layer, for each key/value head in the order of the weights, whether it keeps all tokens.
     """
 
     def __init__(self, model: PreTrainedModel, config: DuoAttentionConfig, full_heads: list[list[bool]]) -> None:
