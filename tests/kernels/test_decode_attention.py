@@ -97,11 +97,14 @@ def test_pages_are_what_they_hold(bits, which, kinds):
 def test_a_soft_cap_bounds_the_scores(which):
     query, full, streaming, index = example()
     token = {"key": random(2, 3, 1, SIZE, seed=3), "value": random(2, 3, 1, SIZE, seed=4)}
-    scores = (20 * query.unflatten(1, (3, 2)))[:, 1, 0] @ full.key[:, 0].mT * SIZE**-0.5
-    capped = (5 * torch.tanh(scores / 5)).masked_fill(
-        torch.arange(200, device=DEVICE) >= full.lengths[:, None, None], -torch.inf
+    keys, values = (
+        torch.cat([full.key[:, 0], token["key"][:, 1]], 1),
+        torch.cat([full.value[:, 0], token["value"][:, 1]], 1),
     )
-    wanted = capped.softmax(-1) @ full.value[:, 0]
+    scores = (20 * query.unflatten(1, (3, 2)))[:, 1, 0] @ keys.mT * SIZE**-0.5
+    unseen = torch.arange(201, device=DEVICE) >= full.lengths[:, None, None]
+    unseen[..., 200] = False
+    wanted = (5 * torch.tanh(scores / 5)).masked_fill(unseen, -torch.inf).softmax(-1) @ values
     with backend(which):
         found = decode_attention(20 * query, full, streaming, index, softcap=5.0, **token)
     assert relative_error(found.unflatten(1, (3, 2))[:, 1, 0], wanted) < 1e-5

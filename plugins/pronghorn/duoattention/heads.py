@@ -27,13 +27,12 @@ class HeadSplit:
     def index(self, device: torch.device) -> Tensor:
         """int32 [heads]: i >= 0 is the i-th full head, i < 0 the (-1 - i)-th streaming head."""
         places = [self.full.index(h) if full else -1 - self.streaming.index(h) for h, full in enumerate(self.is_full)]
-        return self._tensor("index", places, device).to(torch.int32)
+        return self._tensor("index", places, device, torch.int32)
 
     def types(self, group: int, device: torch.device) -> Tensor:
         """int32 [heads * group]: 0 for the query heads of a full head, -1 for those of a streaming one."""
-        return self._tensor("types", [0 if full else -1 for full in self.is_full for _ in range(group)], device).to(
-            torch.int32
-        )
+        types = [0 if full else -1 for full in self.is_full for _ in range(group)]
+        return self._tensor(f"types {group}", types, device, torch.int32)
 
     def of_kind(self, tensor: Tensor, full: bool) -> Tensor:
         """The key/value heads, or the query heads of their groups, of one kind; [batch, heads of it, tokens, size]."""
@@ -59,8 +58,8 @@ class HeadSplit:
         heads = [order.index(head) * group + i for head in range(len(self)) for i in range(group)]
         return both.index_select(1, self._tensor(f"back {group}", heads, both.device))
 
-    def _tensor(self, name: str, content: list[int], device: torch.device) -> Tensor:
+    def _tensor(self, name: str, content: list[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
         key = (name, device)
         if key not in self._tensors:
-            self._tensors[key] = torch.tensor(content, device=device)
+            self._tensors[key] = torch.tensor(content, device=device, dtype=dtype)
         return self._tensors[key]

@@ -325,6 +325,16 @@ def test_what_cannot_be_is_refused(llama, change, message):
         change(llama, duo, duo.make_cache())
 
 
+def test_a_full_static_cache_refuses_another_token(llama):
+    duo, ids = duo_of(llama), token_ids(1, 12)
+    cache = cache_of(duo, True, 11)
+    run(llama, ids[:, :11], cache, [9, 1, 1])
+    before = [tensor.clone() for tensor in cache.layers[0].full]
+    with pytest.raises(ValueError, match="max_len"):
+        run(llama, ids[:, 11:], cache, [1])
+    assert all(torch.equal(*pair) for pair in zip(before, cache.layers[0].full, strict=True))
+
+
 def test_a_first_call_of_one_token(llama):
     duo, ids = duo_of(llama), token_ids(2, 12)
     wanted = run(llama, ids, DynamicCache(), [12])[:, :8]

@@ -24,7 +24,7 @@ class CachedHeads(NamedTuple):
         key: [batch, heads, capacity, head_dim], or in pages [pages, heads, page size, head_dim]; uint8 codes of
             `kv_quantize` for 8 and 4 bits, where the last dimension is head_dim * bits / 8.
         value: the same.
-        lengths: int32 [batch]: slots that are filled; their order does not matter.
+        lengths: int32 [batch]: slots that are filled, in any order; more than the capacity are all, as in a ring.
         start: int32 [batch]: slots before it are not seen; 0 by default.
         block_table: int32 [batch, pages of a sequence], where the cache is in pages.
         key_scale: fp16 [batch, heads, capacity, 1], or in pages, for 8 and 4 bits; and so on.
@@ -72,7 +72,7 @@ def decode_attention(
         streaming: the cache of the other.
         head_index: int32 [key/value heads]: i >= 0 is head i of `full`, i < 0 head -1 - i of `streaming`. Heads are a
             multiple of key/value heads.
-        key: [batch, key/value heads, 1, head_dim], a token in no cache, which heads of `streaming` see besides theirs.
+        key: [batch, key/value heads, 1, head_dim], a token that is in no cache yet, and that all heads see.
         value: the same.
         scale: 1 / sqrt(head_dim) by default.
         softcap: scores become softcap * tanh(scores / softcap) if it is not 0.
@@ -104,7 +104,7 @@ def decode_attention(
             f"({streaming.key.shape[1]}), and a divisor of the query's {heads}"
         )
     for name, cache in (("full", full), ("streaming", streaming)):
-        _check_cache(name, cache, query, bits)
+        check_cache(name, cache, query, bits)
     if (key is None) != (value is None):
         raise ValueError("key, value: got one without the other")
     for name, tensor in (("key", key), ("value", value)):
@@ -119,7 +119,8 @@ def decode_attention(
     return result
 
 
-def _check_cache(name: str, cache: CachedHeads, query: Tensor, bits: int) -> None:
+def check_cache(name: str, cache: CachedHeads, query: Tensor, bits: int) -> None:
+    """Raise unless a cache fits to queries [batch, heads, 1, head_dim]."""
     batch, size = query.shape[0], query.shape[3]
     check_tensor(f"{name}.key", cache.key, dim=4, like=query)
     pages, heads, slots = cache.key.shape[:3]

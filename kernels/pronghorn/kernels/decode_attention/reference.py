@@ -29,7 +29,7 @@ def decode_attention(
         heads = _heads_of(head_index, kind, tensors[0].shape[1])
         if heads.numel():
             keys, values = _cached(tensors, block_table[kind], query, bits)
-            extra = (key[:, heads], value[:, heads]) if kind and key is not None and value is not None else None
+            extra = (key[:, heads], value[:, heads]) if key is not None and value is not None else None
             seen = _seen(keys.shape[2], lengths[kind], start[kind])
             result[:, heads] = _attend(groups[:, heads], keys, values, seen, extra, scale, softcap)
     return result.flatten(1, 2).contiguous()

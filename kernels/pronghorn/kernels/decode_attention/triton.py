@@ -38,8 +38,9 @@ def _attend(
     query, full_key, full_value, streaming_key, streaming_value,
     full_key_scale, full_key_zero, full_value_scale, full_value_zero,
     streaming_key_scale, streaming_key_zero, streaming_value_scale, streaming_value_zero,
-    lengths, start, full_table, streaming_table, head_index, extra_key, extra_value,
-    out, partial, peaks, totals, scale, softcap, batch, kinds, splits,
+    full_lengths, streaming_lengths, full_start, streaming_start, full_table, streaming_table, head_index,
+    extra_key, extra_value,
+    out, partial, peaks, totals, scale, softcap, kinds, splits,
     query_batch, query_head,
     full_batch, full_head, full_slot, full_scales_batch, full_scales_head,
     streaming_batch, streaming_head, streaming_slot, streaming_scales_batch, streaming_scales_head,
@@ -51,7 +52,6 @@ def _attend(
 ):  # fmt: skip
     split, b, h = tl.program_id(0), (tl.program_id(1) // kinds).to(tl.int64), tl.program_id(1) % kinds
     index = tl.load(head_index + h)
-    streams = (index < 0).to(tl.int32)
     if index >= 0:
         rank = index.to(tl.int64)
         keys, values = full_key + rank * full_head, full_value + rank * full_head
@@ -59,7 +59,8 @@ def _attend(
         key_scales, key_zeros = full_key_scale + rank * full_scales_head, full_key_zero + rank * full_scales_head
         value_scales = full_value_scale + rank * full_scales_head
         value_zeros = full_value_zero + rank * full_scales_head
-        table, page_size = full_table + b * full_pages, full_page_size
+        table, pages, page_size = full_table + b * full_pages, full_pages, full_page_size
+        lengths, start = full_lengths + b, full_start + b
     else:
         rank = (-1 - index).to(tl.int64)
         keys, values = streaming_key + rank * streaming_head, streaming_value + rank * streaming_head
@@ -68,11 +69,12 @@ def _attend(
         key_zeros = streaming_key_zero + rank * streaming_scales_head
         value_scales = streaming_value_scale + rank * streaming_scales_head
         value_zeros = streaming_value_zero + rank * streaming_scales_head
-        table, page_size = streaming_table + b * streaming_pages, streaming_page_size
-    end = tl.load(lengths + streams * batch + b)
+        table, pages, page_size = streaming_table + b * streaming_pages, streaming_pages, streaming_page_size
+        lengths, start = streaming_lengths + b, streaming_start + b
+    end = tl.minimum(tl.load(lengths), pages * page_size)
     begin = 0
     if STARTS:
-        begin = tl.load(start + streams * batch + b)
+        begin = tl.load(start)
     # Every split takes as much, but not less than pays; splits beyond those needed have nothing.
     stretch = tl.maximum(tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), splits), SLOTS) * SLOTS, SHORTEST)
     begin += split * stretch
@@ -100,10 +102,10 @@ def _attend(
         there = slot < end
         if PAGED:
             place = tl.load(table + slot // page_size, mask=there, other=0).to(tl.int64)
-            inner = slot % page_size
+            inner = (slot % page_size).to(tl.int64)
         else:
             place = tl.zeros([SLOTS], tl.int64) + b
-            inner = slot
+            inner = slot.to(tl.int64)
         at_slot = place * to_batch + inner * to_slot
         k = tl.load(keys + at_slot[None, :] + d[:, None], mask=there[None, :] & used[:, None], other=0)
         if BITS == 16:
@@ -144,7 +146,7 @@ def _attend(
     if BITS == 4:
         sum_odd += zeros[:, None]
     if EXTRA:  # noqa: SIM102 - known when compiled, the other is not
-        if (index < 0) & (split == 0):  # the token that is in no cache
+        if split == 0:  # the token that is in no cache
             own = b * extra_batch + h * extra_head
             if BITS == 4:
                 k = tl.load(extra_key + own + 2 * d, mask=used, other=0.0).to(tl.float32)
@@ -230,14 +232,14 @@ def decode_attention(
     slots, warps, stages = TILES[bits]
     (full_tensors, full_strides), (streaming_tensors, streaming_strides) = _like(full, bits), _like(streaming, bits)
     started = any(tensor is not None for tensor in start)
-    starts = [
-        torch.zeros_like(length) if tensor is None else tensor for tensor, length in zip(start, lengths, strict=True)
-    ]
+    starts = [lengths[0], lengths[1]]  # not read
+    if started:
+        starts = [torch.zeros_like(lengths[0]) if tensor is None else tensor for tensor in start]
     extra = (query, query) if key is None or value is None else (key.contiguous(), value.contiguous())
     _attend[(splits, batch * kinds)](
         query, *full_tensors[:2], *streaming_tensors[:2], *full_tensors[2:], *streaming_tensors[2:],
-        torch.stack(lengths), torch.stack(starts) if started else head_index, *tables, head_index, *extra,
-        out, partial, peaks, totals, scale, softcap, batch, kinds, splits, *query.stride()[:2],
+        *lengths, *starts, *tables, head_index, *extra,
+        out, partial, peaks, totals, scale, softcap, kinds, splits, *query.stride()[:2],
         *full_strides, *streaming_strides,
         tables[0].stride(0), full[0].shape[2], tables[1].stride(0), streaming[0].shape[2],
         kinds * size, size,

@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from pronghorn.duoattention.config import DuoAttentionConfig
 from pronghorn.duoattention.heads import HeadSplit
+from pronghorn.kernels.cache_append import cache_append
 from pronghorn.kernels.decode_attention import CachedHeads, decode_attention
 from pronghorn.kernels.kv_quantize import kv_dequantize, kv_quantize
 
@@ -145,10 +146,6 @@ class DuoLayer(CacheLayerMixin):
             return tensors[0], tensors[1]
         options: dict[str, Any] = {"bits": self.settings.kv_bits, "dtype": self.dtype}
         return kv_dequantize(*tensors[:3], **options), kv_dequantize(*tensors[3:], **options)
-
-    def rounded(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """New tokens as later ones will see them."""
-        return self.decoded(self.encoded(key, value))
 
     def _attend(
         self,
@@ -283,17 +280,19 @@ class DuoDynamicLayer(DuoLayer):
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, softcap: float) -> Tensor:
         """Attention of one new token, which is stored."""
-        streaming, start = self.window()
-        self.store(key, value)
-        extra = None
+        token = None
         if self.settings.decode_window == "mask":
-            streaming, start = self.window()
+            self.store(key, value)
         else:
-            extra = self.rounded(key, value)
+            token = key, value
+        streaming, start = self.window()
         full = torch.full((query.shape[0],), self.cumulative_length, dtype=torch.int32, device=query.device)
         full_heads = self._cached(self.full, full, self.padding)
         streaming_heads = self._cached(streaming, torch.full_like(full, streaming[0].shape[2]), start)
-        return self._attend(query, full_heads, streaming_heads, extra, scale, softcap)
+        result = self._attend(query, full_heads, streaming_heads, token, scale, softcap)
+        if token is not None:
+            self.store(key, value)
+        return result
 
     def _in_place_of_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._in_place_of_batch(change)
@@ -334,26 +333,26 @@ class DuoStaticLayer(DuoLayer):
     ) -> None:
         super().__init__(split, settings, owner)
         self.max_cache_len = max_cache_len
-        self.cumulative_length: Any = torch.tensor(0)  # it is replaced by one on the keys' device
+        self._counted = 0  # tokens, where the device need not be asked; behind while steps are compiled or replayed
 
     def _allocate(self, key_states: Tensor, value_states: Tensor) -> None:
         super()._allocate(key_states, value_states)
         batch, window = key_states.shape[0], self.settings.window
         self.full = [_zeros(tensor, self.max_cache_len) for tensor in self.full]
         self.streaming = [_zeros(tensor, min(window, self.max_cache_len)) for tensor in self.streaming]
-        self.cumulative_length = self.cumulative_length.to(self.device)
-        self.written = torch.zeros(batch, dtype=torch.int32, device=self.device)  # real tokens that went into the ring
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)  # tokens seen, padding included
+        self.written = torch.zeros_like(self.lengths)  # real tokens that went into the ring
         if not torch.compiler.is_compiling():
-            for tensor in (*self.full, *self.streaming, self.cumulative_length, self.written):
+            for tensor in (*self.full, *self.streaming, self.lengths, self.written):
                 torch._dynamo.mark_static_address(tensor)
 
     def filled(self) -> int:
         """Tokens seen so far; waits for the device."""
-        return int(self.cumulative_length)
+        return int(self.lengths[0])
 
     def get_seq_length(self) -> Any:
         """Tokens seen so far, from which positions are counted."""
-        return self.cumulative_length if self.is_initialized else 0
+        return self.lengths[0] if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length of the mask, and a mark that it is for this cache."""
@@ -370,16 +369,13 @@ class DuoStaticLayer(DuoLayer):
             ValueError: there is no room for them.
         """
         tokens, seen = key.shape[2], self.filled()
-        if seen + tokens > self.max_cache_len:
-            raise ValueError(
-                f"past_key_values: {seen} tokens are stored and {tokens} more are to be, "
-                f"there is room for {self.max_cache_len}; make_cache(max_len=…) sets it"
-            )
+        self._counted = seen
+        self._count(tokens)
         self.started = True
         encoded = self.encoded(key, value)
         for buffer, new in zip(self.full, encoded, strict=True):
             buffer[:, :, seen : seen + tokens] = self.split.of_kind(new, True)
-        self.cumulative_length.add_(tokens)
+        self.lengths.add_(tokens)
         real = torch.full_like(self.written, tokens)
         if self.padding is not None:
             real = torch.minimum(real, (seen + tokens - self.padding).clamp(min=0))
@@ -419,34 +415,41 @@ class DuoStaticLayer(DuoLayer):
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, softcap: float) -> Tensor:
         """Attention of one new token, which is stored; nothing here waits for the device."""
-        batch = query.shape[0]
-        encoded = self.encoded(key, value)
-        rows, at = torch.arange(batch, device=self.device), self.cumulative_length.expand(1)
-        slot = self._slot(self.written)
-        for buffer, new in zip(self.full, encoded, strict=True):
-            buffer.index_copy_(2, at, self.split.of_kind(new, True))
-        self.cumulative_length.add_(1)
-        window = self.settings.decode_window == "mask"
-        if window:
-            self._write_ring(rows, slot, encoded)
-        lengths = self.cumulative_length.to(torch.int32).expand(batch).contiguous()
-        ring = self.written.clamp(max=self.settings.window)
-        extra = None if window else self.rounded(key, value)
-        full, streaming = self._cached(self.full, lengths, self.padding), self._cached(self.streaming, ring, None)
-        result = self._attend(query, full, streaming, extra, scale, softcap)
-        if not window:
-            self._write_ring(rows, slot, encoded)
+        if not torch.compiler.is_compiling():
+            self._count(1)
+        token = None
+        if self.settings.decode_window == "mask":
+            self._append(key, value)
+        else:
+            token = key, value
+        full, streaming = self._heads()
+        result = self._attend(query, full, streaming, token, scale, softcap)
+        if token is not None:
+            self._append(key, value)
         return result
 
-    def _write_ring(self, rows: Tensor, slot: Tensor, encoded: list[Tensor]) -> None:
-        for buffer, new in zip(self.streaming, encoded, strict=True):
-            buffer[rows, :, slot] = self.split.of_kind(new, False)[:, :, 0]
-        self.written.add_(1)
+    def _heads(self) -> tuple[CachedHeads, CachedHeads]:
+        return self._cached(self.full, self.lengths, self.padding), self._cached(self.streaming, self.written, None)
+
+    def _append(self, key: Tensor, value: Tensor) -> None:
+        settings = self.settings
+        cache_append(
+            key, value, *self._heads(), self.split.index(key.device), sink_size=settings.sink_size,
+            recent_size=settings.recent_size, bits=settings.kv_bits,
+        )  # fmt: skip
+
+    def _count(self, tokens: int) -> None:
+        if self._counted + tokens > self.max_cache_len:
+            raise ValueError(
+                f"past_key_values: {self._counted} tokens are stored and {tokens} more are to be, "
+                f"there is room for {self.max_cache_len}; make_cache(max_len=…) sets it"
+            )
+        self._counted += tokens
 
     def _in_place_of_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._in_place_of_batch(change)
         if self.is_initialized:
-            self.written = change(self.written)
+            self.lengths, self.written = change(self.lengths), change(self.written)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; streaming heads then have so many less, until new ones come.
@@ -465,13 +468,14 @@ class DuoStaticLayer(DuoLayer):
         for buffer, tensor in zip(self.streaming, ordered, strict=True):
             buffer[:, :, :size] = tensor.gather(2, _expanded(source.clamp(max=size - 1), tensor))
         self.written.copy_(kept)
-        self.cumulative_length.sub_(removed)
+        self.lengths.sub_(removed)
+        self._counted = self.filled()
 
     def reset(self) -> None:
         """Forget everything; the memory stays."""
-        self.padding, self.started = None, False
+        self.padding, self.started, self._counted = None, False, 0
         if self.is_initialized:
-            self.cumulative_length.zero_()
+            self.lengths.zero_()
             self.written.zero_()
 
 
