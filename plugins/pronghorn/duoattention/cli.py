@@ -128,6 +128,7 @@ def find(
         plot_gates(found.gates, out / "gates.png")
         gates = torch.tensor(found.gates)
         typer.echo(f"{out}: mean gate {gates.mean():.3f}, {(gates > 0.5).float().mean():.1%} above 0.5")
+    parallel.close()
 
 
 @app.command()

@@ -66,6 +66,12 @@ class SequenceParallel:
             dist.all_reduce(value, group=self.group)
         return float(value)
 
+    def close(self) -> None:
+        """Wait for all ranks and leave the group; one that just ends makes the others fail."""
+        if self.group is not None:
+            dist.barrier(self.group)
+            dist.destroy_process_group()
+
 
 class _Exchange(torch.autograd.Function):
     """Every rank gives each other a share along one dimension and joins what it gets along another."""

@@ -1,6 +1,8 @@
 """The commands, as users type them, on a tiny model with a tokenizer of letters."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,6 +43,20 @@ def test_find(letters, story, tmp_path, method):
     assert "mean gate" in found.output
     assert len(DuoAttentionConfig.from_pattern(tmp_path / "out").gates) == 2
     assert (tmp_path / "out" / "gates.png").exists()
+
+
+@pytest.mark.slow
+def test_processes_share_sequences(letters, story, tmp_path):
+    options = ["--text", story, "--steps", 3, "--lr", 0.1, "--sink", 4, "--recent", 8, "--block", 1, "--context-min", 200,
+               "--context-max", 1000, "--passkeys", 1, "--passkey-length", 2, *FAST]  # fmt: skip
+    assert call("find", letters, tmp_path / "one", *options).exit_code == 0
+    script = tmp_path / "find.py"
+    script.write_text("from pronghorn.duoattention.cli import app; app()")
+    # What `accelerate launch` runs on several GPUs; on CPUs it wants MPI.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, script, "find", letters]
+    subprocess.run([str(part) for part in (*launch, tmp_path / "two", *options)], check=True, timeout=300)
+    one, two = (torch.tensor(DuoAttentionConfig.from_pattern(tmp_path / name).gates) for name in ("one", "two"))
+    assert torch.allclose(one, two, atol=1e-6)
 
 
 def test_apply_gives_the_same_model_in_another_order(letters, pattern, tmp_path):

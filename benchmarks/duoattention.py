@@ -1,0 +1,328 @@
+"""DuoAttention with the shapes of Llama-3-8B and Llama-2-7B: decoding, prompts and memory against full attention.
+
+Weights are random, and all layers of a model share one layer's, so that the full cache of half a million tokens fits
+beside them; each layer still reads its weights anew. Caches are filled with random numbers, and steps are CUDA graphs
+on both sides. Full attention is the faster of PyTorch's and, where vLLM is installed, its FlashAttention 3.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness import device, measure, median, row, share_of_bandwidth, write
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
+from transformers.cache_utils import Cache, StaticLayer
+
+import pronghorn.transformers  # noqa: F401 - registers the attention
+from pronghorn.duoattention import DuoAttentionConfig, apply_duo, plan
+from pronghorn.duoattention.bench import cache_bytes
+from pronghorn.kernels.decode_attention import CachedHeads, decode_attention
+from pronghorn.kernels.kv_quantize import kv_quantize
+from pronghorn.transformers.graphs import captured
+
+GPU = torch.cuda.is_available()
+SHAPES = {
+    "Llama-3-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                   "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "Llama-2-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+                   "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
+}  # fmt: skip
+TINY = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 32, "vocab_size": 100}
+PATTERNS = {"Llama-3-8B": "Llama-3-8B-Instruct-Gradient-1048k", "Llama-2-7B": "Llama-2-7B-32K-Instruct"}
+K = 1024
+STEP_CONTEXTS = {"Llama-3-8B": [32 * K, 128 * K, 256 * K, 512 * K], "Llama-2-7B": [32 * K, 64 * K]}
+SPARSITY = {"Llama-3-8B": 0.5, "Llama-2-7B": 0.75}
+REACH = {("Llama-3-8B", 256 * K): 1.5, ("Llama-3-8B", 512 * K): 1.5, ("Llama-2-7B", 64 * K): 2.1}
+LEAST_MEMORY = {"Llama-3-8B": 1.65, "Llama-2-7B": 2.5}
+KERNEL_CONTEXTS = [64 * K, 256 * K] if GPU else [256]
+PROMPT, CHUNK = (128 * K, 32 * K) if GPU else (256, 64)
+DTYPE = torch.float16 if GPU else torch.float32
+
+
+class FullLayer(StaticLayer):
+    """A full cache of a fixed length, as good as it can be for a step: keys are views, and nothing is masked."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(max_cache_len=length + 1)
+        self.length = length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new token after the others, again and again at the same place."""
+        self.keys[:, :, self.length :] = key_states
+        self.values[:, :, self.length :] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens before the new one."""
+        return self.length
+
+
+def main() -> None:
+    """Measure and write the results."""
+    torch.manual_seed(0)
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "kernel": kernel_rows, "steps": lambda: step_rows("Llama-3-8B"), "mha": lambda: step_rows("Llama-2-7B"),
+        "prompt": prompt_rows, "largest": largest_rows,
+    }  # fmt: skip
+    wanted = sys.argv[1:] or list(parts)
+    rows = []
+    for name in wanted:
+        rows += parts[name]()
+        free()
+    write("duoattention", rows)
+
+
+def kernel_rows() -> list[dict[str, Any]]:
+    """One layer's decoding, against the bandwidth and, with four bits, against 16."""
+    rows = []
+    for context in KERNEL_CONTEXTS:
+        query, key, value = (torch.randn(1, n, t, 128, device=device(), dtype=DTYPE) for n, t in
+                             ((32, 1), (8, context), (8, context)))  # fmt: skip
+        half, short = _heads(key[:, :4], value[:, :4], 16), _heads(key[:, 4:, :384], value[:, 4:, :384], 16)
+        index = torch.tensor([0, -1, 1, -2, 2, -3, 3, -4], dtype=torch.int32, device=device())
+        ours = measure(lambda: decode_attention(query, half, short, index))  # noqa: B023 - called at once
+        dense = measure(fastest(query, key, value))
+        moved = 2 * 4 * (context + 384) * 128 * key.element_size()
+        rows.append(row("attention of a token, one layer, 4 of 8 heads full", "full attention", f"{context} tokens",
+                        ours, dense, roofline=share_of_bandwidth(moved, ours["p50"]), note="bytes"))  # fmt: skip
+        empty = _heads(key[:, :0, :1], value[:, :0, :1], 16)
+        every = torch.arange(4, dtype=torch.int32, device=device())
+        wide = measure(lambda: decode_attention(query[:, :16], half, empty, every))  # noqa: B023
+        codes, none = _heads(key[:, :4], value[:, :4], 4), _heads(key[:, :0, :1], value[:, :0, :1], 4)
+        four = measure(lambda: decode_attention(query[:, :16], codes, none, every, bits=4))  # noqa: B023
+        rows.append(row("full heads in 4 bits", "in 16 bits", f"{context} tokens, 4 heads", four, wide,
+                        roofline=share_of_bandwidth(2 * 4 * context * 68, four["p50"]),
+                        reach=2.5 if context == 256 * K else None))  # fmt: skip
+    return rows
+
+
+def _heads(key: Tensor, value: Tensor, bits: int) -> CachedHeads:
+    lengths = torch.full((key.shape[0],), key.shape[2] if key.shape[1] else 0, dtype=torch.int32, device=key.device)
+    key, value = key.contiguous(), value.contiguous()
+    if bits == 16:
+        return CachedHeads(key, value, lengths)
+    (k, k_scale, k_zero), (v, v_scale, v_zero) = (kv_quantize(tensor, bits=bits) for tensor in (key, value))
+    return CachedHeads(k, v, lengths, None, None, k_scale, k_zero, v_scale, v_zero)
+
+
+def fastest(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+    """Full attention of one token by the faster of PyTorch and FlashAttention 3."""
+    runs = [lambda: full_attention(query, key, value)]
+    flash = flash_attention_3()
+    if flash is not None:
+        runs.append(lambda: flash(query, key, value))
+    return min(runs, key=lambda run: measure(run, repeats=10)["p50"])
+
+
+def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """PyTorch's."""
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+
+def flash_attention_3() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """vLLM's, None where it is not installed."""
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        ends = [_ends(tensor.shape[0], q.device) for tensor in (q, k)]
+        out = flash_attn_varlen_func(
+            q, k, v, max_seqlen_q=q.shape[0], cu_seqlens_q=ends[0], max_seqlen_k=k.shape[0], cu_seqlens_k=ends[1],
+            fa_version=3, causal=q.shape[0] > 1,
+        )  # fmt: skip
+        return out.transpose(0, 1)[None]
+
+    return run
+
+
+@functools.cache
+def _ends(tokens: int, where: torch.device) -> Tensor:
+    """Where a sequence begins and ends; made before a graph is captured, which cannot copy from the CPU."""
+    return torch.tensor([0, tokens], dtype=torch.int32, device=where)
+
+
+def model_of(name: str) -> Any:
+    """Random weights, one layer's for all of them."""
+    shape = SHAPES[name] if GPU else {**SHAPES[name], **TINY, "head_dim": 16}
+    config = LlamaConfig(**shape, max_position_embeddings=1 << 20, rope_theta=500000.0)
+    layers, config.num_hidden_layers = config.num_hidden_layers, 1
+    with device():
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
+    config.num_hidden_layers = layers
+    first = model.model.layers[0]
+    parameters = dict(first.named_parameters())
+    for index in range(1, layers):
+        with torch.device("meta"):
+            layer = type(first)(config, index)
+        for path, parameter in parameters.items():
+            owner, _, leaf = path.rpartition(".")
+            setattr(layer.get_submodule(owner), leaf, parameter)
+        model.model.layers.append(layer.eval())
+    return model
+
+
+def fill(cache: Cache, model: Any, context: int) -> None:
+    """Random keys and values of a whole context."""
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    none = torch.empty(1, config.num_key_value_heads, 0, size, dtype=DTYPE, device=device())
+    for layer in cache.layers:
+        layer.lazy_initialization(none, none)
+        tensors = [layer.keys, layer.values] if isinstance(layer, FullLayer) else [*layer.full, *layer.streaming]
+        for tensor in tensors:
+            tensor.random_() if tensor.dtype == torch.uint8 else tensor.normal_()
+        if not isinstance(layer, FullLayer):
+            layer.lengths.fill_(context)
+            layer.written.fill_(context)
+            layer.started = True
+
+
+def step_time(model: Any, cache: Cache, context: int) -> dict[str, float]:
+    """A decoding step as a CUDA graph; the token before the last again and again."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device())
+    place = torch.full((1, 1), context, device=device())
+
+    def step() -> Tensor:
+        return model(ids, past_key_values=cache, position_ids=place, use_cache=True).logits
+
+    def rewind() -> None:
+        for layer in cache.layers:
+            if not isinstance(layer, FullLayer):
+                layer.lengths.fill_(context)
+                layer.written.fill_(context)
+
+    with torch.no_grad():
+        if not GPU:
+            return measure(step, repeats=3, warmup=1)
+        for layer in cache.layers:
+            layer._counted = -(1 << 30)  # steps are rewound
+        _, replay = captured(step, rewind)
+        return measure(lambda: (rewind(), replay()), repeats=10)
+
+
+def step_rows(name: str) -> list[dict[str, Any]]:
+    """Whole models."""
+    model, rows = model_of(name), []
+    config = DuoAttentionConfig.from_pattern(PATTERNS[name], sparsity=SPARSITY[name], sink_size=128, recent_size=256)
+    for context in STEP_CONTEXTS[name] if GPU else [600]:
+        full, full_bytes = full_step(model, context)
+        duo = apply_duo(model, config)
+        for bits in (16, 4):
+            duo.config.kv_bits = bits
+            cache = duo.make_cache(static=True, max_len=context + 1)
+            fill(cache, model, context)
+            ours = step_time(model, cache, context)
+            size = cache_bytes(cache)
+            what = f"decoding, {name}, {SPARSITY[name]:.0%} streaming, {bits} bits"
+            reach = REACH.get((name, context)) if bits == 16 else None
+            if full is not None:
+                rows.append(row(what, "full attention, 16 bits", f"{context} tokens", ours, full, reach=reach))
+            rows.append(row(f"cache, {name}, {SPARSITY[name]:.0%} streaming, {bits} bits", "full attention, 16 bits",
+                            f"{context} tokens", median([size / 2**20]), median([full_bytes / 2**20]), unit="MiB",
+                            reach=LEAST_MEMORY[name] if bits == 16 and context >= 64 * K else None))  # fmt: skip
+            del cache
+            free()
+    return rows
+
+
+def full_step(model: Any, context: int) -> tuple[dict[str, float] | None, int]:
+    """The best of both ways of full attention; None where its cache does not fit."""
+    config = model.config
+    best, size = None, 0
+    for name in ("sdpa", "flash_attention_3"):
+        flash = flash_attention_3()
+        if name != "sdpa" and flash is None:
+            continue
+        AttentionInterface.register("bench_full", _attention(full_attention if name == "sdpa" else flash))
+        model.set_attn_implementation("bench_full")
+        cache = Cache(layers=[FullLayer(context) for _ in range(config.num_hidden_layers)])
+        try:
+            fill(cache, model, context)
+            size = cache_bytes(cache)
+            found = step_time(model, cache, context)
+        except torch.OutOfMemoryError:
+            found = None
+        if found is not None and (best is None or found["p50"] < best["p50"]):
+            best = found
+        del cache
+        free()
+    of_heads = DuoAttentionConfig()
+    return best, size or plan(config, of_heads, context=context).full_bytes
+
+
+def _attention(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        return function(query, key, value).transpose(1, 2), None
+
+    return attend
+
+
+def prompt_rows() -> list[dict[str, Any]]:
+    """A long prompt in chunks."""
+    name = "Llama-3-8B"
+    model, rows = model_of(name), []
+    ids = torch.randint(100, (1, PROMPT), device=device())
+
+    def read(make: Callable[[], Cache]) -> dict[str, float]:
+        def run() -> None:
+            cache = make()
+            for tokens in ids.split(CHUNK, dim=1):
+                model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.reset()
+
+        with torch.no_grad():
+            return measure(run, repeats=2, warmup=1)
+
+    model.set_attn_implementation("sdpa")
+    dense = apply_duo(model, DuoAttentionConfig())
+    full = read(lambda: dense.make_cache(static=True, max_len=PROMPT))
+    for prefill in ("dense_first", "streaming"):
+        sizes = {"sink_size": 128, "recent_size": 256, "sparsity": 0.5}
+        duo = apply_duo(model, DuoAttentionConfig.from_pattern(PATTERNS[name], prefill=prefill, **sizes))
+        ours = read(lambda: duo.make_cache(static=True, max_len=PROMPT))  # noqa: B023
+        rows.append(row(f"reading a prompt, {name}, 50% streaming, {prefill}", "full attention",
+                        f"{PROMPT} tokens in chunks of {CHUNK}", ours, full, reach=1.6))  # fmt: skip
+        free()
+    return rows
+
+
+def largest_rows() -> list[dict[str, Any]]:
+    """The largest context that decodes on this GPU, with and without, weights in 16 bits as they would be."""
+    name, rows = "Llama-3-8B", []
+    if not GPU:
+        return rows
+    model = model_of(name)
+    weights = 16 * 10**9  # bytes that 8 billion parameters would take; here layers share theirs
+    budget = int(torch.cuda.mem_get_info()[0] - weights - 2 * 2**30)
+    config = DuoAttentionConfig.from_pattern(PATTERNS[name], sparsity=0.5, sink_size=128, recent_size=256, kv_bits=4)
+    largest = plan(model.config, config, context=1, budget_bytes=budget).largest_context
+    dense = plan(model.config, DuoAttentionConfig(), context=1, budget_bytes=budget).largest_context
+    cache = apply_duo(model, config).make_cache(static=True, max_len=largest + 1)
+    fill(cache, model, largest)
+    found = step_time(model, cache, largest)
+    rows.append(row(f"largest context, {name}, 50% streaming, 4 bits", "full attention, 16 bits", f"{budget >> 30} GiB",
+                    median([largest]), median([dense]), unit="tokens", higher_is_better=True,
+                    note=f"decoded at {found['p50'] * 1e3:.1f} ms a token"))  # fmt: skip
+    return rows
+
+
+def free() -> None:
+    """Give back the memory of what is gone."""
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
