@@ -113,6 +113,7 @@ def find(
         raise ValueError(f"gate_dtype: got {gate_dtype!r}, accepted are float32 and bfloat16")
     parallel = launched()
     loaded, tokenizer = _load(model, dtype, device)
+    torch.manual_seed(seed)  # the data set draws a passkey to know how long they are
     data = MultiPasskeyDataset(
         tokenizer, _texts(text), context_length_min=context_min, context_length_max=context_max,
         num_passkeys=passkeys, passkey_length=passkey_length,

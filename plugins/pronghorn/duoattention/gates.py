@@ -102,7 +102,7 @@ class GateOptimizer:
             labels: [batch, tokens], -100 where nothing is compared.
 
         Raises:
-            ValueError: no label, or the loss is not finite; the gates stay as they are.
+            ValueError: no label, ranks with other samples, or a loss that is not finite; the gates stay as they are.
         """
         count = int((labels != -100).sum())
         if not count:
@@ -110,6 +110,7 @@ class GateOptimizer:
         with torch.no_grad():
             for gate in self.gates:
                 gate.clamp_(0, 1)
+        self.parallel.check_equal(input_ids)
         input_ids, labels = self.parallel.own_part(input_ids, 0), self.parallel.own_part(labels, -100)
         teacher, student = streams(input_ids)
         distillation = distillation_loss(teacher, student, labels, count)

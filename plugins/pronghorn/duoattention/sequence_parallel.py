@@ -25,6 +25,17 @@ class SequenceParallel:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
 
+    def check_equal(self, tokens: Tensor) -> None:
+        """Raise ValueError unless all ranks were given the same sequence."""
+        if self.group is None:
+            return
+        place = torch.arange(1, tokens.numel() + 1, device=tokens.device)
+        mark = torch.stack([(tokens.flatten() * place).sum(), place.sum()])
+        both = torch.stack([mark, -mark])
+        dist.all_reduce(both, dist.ReduceOp.MAX, self.group)
+        if not torch.equal(both[0], -both[1]):
+            raise ValueError("dataset: the ranks read different samples; seed what it draws when it is made")
+
     def own_part(self, tokens: Tensor, filler: int) -> Tensor:
         """This rank's stretch of [batch, tokens], filled up at the end to a multiple of the ranks."""
         short = -tokens.shape[1] % self.size

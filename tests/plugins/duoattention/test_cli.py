@@ -47,8 +47,8 @@ def test_find(letters, story, tmp_path, method):
 
 @pytest.mark.slow
 def test_processes_share_sequences(letters, story, tmp_path):
-    options = ["--text", story, "--steps", 3, "--lr", 0.1, "--sink", 4, "--recent", 8, "--block", 1, "--context-min", 200,
-               "--context-max", 1000, "--passkeys", 1, "--passkey-length", 2, *FAST]  # fmt: skip
+    options = ["--text", story, "--steps", 3, "--lr", 0.1, "--sink", 4, "--recent", 8, "--block", 1,
+               "--context-min", 200, "--context-max", 1000, "--passkeys", 1, "--passkey-length", 2, *FAST]  # fmt: skip
     assert call("find", letters, tmp_path / "one", *options).exit_code == 0
     script = tmp_path / "find.py"
     script.write_text("from pronghorn.duoattention.cli import app; app()")

@@ -1,5 +1,6 @@
 """The optimization of gates; the official numbers are replayed by tests/golden."""
 
+import pathlib
 import socket
 
 import pytest
@@ -202,6 +203,10 @@ def shared_run(rank, size, port, folder):
     parallel = SequenceParallel(torch.distributed.group.WORLD)
     options = {"num_steps": 3, "lr": 0.1, "block_size": None, **MASK}
     found = find_heads(small(), samples(tokens=31), parallel=parallel, **options)
+    try:
+        find_heads(small(), samples(tokens=31)[: 1 + rank], parallel=parallel, **options, seed=1)
+    except ValueError as error:
+        pathlib.Path(f"{folder}/{rank}.txt").write_text(str(error))
     torch.save(torch.tensor(found.gates), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -214,6 +219,7 @@ def test_two_processes_find_what_one_does(tmp_path):
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     alone = find_heads(small(), samples(tokens=31), num_steps=3, lr=0.1, block_size=None, **MASK)
     assert torch.equal(one, two)
+    assert all("different samples" in (tmp_path / f"{rank}.txt").read_text() for rank in range(2))
     assert torch.allclose(one, torch.tensor(alone.gates), atol=1e-6)
 
 
