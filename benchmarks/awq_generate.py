@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import torch
-from harness import device, row, write
+from harness import device, median, row, write
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from pronghorn.awq import AwqConfig, fuse, quantize_model
@@ -23,7 +23,7 @@ TINY = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 1000, "max_position_embeddings": 8192,
 }  # fmt: skip
-CONTEXTS, HISTORIES, NEW_TOKENS, REPEATS = [512, 2048, 4096], [16, 256, 1024], 64, 3
+CONTEXTS, HISTORIES, NEW_TOKENS, REPEATS = [512, 2048, 4096], [16, 256, 1024], 64, 5
 REACH = {"fp16": 3.0, "fp16, static cache, compiled": 1.5}
 
 
@@ -67,7 +67,7 @@ def _contexts(model: PreTrainedModel, contexts: list[int]) -> dict[int, tuple[An
     speeds = context_speeds(model, contexts, new_tokens=NEW_TOKENS, repeats=REPEATS)
     result = {}
     for found in speeds:
-        result[found.context] = (_same(found.first_token_seconds), _same(found.tokens_per_second))
+        result[found.context] = median(found.first_token_seconds), median(found.tokens_per_second)
         sys.stdout.write(f"{found}\n")
         sys.stdout.flush()
     return result
@@ -75,11 +75,7 @@ def _contexts(model: PreTrainedModel, contexts: list[int]) -> dict[int, tuple[An
 
 def _follow_ups(model: PreTrainedModel, histories: list[int]) -> dict[int, tuple[Any, Any]]:
     speeds = follow_up_speeds(model, histories, repeats=REPEATS)
-    return {found.history: (_same(found.kept_seconds), _same(found.recomputed_seconds)) for found in speeds}
-
-
-def _same(value: float) -> dict[str, float]:
-    return dict.fromkeys(("p20", "p50", "p80"), value)  # the benchmark that users run gives means
+    return {found.history: (median(found.kept_seconds), median(found.recomputed_seconds)) for found in speeds}
 
 
 if __name__ == "__main__":

@@ -30,11 +30,16 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def measure(run: Callable[[], Any], *, repeats: int = 50, warmup: int = 5) -> dict[str, float]:
-    """Seconds a call as {"p20", "p50", "p80"}; on a GPU the replay of a CUDA graph, with a cold L2 cache."""
+def measure(
+    run: Callable[[], Any], *, repeats: int = 50, warmup: int = 5, graphed: bool = True
+) -> dict[str, float]:
+    """Seconds a call as {"p20", "p50", "p80"}; on a GPU the replay of a CUDA graph, with a cold L2 cache.
+
+    Where a call cannot be captured, as one that waits for the GPU or replays a graph itself, it is timed as it is.
+    """
     for _ in range(warmup):
         run()
-    times = _gpu_times(run, repeats) if torch.cuda.is_available() else _cpu_times(run, max(5, repeats // 10))
+    times = _gpu_times(run, repeats, graphed) if torch.cuda.is_available() else _cpu_times(run, max(5, repeats // 10))
     ordered = sorted(times)
     return {name: ordered[int(q * (len(ordered) - 1))] for name, q in (("p20", 0.2), ("p50", 0.5), ("p80", 0.8))}
 
@@ -63,10 +68,13 @@ def measure_in_turn(runs: Sequence[Callable[[], Any]], *, repeats: int = 20) -> 
     return {name: ordered[int(q * (len(ordered) - 1))] for name, q in (("p20", 0.2), ("p50", 0.5), ("p80", 0.8))}
 
 
-def _gpu_times(run: Callable[[], Any], repeats: int) -> list[float]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+def _gpu_times(run: Callable[[], Any], repeats: int, graphed: bool) -> list[float]:
+    replay = run
+    if graphed:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        replay = graph.replay
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     pairs = []
     for _ in range(repeats):
@@ -74,7 +82,7 @@ def _gpu_times(run: Callable[[], Any], repeats: int) -> list[float]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # The flush keeps the GPU busy while the host queues the rest, so that launch time does not count.
         start.record()
-        graph.replay()
+        replay()
         end.record()
         pairs.append((start, end))
     torch.cuda.synchronize()

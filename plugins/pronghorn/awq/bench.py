@@ -22,13 +22,13 @@ class ContextSpeed:
 
     Attributes:
         context: tokens of the prompt.
-        first_token_seconds: from the call of `generate` to the first token, the mean of the repeats.
-        tokens_per_second: of the tokens after the first.
+        first_token_seconds: from the call of `generate` to the first token, of each repeat.
+        tokens_per_second: of the tokens after the first, of each repeat.
     """
 
     context: int
-    first_token_seconds: float
-    tokens_per_second: float
+    first_token_seconds: list[float]
+    tokens_per_second: list[float]
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class FollowUpSpeed:
 
     Attributes:
         history: tokens before the question.
-        kept_seconds: to the first token with the history in the cache.
+        kept_seconds: to the first token with the history in the cache, of each repeat.
         recomputed_seconds: to the first token without.
     """
 
     history: int
-    kept_seconds: float
-    recomputed_seconds: float
+    kept_seconds: list[float]
+    recomputed_seconds: list[float]
 
 
 def context_speeds(
@@ -69,8 +69,8 @@ def context_speeds(
         for _ in range(WARM_UP + repeats):
             firsts.append(_seconds(model, ids, 1))
             wholes.append(_seconds(model, ids, new_tokens))
-        first, whole = mean(firsts[WARM_UP:]), mean(wholes[WARM_UP:])
-        yield ContextSpeed(context, first, (new_tokens - 1) / (whole - first))
+        firsts, first = firsts[WARM_UP:], mean(firsts[WARM_UP:])
+        yield ContextSpeed(context, firsts, [(new_tokens - 1) / (whole - first) for whole in wholes[WARM_UP:]])
 
 
 def follow_up_speeds(model: PreTrainedModel, histories: list[int], *, repeats: int = 10) -> Iterator[FollowUpSpeed]:
@@ -91,7 +91,7 @@ def follow_up_speeds(model: PreTrainedModel, histories: list[int], *, repeats: i
             kept.append(_seconds(model, ids, 1, past_key_values=cache))
             _rewind(cache, QUESTION_TOKENS)
             recomputed.append(_seconds(model, ids, 1, past_key_values=DynamicCache(config=model.config)))
-        yield FollowUpSpeed(history, mean(kept[WARM_UP:]), mean(recomputed[WARM_UP:]))
+        yield FollowUpSpeed(history, kept[WARM_UP:], recomputed[WARM_UP:])
 
 
 def _chat_cache(model: PreTrainedModel, capacity: int) -> Any:

@@ -245,22 +245,24 @@ def bench(
     device: Device = None,
 ) -> None:
     """Time to the first token and decoding speed by context, and of a question after a history."""
+    from statistics import mean
+
     from pronghorn.awq.bench import context_speeds, follow_up_speeds
 
     loaded, _ = _load(model, dtype, device)
-    found: dict[str, list[dict[str, float]]] = {"contexts": [], "follow_ups": []}
+    found: dict[str, list[dict[str, Any]]] = {"contexts": [], "follow_ups": []}
     with _fused(loaded, fused, compiled):
         for speed in context_speeds(loaded, _lengths(contexts), new_tokens=new_tokens, repeats=repeats):
             found["contexts"].append(asdict(speed))
             typer.echo(
-                f"context {speed.context:6}: first token {speed.first_token_seconds * 1e3:8.1f} ms, "
-                f"then {speed.tokens_per_second:7.1f} tokens/s"
+                f"context {speed.context:6}: first token {mean(speed.first_token_seconds) * 1e3:8.1f} ms, "
+                f"then {mean(speed.tokens_per_second):7.1f} tokens/s"
             )
         for turn in follow_up_speeds(loaded, _lengths(histories), repeats=repeats):
             found["follow_ups"].append(asdict(turn))
             typer.echo(
-                f"history {turn.history:6}: first token {turn.kept_seconds * 1e3:8.1f} ms, "
-                f"{turn.recomputed_seconds * 1e3:8.1f} ms without the cache"
+                f"history {turn.history:6}: first token {mean(turn.kept_seconds) * 1e3:8.1f} ms, "
+                f"{mean(turn.recomputed_seconds) * 1e3:8.1f} ms without the cache"
             )
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pronghorn.duoattention.config import DuoAttentionConfig
+from pronghorn.duoattention.gates import Step
 from pronghorn.duoattention.pattern import load_pattern, threshold_gates
 from pronghorn.kernels.head_sparse_attention.reference import visible
 from pronghorn.kernels.kv_quantize import kv_dequantize, kv_quantize
@@ -124,42 +125,61 @@ def _stacked(stored: list[Tensor]) -> Tensor:
 
 
 def _replay_train(path: Path, device: torch.device) -> list[Check]:
+    """The run as it goes, and each of its steps from the gates that the authors' code had before it.
+
+    A run's gradients are compared in the second way only: what was rounded in the steps before shows in them.
+    """
+    golden, about = _loaded(path)
+    model = _model(path, golden, about, device)
+    checks = []
+    for step, found, gates, _, _ in _training(model, golden, about, device, from_golden=False):
+        checks.append(_far(f"gates {step}", gates, golden[f"step{step}.alpha_after"], 1e-5))
+        log = about["log"][step]
+        for name, value in (
+            ("lr", found.learning_rate), ("distill", found.distillation), ("reg", found.regularization),
+        ):  # fmt: skip
+            checks.append(Check(f"{name} {step}", abs(value - log[name]), TRAINED * max(abs(log[name]), 1e-6)))
+    for step, _, gates, gradient, hidden in _training(model, golden, about, device, from_golden=True):
+        checks.append(_far(f"gates {step}, from theirs", gates, golden[f"step{step}.alpha_after"], 1e-5))
+        checks.append(_near(f"gradient {step}", gradient, golden[f"step{step}.grad"]))
+        for name, ours in zip(("full_hidden", "mixed_hidden"), hidden, strict=True):
+            if f"step{step}.{name}" in golden:
+                checks.append(_near(f"{name} {step}", ours, golden[f"step{step}.{name}"]))
+    return checks
+
+
+def _near(name: str, ours: Tensor, theirs: Tensor) -> Check:
+    return _far(name, ours, theirs, TRAINED * float(theirs.abs().max()))
+
+
+def _training(
+    model: Any, golden: dict[str, Tensor], about: dict[str, Any], device: torch.device, *, from_golden: bool
+) -> Iterator[tuple[int, Step, Tensor, Tensor, tuple[Tensor, Tensor]]]:
+    """Of each step its number, losses, the gates after it, their gradients, and both streams' hidden states."""
     from pronghorn.duoattention.gates import GateOptimizer
     from pronghorn.duoattention.transformers.gated import TwoStreams
 
-    golden, about = _loaded(path)
-    model = _model(path, golden, about, device)
     initial = golden["alpha_init"].to(device)
     optimizer = GateOptimizer(
         (initial.shape[0], initial.shape[1]), num_steps=about["num_steps"], lr=about["lr"],
         reg_weight=about["reg_weight"], device=device,
     )  # fmt: skip
-    for gate, value in zip(optimizer.gates, initial, strict=True):
-        gate.data.copy_(value)
     gradients: dict[int, Tensor] = {}
     for index, gate in enumerate(optimizer.gates):
+        gate.data.copy_(initial[index])
         gate.register_hook(lambda gradient, index=index: gradients.update({index: gradient.clone()}))
-    checks = []
     with TwoStreams(model, optimizer.gates, sink_size=about["sink"], recent_size=about["recent"]) as streams:
-        for step, log in enumerate(about["log"]):
+        for step in range(len(about["log"])):
             if f"step{step}.input_ids" not in golden:
                 break
+            if from_golden:
+                for gate, value in zip(optimizer.gates, golden[f"step{step}.alpha"], strict=True):
+                    gate.data.copy_(value)
             ids, labels = (golden[f"step{step}.{name}"].to(device) for name in ("input_ids", "labels"))
-            if f"step{step}.full_hidden" in golden:
-                for name, ours in zip(("full_hidden", "mixed_hidden"), streams(ids), strict=True):
-                    theirs = golden[f"step{step}.{name}"]
-                    checks.append(_far(f"{name} {step}", ours, theirs, TRAINED * float(theirs.abs().max())))
+            hidden = streams(ids)
             found = optimizer.train_step(streams, ids, labels)
-            gradient, wanted = torch.stack([gradients[i] for i in sorted(gradients)]), golden[f"step{step}.grad"]
-            checks.append(_far(f"gradient {step}", gradient, wanted, TRAINED * float(wanted.abs().max())))
-            checks.append(
-                _far(f"gates {step}", torch.tensor(optimizer.table()), golden[f"step{step}.alpha_after"], 1e-5)
-            )
-            for name, value in (
-                ("lr", found.learning_rate), ("distill", found.distillation), ("reg", found.regularization),
-            ):  # fmt: skip
-                checks.append(Check(f"{name} {step}", abs(value - log[name]), TRAINED * max(abs(log[name]), 1e-6)))
-    return checks
+            gradient = torch.stack([gradients[index] for index in sorted(gradients)])
+            yield step, found, torch.tensor(optimizer.table()), gradient, hidden
 
 
 def _replay_threshold(path: Path, device: torch.device) -> list[Check]:

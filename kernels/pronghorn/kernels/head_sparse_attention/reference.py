@@ -105,7 +105,8 @@ def _groups(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
+    # Contiguous, because on a CPU the way a product is added up, and with it the last bit, depends on strides.
+    return tuple(tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous() for tensor in tensors)
 
 
 def _mask(query: Tensor, key: Tensor, head_types: Tensor, start: Tensor | None, rule: Rule) -> Tensor:
