@@ -1,8 +1,9 @@
 """DuoAttention with the shapes of Llama-3-8B and Llama-2-7B: decoding, prompts and memory against full attention.
 
-Weights are random, and all layers of a model share one layer's, so that the full cache of half a million tokens fits
-beside them; each layer still reads its weights anew. Caches are filled with random numbers, and steps are CUDA graphs
-on both sides. Full attention is the faster of PyTorch's and, where vLLM is installed, its FlashAttention 3.
+Weights are random, in 16 bits or in AWQ's 4; in 16 bits all layers share one layer's, so that the full cache of half a
+million tokens fits beside them, and each still reads its weights anew. Caches are filled with random numbers, and steps
+are CUDA graphs on both sides, of the same model with the same small operations fused. Full attention is the faster of
+PyTorch's and, where vLLM is installed, its FlashAttention 3.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import device, measure, median, row, share_of_bandwidth, write
+from harness import device, measure, measure_in_turn, median, row, share_of_bandwidth, write
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import Cache, StaticLayer
 
 import pronghorn.transformers  # noqa: F401 - registers the attention
+from pronghorn.awq import AwqConfig, fuse, quantize_model
 from pronghorn.duoattention import DuoAttentionConfig, apply_duo, plan
 from pronghorn.duoattention.bench import cache_bytes
 from pronghorn.kernels.decode_attention import CachedHeads, decode_attention
 from pronghorn.kernels.kv_quantize import kv_quantize
+from pronghorn.transformers.fused_operations import FusedOperations
 from pronghorn.transformers.graphs import captured
 
 GPU = torch.cuda.is_available()
@@ -34,13 +37,16 @@ SHAPES = {
                    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
 }  # fmt: skip
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 32, "vocab_size": 100}
+GROUP_SIZE = 128 if GPU else 32
+PARAMETER_BYTES = {16: 16.1e9, 4: 5.7e9}  # of Llama-3-8B, with an embedding and a head in 16 bits
 PATTERNS = {"Llama-3-8B": "Llama-3-8B-Instruct-Gradient-1048k", "Llama-2-7B": "Llama-2-7B-32K-Instruct"}
 K = 1024
-STEP_CONTEXTS = {"Llama-3-8B": [32 * K, 128 * K, 256 * K, 512 * K], "Llama-2-7B": [32 * K, 64 * K]}
+STEP_CONTEXTS = {"Llama-3-8B": [32 * K, 128 * K, 256 * K, 512 * K], "Llama-2-7B": [32 * K, 64 * K, 128 * K]}
 SPARSITY = {"Llama-3-8B": 0.5, "Llama-2-7B": 0.75}
-REACH = {("Llama-3-8B", 256 * K): 1.5, ("Llama-3-8B", 512 * K): 1.5, ("Llama-2-7B", 64 * K): 2.1}
+REACH = {("Llama-3-8B", 256 * K): 1.5, ("Llama-3-8B", 512 * K): 1.5, ("Llama-2-7B", 128 * K): 2.1}
 LEAST_MEMORY = {"Llama-3-8B": 1.65, "Llama-2-7B": 2.5}
 KERNEL_CONTEXTS = [64 * K, 256 * K] if GPU else [256]
+LAYERS = 4 if GPU else 1  # more than the L2 cache holds
 PROMPT, CHUNK = (128 * K, 32 * K) if GPU else (256, 64)
 STEPS, ROOM = (20, 32) if GPU else (3, 32)  # decoding steps, and tokens that a cache has room for beyond its context
 DTYPE = torch.float16 if GPU else torch.float32
@@ -68,8 +74,9 @@ def main() -> None:
     """Measure and write the results."""
     torch.manual_seed(0)
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "kernel": kernel_rows, "steps": lambda: step_rows("Llama-3-8B"), "mha": lambda: step_rows("Llama-2-7B"),
-        "prompt": prompt_rows, "largest": largest_rows,
+        "kernel": kernel_rows, "prompt": prompt_rows, "largest": largest_rows,
+        **{f"{short}-w{bits}": functools.partial(step_rows, name, bits)
+           for short, name in (("gqa", "Llama-3-8B"), ("mha", "Llama-2-7B")) for bits in (16, 4)},
     }  # fmt: skip
     wanted = sys.argv[1:] or list(parts)
     rows = []
@@ -80,27 +87,40 @@ def main() -> None:
 
 
 def kernel_rows() -> list[dict[str, Any]]:
-    """One layer's decoding, against the bandwidth and, with four bits, against 16."""
+    """Layers' decoding, one after the other, against the bandwidth and, with four bits, against 16."""
     rows = []
+    index = torch.tensor([0, -1, 1, -2, 2, -3, 3, -4], dtype=torch.int32, device=device())
+    every = torch.arange(4, dtype=torch.int32, device=device())
     for context in KERNEL_CONTEXTS:
-        query, key, value = (torch.randn(1, n, t, 128, device=device(), dtype=DTYPE) for n, t in
-                             ((32, 1), (8, context), (8, context)))  # fmt: skip
-        half, short = _heads(key[:, :4], value[:, :4], 16), _heads(key[:, 4:, :384], value[:, 4:, :384], 16)
-        index = torch.tensor([0, -1, 1, -2, 2, -3, 3, -4], dtype=torch.int32, device=device())
-        ours = measure(lambda: decode_attention(query, half, short, index))  # noqa: B023 - called at once
-        dense = measure(fastest(query, key, value))
-        moved = 2 * 4 * (context + 384) * 128 * key.element_size()
+        layers = [[torch.randn(1, n, t, 128, device=device(), dtype=DTYPE) for n, t in
+                   ((32, 1), (8, context), (8, context))] for _ in range(LAYERS)]  # fmt: skip
+        halves, shorts, codes, runs = [], [], [], []
+        for _, key, value in layers:
+            halves.append(_heads(key[:, :4], value[:, :4], 16))
+            shorts.append(_heads(key[:, 4:, :384], value[:, 4:, :384], 16))
+            codes.append(_heads(key[:, :4], value[:, :4], 4))
+        for (query, *_), half, short in zip(layers, halves, shorts, strict=True):
+            runs.append(functools.partial(decode_attention, query, half, short, index))
+        ours, dense = in_turn(runs), fastest(layers)
+        moved = 2 * 4 * (context + 384) * 128 * layers[0][0].element_size()
         rows.append(row("attention of a token, one layer, 4 of 8 heads full", "full attention", f"{context} tokens",
                         ours, dense, roofline=share_of_bandwidth(moved, ours["p50"]), note="bytes"))  # fmt: skip
-        empty = _heads(key[:, :0, :1], value[:, :0, :1], 16)
-        every = torch.arange(4, dtype=torch.int32, device=device())
-        wide = measure(lambda: decode_attention(query[:, :16], half, empty, every))  # noqa: B023
-        codes, none = _heads(key[:, :4], value[:, :4], 4), _heads(key[:, :0, :1], value[:, :0, :1], 4)
-        four = measure(lambda: decode_attention(query[:, :16], codes, none, every, bits=4))  # noqa: B023
-        rows.append(row("full heads in 4 bits", "in 16 bits", f"{context} tokens, 4 heads", four, wide,
-                        roofline=share_of_bandwidth(2 * 4 * context * 68, four["p50"]),
-                        reach=2.5 if context == 256 * K else None))  # fmt: skip
+        measured = []
+        for caches, bits in ((codes, 4), (halves, 16)):
+            empty = _heads(layers[0][1][:, :0, :1], layers[0][2][:, :0, :1], bits)
+            measured.append(in_turn([
+                functools.partial(decode_attention, query[:, :16], cache, empty, every, bits=bits)
+                for (query, *_), cache in zip(layers, caches, strict=True)
+            ]))  # fmt: skip
+        rows.append(row("full heads in 4 bits", "in 16 bits", f"{context} tokens, 4 heads", *measured,
+                        roofline=share_of_bandwidth(2 * 4 * context * 68, measured[0]["p50"]),
+                        reach=2.5 if context == 256 * K else None, note="bytes"))  # fmt: skip
     return rows
+
+
+def in_turn(runs: list[Callable[[], Tensor]]) -> dict[str, float]:
+    """Seconds a layer, of layers that follow each other as in a model, each with a cache of its own."""
+    return measure_in_turn(runs) if GPU else measure(runs[0])
 
 
 def _heads(key: Tensor, value: Tensor, bits: int) -> CachedHeads:
@@ -112,13 +132,11 @@ def _heads(key: Tensor, value: Tensor, bits: int) -> CachedHeads:
     return CachedHeads(k, v, lengths, None, None, k_scale, k_zero, v_scale, v_zero)
 
 
-def fastest(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+def fastest(layers: list[list[Tensor]]) -> dict[str, float]:
     """Full attention of one token by the faster of PyTorch and FlashAttention 3."""
-    runs = [lambda: full_attention(query, key, value)]
-    flash = flash_attention_3()
-    if flash is not None:
-        runs.append(lambda: flash(query, key, value))
-    return min(runs, key=lambda run: measure(run, repeats=10)["p50"])
+    kernels = [full_attention, *filter(None, [flash_attention_3()])]
+    times = [in_turn([functools.partial(kernel, *layer) for layer in layers]) for kernel in kernels]
+    return min(times, key=lambda time: time["p50"])
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -151,8 +169,8 @@ def _ends(tokens: int, where: torch.device) -> Tensor:
     return torch.tensor([0, tokens], dtype=torch.int32, device=where)
 
 
-def model_of(name: str) -> Any:
-    """Random weights, one layer's for all of them."""
+def model_of(name: str, weight_bits: int = 16) -> Any:
+    """Random weights, one layer's for all of them where they have 16 bits."""
     shape = SHAPES[name] if GPU else {**SHAPES[name], **TINY, "head_dim": 16}
     config = LlamaConfig(**shape, max_position_embeddings=1 << 20, rope_theta=500000.0)
     layers, config.num_hidden_layers = config.num_hidden_layers, 1
@@ -168,6 +186,11 @@ def model_of(name: str) -> Any:
             owner, _, leaf = path.rpartition(".")
             setattr(layer.get_submodule(owner), leaf, parameter)
         model.model.layers.append(layer.eval())
+    if weight_bits == 16:
+        FusedOperations(model)
+    else:
+        quantize_model(model, AwqConfig(group_size=GROUP_SIZE, method="rtn"), progress=False)
+        fuse(model)
     return model
 
 
@@ -210,9 +233,10 @@ def step_time(model: Any, cache: Cache, context: int) -> dict[str, float]:
         return measure(replay, repeats=STEPS, graphed=False)
 
 
-def step_rows(name: str) -> list[dict[str, Any]]:
+def step_rows(name: str, weight_bits: int) -> list[dict[str, Any]]:
     """Whole models."""
-    model, rows = model_of(name), []
+    model, rows = model_of(name, weight_bits), []
+    about = f"{name}, {weight_bits}-bit weights, {SPARSITY[name]:.0%} streaming"
     config = DuoAttentionConfig.from_pattern(PATTERNS[name], sparsity=SPARSITY[name], sink_size=128, recent_size=256)
     for context in STEP_CONTEXTS[name] if GPU else [600]:
         full, full_bytes = full_step(model, context)
@@ -223,12 +247,12 @@ def step_rows(name: str) -> list[dict[str, Any]]:
             fill(cache, model, context)
             ours = step_time(model, cache, context)
             size = cache_bytes(cache)
-            what = f"decoding, {name}, {SPARSITY[name]:.0%} streaming, {bits} bits"
+            what, peer = f"{about}, {bits}-bit cache", "full attention, 16-bit cache"
             reach = REACH.get((name, context)) if bits == 16 else None
             if full is not None:
-                rows.append(row(what, "full attention, 16 bits", f"{context} tokens", ours, full, reach=reach))
-            rows.append(row(f"cache, {name}, {SPARSITY[name]:.0%} streaming, {bits} bits", "full attention, 16 bits",
-                            f"{context} tokens", median([size / 2**20]), median([full_bytes / 2**20]), unit="MiB",
+                rows.append(row(f"decoding, {what}", peer, f"{context} tokens", ours, full, reach=reach))
+            rows.append(row(f"cache, {what}", peer, f"{context} tokens", median([size / 2**20]),
+                            median([full_bytes / 2**20]), unit="MiB",
                             reach=LEAST_MEMORY[name] if bits == 16 and context >= 64 * K else None))  # fmt: skip
             del cache
             free()
@@ -276,21 +300,22 @@ def prompt_rows() -> list[dict[str, Any]]:
     ids = torch.randint(100, (1, PROMPT), device=device())
 
     def read(make: Callable[[], Cache]) -> dict[str, float]:
-        def run() -> None:
+        def run(tokens: int) -> None:
             cache = make()
-            for tokens in ids.split(CHUNK, dim=1):
-                model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache.reset()
+            for part in ids[:, :tokens].split(CHUNK, dim=1):
+                model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
         with torch.no_grad():
-            return measure(run, repeats=3, warmup=1, graphed=False)
+            run(2 * CHUNK)
+            return measure(lambda: run(PROMPT), repeats=3, warmup=0, graphed=False)
 
     model.set_attn_implementation("sdpa")
     dense = apply_duo(model, DuoAttentionConfig())
     full = read(lambda: dense.make_cache(static=True, max_len=PROMPT))
     for prefill in ("dense_first", "streaming"):
         sizes = {"sink_size": 128, "recent_size": 256, "sparsity": 0.5}
-        duo = apply_duo(model, DuoAttentionConfig.from_pattern(PATTERNS[name], prefill=prefill, **sizes))
+        config = DuoAttentionConfig.from_pattern(PATTERNS[name], prefill=prefill, **sizes)
+        duo = apply_duo(model, config, reorder=True)
         ours = read(lambda: duo.make_cache(static=True, max_len=PROMPT))  # noqa: B023
         rows.append(row(f"reading a prompt, {name}, 50% streaming, {prefill}", "full attention",
                         f"{PROMPT} tokens in chunks of {CHUNK}", ours, full, reach=1.6))  # fmt: skip
@@ -299,22 +324,26 @@ def prompt_rows() -> list[dict[str, Any]]:
 
 
 def largest_rows() -> list[dict[str, Any]]:
-    """The largest context that decodes on this GPU, with and without, weights in 16 bits as they would be."""
+    """The largest context that decodes on this GPU, with and without, beside weights as large as they would be."""
     name, rows = "Llama-3-8B", []
     if not GPU:
         return rows
     model = model_of(name)
-    weights = 16 * 10**9  # bytes that 8 billion parameters would take; here layers share theirs
-    budget = int(torch.cuda.mem_get_info()[0] - weights - 2 * 2**30)
     config = DuoAttentionConfig.from_pattern(PATTERNS[name], sparsity=0.5, sink_size=128, recent_size=256, kv_bits=4)
-    largest = plan(model.config, config, context=1, budget_bytes=budget).largest_context
-    dense = plan(model.config, DuoAttentionConfig(), context=1, budget_bytes=budget).largest_context
-    cache = apply_duo(model, config).make_cache(static=True, max_len=largest)
-    fill(cache, model, largest - ROOM)
-    found = step_time(model, cache, largest - ROOM)
-    rows.append(row(f"largest context, {name}, 50% streaming, 4 bits", "full attention, 16 bits", f"{budget >> 30} GiB",
-                    median([largest]), median([dense]), unit="tokens", higher_is_better=True,
-                    note=f"decoded at {found['p50'] * 1e3:.1f} ms a token"))  # fmt: skip
+    free_bytes = torch.cuda.mem_get_info()[0]
+    for weight_bits, weights in PARAMETER_BYTES.items():
+        budget = int(free_bytes - weights - 2 * 2**30)  # some is left to compute with
+        largest = plan(model.config, config, context=1, budget_bytes=budget).largest_context
+        dense = plan(model.config, DuoAttentionConfig(), context=1, budget_bytes=budget).largest_context
+        cache = apply_duo(model, config).make_cache(static=True, max_len=largest)
+        fill(cache, model, largest - ROOM)
+        found = step_time(model, cache, largest - ROOM)
+        rows.append(row(f"largest context, {name}, {weight_bits}-bit weights, 50% streaming, 4-bit cache",
+                        "full attention, 16-bit cache", f"{budget >> 30} GiB", median([largest]), median([dense]),
+                        unit="tokens", higher_is_better=True,
+                        note=f"decoded at {found['p50'] * 1e3:.1f} ms a token"))  # fmt: skip
+        del cache
+        free()
     return rows
 
 

@@ -30,9 +30,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def measure(
-    run: Callable[[], Any], *, repeats: int = 50, warmup: int = 5, graphed: bool = True
-) -> dict[str, float]:
+def measure(run: Callable[[], Any], *, repeats: int = 50, warmup: int = 5, graphed: bool = True) -> dict[str, float]:
     """Seconds a call as {"p20", "p50", "p80"}; on a GPU the replay of a CUDA graph, with a cold L2 cache.
 
     Where a call cannot be captured, as one that waits for the GPU or replays a graph itself, it is timed as it is.

@@ -94,6 +94,24 @@ def test_pages_are_what_they_hold(bits, which, kinds):
 
 
 @pytest.mark.parametrize("which", ["reference", "triton"])
+@pytest.mark.parametrize("window", [(20, 50), (0, 33), (16, 1), (70, 70), (90, 5), (140, 80)])
+@pytest.mark.parametrize("start", [None, (3, 40), (95, 0)])
+@pytest.mark.parametrize("pages", [False, True])
+def test_only_sink_and_recent_slots_are_seen(window, start, pages, which):
+    query, full, streaming, index = example(start=start)
+    slot, length = torch.arange(full.key.shape[2], device=DEVICE), full.lengths[:, None]
+    seen = (slot < length) & ((slot < window[0]) | (slot >= length - window[1]))
+    if start is not None:
+        seen &= slot >= full.start[:, None]
+    scores = query.unflatten(1, (3, 2))[:, 1:, :, 0] @ full.key.mT * SIZE**-0.5
+    weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).nan_to_num()
+    full = full._replace(sink_size=window[0], recent_size=window[1])
+    with backend(which):
+        found = decode_attention(query, paged(full, 32) if pages else full, streaming, index)
+    assert relative_error(found.unflatten(1, (3, 2))[:, 1:, :, 0], weights @ full.value) < 1e-5
+
+
+@pytest.mark.parametrize("which", ["reference", "triton"])
 def test_a_soft_cap_bounds_the_scores(which):
     query, full, streaming, index = example()
     token = {"key": random(2, 3, 1, SIZE, seed=3), "value": random(2, 3, 1, SIZE, seed=4)}
@@ -142,7 +160,7 @@ def test_codes_in_pages_are_one_operation(bits):
         torch.library.opcheck(
             torch.ops.pronghorn.decode_attention,
             (query, full.tensors(), streaming.tensors(), [full.lengths, streaming.lengths], [None, None],
-             [full.block_table, streaming.block_table], index, None, None, 0.1, 0.0, bits),
+             [full.block_table, streaming.block_table], [0, -1, 0, -1], index, None, None, 0.1, 0.0, bits),
         )  # fmt: skip
 
 
@@ -156,6 +174,8 @@ def test_codes_in_pages_are_one_operation(bits):
     (lambda a: a | {"full": a["full"]._replace(value=a["full"].value[:, :, 1:])}, "full.value"),
     (lambda a: a | {"streaming": a["streaming"]._replace(lengths=a["full"].lengths.long())}, "streaming.lengths"),
     (lambda a: a | {"streaming": a["streaming"]._replace(key_scale=a["full"].key)}, "streaming.key_scale"),
+    (lambda a: a | {"full": a["full"]._replace(sink_size=-1)}, "full.sink_size"),
+    (lambda a: a | {"full": a["full"]._replace(recent_size=0)}, "full.recent_size"),
     (lambda a: a | {"key": a["query"][:, :1]}, "key, value"),
     (lambda a: a | {"key": a["query"][:, :1], "value": a["query"][:, :1]}, "key"),
 ])  # fmt: skip

@@ -62,7 +62,7 @@ def test_source_that_does_not_compile_says_why(tmp_path):
     source = tmp_path / "broken.cu"
     source.write_text("this is no CUDA")
     with pytest.raises(RuntimeError, match=r"broken\.cu.*does not compile.*error"):
-        _nvrtc.compile_cubin(source, "sm_90a", {}, ("none.cuh", ""))
+        _nvrtc.compile_cubin(source, "sm_90a", {})
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from pronghorn.kernels.cache_write import cache_write
 from pronghorn.transformers.attention import ATTENTION
 
 logger = logging.getLogger(__name__)
@@ -167,27 +168,49 @@ class _State:
         )
 
 
+class _Written(StaticLayer):
+    """A layer's memory, to which tokens are written by one kernel, in slots that all layers share.
+
+    It counts no tokens: the graph does, once all layers are through.
+    """
+
+    def __init__(self, layer: StaticLayer, slots: Tensor) -> None:
+        vars(self).update(vars(layer))
+        self._slots = slots
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new tokens; what the cache holds."""
+        key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (key_states, value_states))
+        keys, values = cast("tuple[Tensor, Tensor]", (self.keys, self.values))
+        cache_write(key, value, keys, values, self._slots)
+        return keys, values
+
+
 class _Graph:
     """`size` tokens for one cache. Inputs have fixed places, and so have the logits of the last token."""
 
     def __init__(self, forward: Callable[..., Any], state: _State, cache: StaticCache, size: int) -> None:
         lengths = [layer.cumulative_length for layer in state.layers]
         device = lengths[0].device
-        cache = copy.copy(cache)  # with the same layers; when the given one has gone, another takes its memory over
         self.size = size
         self.ids = torch.zeros(state.batch, size, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.ids)
         self.mask = torch.ones(state.batch, 1, size, state.capacity, dtype=torch.bool, device=device)
         self.last = torch.full((1,), size - 1, device=device)
-        self.surplus = torch.zeros((), dtype=torch.long, device=device)
+        self.count = torch.full((), size, device=device)
+        first_slots = torch.arange(state.batch, device=device)[:, None] * state.capacity
+        offsets = (first_slots + torch.arange(size, device=device)).flatten()
+        slots = torch.empty_like(offsets)
+        cache = copy.copy(cache)
+        cache.layers = [_Written(layer, slots) for layer in state.layers]
 
         def run() -> Tensor:
+            torch.add(offsets, lengths[0], out=slots)
             logits: Tensor = forward(
                 input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions, past_key_values=cache,
                 use_cache=True, return_dict=True, logits_to_keep=self.last,
             ).logits  # fmt: skip
-            if size > 1:
-                torch._foreach_sub_(lengths, [self.surplus] * len(lengths))
+            torch._foreach_add_(lengths, [self.count] * len(lengths))
             return logits
 
         before = [length.clone() for length in lengths]
@@ -208,7 +231,7 @@ class _Graph:
             self.mask[:, :, tokens:].copy_(mask[:, :, -1:])
             self.positions[:, tokens:].copy_(positions[:, -1:])
             self.last.fill_(tokens - 1)
-            self.surplus.fill_(self.size - tokens)
+            self.count.fill_(tokens)
         self._replay()
         return self.logits.clone()
 

@@ -21,24 +21,25 @@ def available() -> bool:
         return False
 
 
-def compile_cubin(source: Path, architecture: str, macros: Mapping[str, int], header: tuple[str, str]) -> bytes:
+def compile_cubin(
+    source: Path, architecture: str, macros: Mapping[str, int], generated: Mapping[str, str] | None = None
+) -> bytes:
     """The machine code of a source file; needs no GPU.
 
     Args:
-        source: CUDA C++ that includes no header of the toolkit.
+        source: CUDA C++ that includes no header of the toolkit, but may include the `.cuh` files beside this one.
         architecture: as `sm_90a`.
         macros: names and values to define.
-        header: name and text of a generated header that the source may include.
+        generated: names and texts of more headers that it may include.
 
     Raises:
         RuntimeError: it does not compile; with the compiler's log.
     """
     from cuda.bindings import nvrtc
 
-    name, text = header
-    program = _checked(
-        nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 1, [text.encode()], [name.encode()])
-    )
+    headers = {path.name: path.read_text() for path in Path(__file__).parent.glob("*.cuh")} | dict(generated or {})
+    names, texts = [name.encode() for name in headers], [text.encode() for text in headers.values()]
+    program = _checked(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(names), texts, names))
     options = [f"-arch={architecture}", "-std=c++17", "-default-device", *(f"-D{k}={v}" for k, v in macros.items())]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(status):
@@ -71,7 +72,7 @@ class Kernel:
             _checked(driver.cuFuncSetAttribute(self._function, attribute, limit))
 
     def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: Sequence[Any]) -> None:
-        """Queue it on its device's current stream: integers as int32, tensors as pointers, and tensor maps."""
+        """Queue it on its device's current stream: int32, float32, tensors as pointers, and tensor maps."""
         from cuda.bindings import driver
 
         values = tuple(value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
@@ -122,7 +123,8 @@ def _tensor_map(pointer: int, rows: int, columns: int, box_rows: int, box_column
 def _ctype(value: Any) -> Any:
     if isinstance(value, Tensor):
         return ctypes.c_void_p
-    return ctypes.c_int if isinstance(value, int) else None  # None: a tensor map knows its bytes
+    types = {int: ctypes.c_int, float: ctypes.c_float}
+    return types.get(type(value))  # None: a tensor map knows its bytes
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

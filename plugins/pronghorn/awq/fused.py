@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from pronghorn.awq.layers import AwqLinear
 from pronghorn.kernels.dequantize_weight.layouts import pack, pack_codes, unpack_codes
 from pronghorn.kernels.w4a16_matmul import preferred_layout, w4a16_matmul
+from pronghorn.transformers.fused_operations import FusedOperations
 
 
 class Fused:
@@ -21,14 +22,14 @@ class Fused:
     def __init__(self, model: PreTrainedModel, example: Tensor, compile: bool = False) -> None:
         self.model = model
         self._linears: list[tuple[SharedInput, list[str], list[AwqLinear]]] = []
-        self._norms: dict[str, nn.Module] = {}
+        self._operations: Any = None
         self._graphs: Any = None
         self._generation = _generation_options(model)
         groups = shared_inputs(model, example)
         object.__setattr__(model, "awq_fused", self)
         try:
             self._fuse(groups)
-            self._fuse_norms()
+            self._operations = FusedOperations(model)
         except BaseException:  # out of memory, say: what was fused comes back
             self.restore()
             raise
@@ -43,13 +44,6 @@ class Fused:
         options = self.model.generation_config
         options.cache_implementation = options.cache_implementation or "static"
         options.disable_compile = True  # the graphs do it
-
-    def _fuse_norms(self) -> None:
-        from pronghorn.transformers.norms import find_rms_norms
-
-        for name, norm in find_rms_norms(self.model).items():
-            self._norms[name] = self.model.get_submodule(name)
-            self.model.set_submodule(name, norm)
 
     def _fuse(self, groups: list[list[str]]) -> None:
         modules = dict(self.model.named_modules())
@@ -67,9 +61,9 @@ class Fused:
             for name, member, qweight in zip(names, members, shared.separate(members), strict=True):
                 member.qweight = qweight
                 self.model.set_submodule(name, member)
-        for name, norm in self._norms.items():
-            self.model.set_submodule(name, norm)
-        self._linears, self._norms = [], {}
+        self._linears = []
+        if self._operations is not None:
+            self._operations.restore()
         if self._graphs is not None:
             self._graphs.remove()
         for name, value in self._generation.items():
@@ -104,10 +98,10 @@ def fuse(model: PreTrainedModel, *, example: Tensor | None = None, compile: bool
     """Bring a model with packed linears into its fast form, in place.
 
     Linears that are given the same tensor (queries, keys and values; gate and up) become one matmul. Which they are
-    is seen in a run of one token, not known by name. RMS norms, known by what they compute, become one kernel each. On
-    a Hopper GPU codes are put into the order of the tensor cores. On any one GPU, `generate` uses a static cache where
-    the model allows it, and its steps are CUDA graphs: captured at their first use, without a compiler. A fused model
-    is not saved: restore it first.
+    is seen in a run of one token, not known by name. RMS norms and rotary embeddings, known by what they compute,
+    become one kernel each. On a Hopper GPU codes are put into the order of the tensor cores. On any one GPU, `generate`
+    uses a static cache where the model allows it, and its steps are CUDA graphs: captured at their first use, without a
+    compiler. A fused model is not saved: restore it first.
 
     Args:
         model: with `AwqLinear`s.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels._arguments import check_shape, check_tensor
-from pronghorn.kernels._dispatch import use_triton
-from pronghorn.kernels.decode_attention import reference
+from pronghorn.kernels._dispatch import use_cuda, use_triton
+from pronghorn.kernels.decode_attention import cuda, reference
 
 __all__ = ["CachedHeads", "decode_attention"]
 
@@ -31,6 +31,8 @@ class CachedHeads(NamedTuple):
         key_zero: the same.
         value_scale: the same.
         value_zero: the same.
+        sink_size: first slots that are seen besides the recent ones, where those are limited.
+        recent_size: last filled slots that are seen; None for all, with no regard to `sink_size`.
     """
 
     key: Tensor
@@ -42,11 +44,17 @@ class CachedHeads(NamedTuple):
     key_zero: Tensor | None = None
     value_scale: Tensor | None = None
     value_zero: Tensor | None = None
+    sink_size: int = 0
+    recent_size: int | None = None
 
     def tensors(self) -> list[Tensor]:
         """Keys and values, or codes, scales and zeros of keys and of values."""
         found = (self.key, self.key_scale, self.key_zero, self.value, self.value_scale, self.value_zero)
         return [tensor for tensor in found if tensor is not None]
+
+    def window(self) -> tuple[int, int]:
+        """Sink and recent slots, -1 of the latter for all."""
+        return self.sink_size, -1 if self.recent_size is None else self.recent_size
 
 
 def decode_attention(
@@ -113,7 +121,8 @@ def decode_attention(
             check_shape(name, tensor, (batch, kinds, 1, size))
     result: Tensor = torch.ops.pronghorn.decode_attention(
         query, full.tensors(), streaming.tensors(), [full.lengths, streaming.lengths],
-        [full.start, streaming.start], [full.block_table, streaming.block_table], head_index,
+        [full.start, streaming.start], [full.block_table, streaming.block_table],
+        [*full.window(), *streaming.window()], head_index,
         key, value, size**-0.5 if scale is None else scale, softcap, bits,
     )  # fmt: skip
     return result
@@ -143,6 +152,10 @@ def check_cache(name: str, cache: CachedHeads, query: Tensor, bits: int) -> None
         if found is not None:
             check_tensor(f"{name}.{part}", found, floating=True, like=query)
             check_shape(f"{name}.{part}", found, (pages, heads, slots, 1))
+    if cache.sink_size < 0:
+        raise ValueError(f"{name}.sink_size: got {cache.sink_size}, wanted 0 or more")
+    if cache.recent_size is not None and cache.recent_size < 1:
+        raise ValueError(f"{name}.recent_size: got {cache.recent_size}, wanted None or at least 1")
     for part, optional in (("lengths", cache.lengths), ("start", cache.start)):
         if optional is not None:
             check_tensor(f"{name}.{part}", optional, floating=False, like=query)
@@ -159,6 +172,7 @@ def _decode_attention(
     lengths: list[Tensor],
     start: list[Tensor | None],
     block_table: list[Tensor | None],
+    windows: list[int],
     head_index: Tensor,
     key: Tensor | None,
     value: Tensor | None,
@@ -166,8 +180,12 @@ def _decode_attention(
     softcap: float,
     bits: int,
 ) -> Tensor:
-    arguments = (query, full, streaming, lengths, start, block_table, head_index, key, value, scale, softcap, bits)
+    caches = (full, streaming, lengths, start, block_table, windows)
+    arguments = (query, *caches, head_index, key, value, scale, softcap, bits)
     if use_triton("decode_attention", query) and query.dtype != torch.float64 and query.numel():
+        obstacle = cuda.obstacle(query, full, streaming, block_table, head_index, bits)
+        if use_cuda("decode_attention", obstacle):
+            return cuda.decode_attention(*arguments)
         from pronghorn.kernels.decode_attention import triton
 
         return triton.decode_attention(*arguments)

@@ -15,6 +15,7 @@ def decode_attention(
     lengths: list[Tensor],
     start: list[Tensor | None],
     block_table: list[Tensor | None],
+    windows: list[int],
     head_index: Tensor,
     key: Tensor | None,
     value: Tensor | None,
@@ -28,9 +29,10 @@ def decode_attention(
     for kind, tensors in enumerate((full, streaming)):
         heads = _heads_of(head_index, kind, tensors[0].shape[1])
         if heads.numel():
-            keys, values = _cached(tensors, block_table[kind], query, bits)
+            sink, recent = windows[2 * kind : 2 * kind + 2]
+            slots, seen = _slots(_capacity(tensors[0], block_table[kind]), lengths[kind], start[kind], sink, recent)
+            keys, values = _cached(tensors, block_table[kind], slots, query, bits)
             extra = (key[:, heads], value[:, heads]) if key is not None and value is not None else None
-            seen = _seen(keys.shape[2], lengths[kind], start[kind])
             result[:, heads] = _attend(groups[:, heads], keys, values, seen, extra, scale, softcap)
     return result.flatten(1, 2).contiguous()
 
@@ -44,13 +46,44 @@ def _heads_of(head_index: Tensor, kind: int, count: int) -> Tensor:
     return places
 
 
-def _cached(tensors: list[Tensor], table: Tensor | None, query: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _capacity(tensor: Tensor, table: Tensor | None) -> int:
+    return tensor.shape[2] * (1 if table is None else table.shape[1])
+
+
+def _slots(
+    capacity: int, lengths: Tensor, start: Tensor | None, sink: int, recent: int
+) -> tuple[Tensor | None, Tensor]:
+    """[batch, count] slots to look at, None for all in their order; and which of them are seen."""
+    filled = lengths.clamp(max=capacity)[:, None].long()
+    if recent < 0 or sink + recent >= capacity:
+        slots, place = None, torch.arange(capacity, device=lengths.device)
+        seen = place < filled
+    else:
+        place = torch.arange(sink + recent, device=lengths.device)
+        passed_over = (filled - sink - recent).clamp(min=0)
+        slots, seen = place + (place >= sink) * passed_over, place < filled
+    if recent >= 0 and slots is None:
+        seen = seen & ((place < sink) | (place >= filled - recent))
+    if start is not None:
+        seen = seen & ((place if slots is None else slots) >= start[:, None])
+    return slots, seen
+
+
+def _cached(
+    tensors: list[Tensor], table: Tensor | None, slots: Tensor | None, query: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
     """Keys and values [batch, heads, slots, head_dim], out of their pages and in wide floating point."""
-    if table is not None:
+    if slots is not None:
+        row = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        size = tensors[0].shape[2]
+        page, inner = (row, slots) if table is None else (table[row, slots // size], slots % size)
+        tensors = [tensor[page, :, inner].transpose(1, 2) for tensor in tensors]
+    elif table is not None:
         tensors = [tensor[table].transpose(1, 2).flatten(2, 3) for tensor in tensors]
+    # Contiguous, because on a CPU the way a product is added up, and with it the last bit, depends on strides.
     wide = torch.promote_types(query.dtype, torch.float32)
     if bits == 16:
-        return tensors[0].to(wide), tensors[1].to(wide)
+        return tensors[0].to(wide).contiguous(), tensors[1].to(wide).contiguous()
     key, value = (kv_dequantize(*part, bits=bits, dtype=wide) for part in _halves(tensors))
     return key, value
 
@@ -58,12 +91,6 @@ def _cached(tensors: list[Tensor], table: Tensor | None, query: Tensor, bits: in
 def _halves(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
     key, key_scale, key_zero, value, value_scale, value_zero = tensors
     return [(key, key_scale, key_zero), (value, value_scale, value_zero)]
-
-
-def _seen(slots: int, lengths: Tensor, start: Tensor | None) -> Tensor:
-    slot = torch.arange(slots, device=lengths.device)
-    seen = slot < lengths[:, None]
-    return seen if start is None else seen & (slot >= start[:, None])
 
 
 def _attend(

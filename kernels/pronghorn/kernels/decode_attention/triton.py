@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels._triton import dot_type
+from pronghorn.kernels.decode_attention.launch import SHORTEST_STRETCH, Launch, prepare
 
 ROWS = 16  # least query heads of a tile: what tensor cores take
-# Slots of the cache that a block takes at once, warps, and stages of the pipeline that loads them, by bits.
-TILES = {16: (64, 4, 4), 8: (128, 4, 3), 4: (128, 4, 3)}
+SLOTS = 64  # of the cache, that a block takes at once
 BLOCKS = 528  # that keep a large GPU busy
-SHORTEST_STRETCH = 128  # slots; shorter ones cost more to join than they save
 LOWEST = tl.constexpr(-1e30)  # below every score, and finite: the difference of two is a number
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -45,7 +43,7 @@ def _attend(
     full_batch, full_head, full_slot, full_scales_batch, full_scales_head,
     streaming_batch, streaming_head, streaming_slot, streaming_scales_batch, streaming_scales_head,
     full_pages, full_page_size, streaming_pages, streaming_page_size,
-    extra_batch, extra_head,
+    full_sink, full_recent, streaming_sink, streaming_recent,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
     BITS: tl.constexpr, PAGED: tl.constexpr, STARTS: tl.constexpr, EXTRA: tl.constexpr, CAPPED: tl.constexpr,
     ALONE: tl.constexpr, SHORTEST: tl.constexpr, DOT_TYPE: tl.constexpr,
@@ -61,6 +59,7 @@ def _attend(
         value_zeros = full_value_zero + rank * full_scales_head
         table, pages, page_size = full_table + b * full_pages, full_pages, full_page_size
         lengths, start = full_lengths + b, full_start + b
+        sink, recent = full_sink, full_recent
     else:
         rank = (-1 - index).to(tl.int64)
         keys, values = streaming_key + rank * streaming_head, streaming_value + rank * streaming_head
@@ -71,10 +70,16 @@ def _attend(
         value_zeros = streaming_value_zero + rank * streaming_scales_head
         table, pages, page_size = streaming_table + b * streaming_pages, streaming_pages, streaming_page_size
         lengths, start = streaming_lengths + b, streaming_start + b
+        sink, recent = streaming_sink, streaming_recent
     end = tl.minimum(tl.load(lengths), pages * page_size)
+    # Places count the slots that are not passed over, between sink and recent ones.
+    passed_over = tl.where(recent < 0, 0, tl.maximum(end - sink - recent, 0))
+    end -= passed_over
     begin = 0
+    least = 0
     if STARTS:
-        begin = tl.load(start)
+        least = tl.load(start)
+        begin = tl.where(least < sink, least, tl.maximum(least - passed_over, tl.minimum(sink, least)))
     # Every split takes as much, but not less than pays; splits beyond those needed have nothing.
     stretch = tl.maximum(tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), splits), SLOTS) * SLOTS, SHORTEST)
     begin += split * stretch
@@ -100,6 +105,9 @@ def _attend(
     for first in range(begin, end, SLOTS):
         slot = first + tl.arange(0, SLOTS)
         there = slot < end
+        slot += tl.where(slot >= sink, passed_over, 0)
+        if STARTS:
+            there = there & (slot >= least)
         if PAGED:
             place = tl.load(table + slot // page_size, mask=there, other=0).to(tl.int64)
             inner = (slot % page_size).to(tl.int64)
@@ -147,7 +155,7 @@ def _attend(
         sum_odd += zeros[:, None]
     if EXTRA:  # noqa: SIM102 - known when compiled, the other is not
         if split == 0:  # the token that is in no cache
-            own = b * extra_batch + h * extra_head
+            own = (b * kinds + h) * SIZE
             if BITS == 4:
                 k = tl.load(extra_key + own + 2 * d, mask=used, other=0.0).to(tl.float32)
                 k_odd = tl.load(extra_key + own + 2 * d + 1, mask=used, other=0.0).to(tl.float32)
@@ -209,6 +217,7 @@ def decode_attention(
     lengths: list[Tensor],
     start: list[Tensor | None],
     block_table: list[Tensor | None],
+    windows: list[int],
     head_index: Tensor,
     key: Tensor | None,
     value: Tensor | None,
@@ -217,73 +226,27 @@ def decode_attention(
     bits: int,
 ) -> Tensor:
     """[batch, heads, 1, head_dim]."""
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    head_index = head_index.contiguous()
-    batch, heads, _, size = query.shape
-    kinds = head_index.shape[0]
-    group = heads // kinds
-    tables = _tables(block_table, batch, query.device)
-    paged = [table is not None for table in block_table]
-    splits = _splits(batch, full, streaming, tables, paged)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    parts = batch * heads * splits if splits > 1 else 0
-    partial = torch.empty(parts, size, dtype=torch.float32, device=query.device)
-    peaks, totals = torch.empty(2, parts, dtype=torch.float32, device=query.device)
-    slots, warps, stages = TILES[bits]
-    (full_tensors, full_strides), (streaming_tensors, streaming_strides) = _like(full, bits), _like(streaming, bits)
-    started = any(tensor is not None for tensor in start)
-    starts = [lengths[0], lengths[1]]  # not read
-    if started:
-        starts = [torch.zeros_like(lengths[0]) if tensor is None else tensor for tensor in start]
-    extra = (query, query) if key is None or value is None else (key.contiguous(), value.contiguous())
-    _attend[(splits, batch * kinds)](
-        query, *full_tensors[:2], *streaming_tensors[:2], *full_tensors[2:], *streaming_tensors[2:],
-        *lengths, *starts, *tables, head_index, *extra,
-        out, partial, peaks, totals, scale, softcap, kinds, splits, *query.stride()[:2],
-        *full_strides, *streaming_strides,
-        tables[0].stride(0), full[0].shape[2], tables[1].stride(0), streaming[0].shape[2],
-        kinds * size, size,
-        size, triton.next_power_of_2(size // 2 if bits == 4 else size), group,
-        max(ROWS, triton.next_power_of_2(group)), slots, bits, any(paged), started, key is not None, softcap > 0,
-        splits == 1, SHORTEST_STRETCH, dot_type(query.dtype),
-        num_warps=warps, num_stages=stages,
+    launch = prepare(
+        query, full, streaming, lengths, start, block_table, windows, head_index, key, value, scale, softcap, bits,
+        blocks=BLOCKS,
     )  # fmt: skip
+    size, group = query.shape[3], query.shape[1] // head_index.shape[0]
+    _attend[launch.grid](
+        *launch.arguments,
+        size, triton.next_power_of_2(size // 2 if bits == 4 else size), group,
+        max(ROWS, triton.next_power_of_2(group)), SLOTS, bits, launch.paged, launch.started, launch.extra, softcap > 0,
+        launch.grid[0] == 1, SHORTEST_STRETCH, dot_type(query.dtype),
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    join(launch)
+    return launch.out
+
+
+def join(launch: Launch) -> None:
+    """Add up what several blocks had of a head."""
+    splits, size = launch.grid[0], launch.out.shape[3]
     if splits > 1:
-        _join[(batch * heads,)](
-            out, partial, peaks, totals, splits, size, triton.next_power_of_2(size), triton.next_power_of_2(splits),
+        _join[(launch.out.shape[0] * launch.out.shape[1],)](
+            launch.out, *launch.parts, splits, size, triton.next_power_of_2(size), triton.next_power_of_2(splits),
             num_warps=4,
         )  # fmt: skip
-    return out
-
-
-def _splits(batch: int, full: list[Tensor], streaming: list[Tensor], tables: list[Tensor], paged: list[bool]) -> int:
-    """As many for every head: enough for the long ones to keep the GPU busy; the short ones leave theirs empty."""
-    capacities = [
-        tensors[0].shape[2] * (table.shape[1] if of_pages else 1)
-        for tensors, table, of_pages in zip((full, streaming), tables, paged, strict=True)
-        if tensors[0].shape[1]
-    ]
-    long = full[0].shape[1] or streaming[0].shape[1]
-    longest = int(triton.cdiv(max(capacities, default=0), SHORTEST_STRETCH))
-    return max(1, min(BLOCKS // (batch * long), longest))
-
-
-def _tables(block_table: list[Tensor | None], batch: int, device: torch.device) -> list[Tensor]:
-    """Block tables of both kinds; a cache that is not in pages is one page a sequence where the other is in pages."""
-    own = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
-    return [own if table is None else table.contiguous() for table in block_table]
-
-
-def _like(tensors: list[Tensor], bits: int) -> tuple[list[Tensor], tuple[int, ...]]:
-    """Keys, values, and scales and zeros of both, with equal strides; strides of keys, and of scales."""
-    if bits == 16:
-        key, value = _alike(tensors)
-        return [key, value, *[key] * 4], (*key.stride()[:3], 0, 0)
-    key, value = _alike([tensors[0], tensors[3]])
-    scales = [tensor.contiguous() for tensor in (tensors[1], tensors[2], tensors[4], tensors[5])]
-    return [key, value, *scales], (*key.stride()[:3], *scales[0].stride()[:2])
-
-
-def _alike(tensors: list[Tensor]) -> list[Tensor]:
-    same = tensors[0].stride() == tensors[1].stride() and tensors[0].stride(-1) == 1
-    return tensors if same else [tensor.contiguous() for tensor in tensors]

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pronghorn.kernels._arguments import check_shape, check_tensor
 from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels._memory import tokens_outside
 from pronghorn.kernels.head_sparse_attention import reference
-from pronghorn.kernels.head_sparse_attention.reference import DENSE, STREAMING, Rule, tokens_outside
+from pronghorn.kernels.head_sparse_attention.reference import DENSE, STREAMING, Rule
 
 __all__ = ["DENSE", "STREAMING", "head_sparse_attention"]
 

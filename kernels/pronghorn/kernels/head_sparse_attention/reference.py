@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pronghorn.kernels._memory import tokens_outside
+
 DENSE, STREAMING = 0, -1  # types of a head
 
 
@@ -45,15 +47,6 @@ def visible(
     recent = key >= query // block_size * block_size + reach
     everything = (head_types != STREAMING).view(1, -1, 1, 1)
     return (key >= first) & (key <= query + length - tokens) & (recent | (key < first + sink) | everything)
-
-
-def tokens_outside(tensor: Tensor) -> Tensor:
-    """Empty [batch, heads, tokens, head_dim] that lies in memory as [batch, tokens, heads, head_dim].
-
-    Layers bring queries and want results so; there the heads join without a copy.
-    """
-    batch, heads, tokens, size = tensor.shape
-    return tensor.new_empty(batch, tokens, heads, size).transpose(1, 2)
 
 
 def head_sparse_attention(

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels._memory import tokens_outside
 from pronghorn.kernels._triton import dot_type
-from pronghorn.kernels.head_sparse_attention.reference import STREAMING, Rule, tokens_outside, window
+from pronghorn.kernels.head_sparse_attention.reference import STREAMING, Rule, window
 
 
 class Tile(NamedTuple):

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels._memory import tokens_outside
 from pronghorn.kernels._triton import dot_type
-from pronghorn.kernels.head_sparse_attention.reference import Rule, tokens_outside
+from pronghorn.kernels.head_sparse_attention.reference import Rule
 from pronghorn.kernels.head_sparse_attention.triton import (
     LOG2_E,
     Tile,

@@ -13,7 +13,8 @@ def kv_quantize(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, 
     levels = 2**bits - 1
     groups = x.float().unflatten(-1, (-1, group_size))
     low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
-    scale = (high - low) / levels + SMALLEST_SCALE
+    # Divided by a tensor: on a GPU a number would be inverted first, and round differently.
+    scale = (high - low) / torch.full_like(high, levels) + SMALLEST_SCALE
     codes = ((groups - low) / scale + 0.5).floor().clamp(0, levels).to(torch.uint8).flatten(-2)
     if bits == 4:
         codes = codes[..., ::2] << 4 | codes[..., 1::2]

@@ -138,6 +138,8 @@ def plan(rows: int, outputs: int, columns: int) -> Stream | Tile:
         wide = outputs >= 8192 or (rows > 4 and columns > 8192)
         split = 2 if wide and outputs < 8192 else 1
         return _fitting(Stream(8, 4, 4, 1, split, 1) if wide else Stream(8, 2, 8, 1, split, 1), rows, columns)
+    if rows <= 32 and outputs >= 16384:  # one round of larger blocks instead of nearly two
+        return Tile(16 if rows <= 16 else 32, 2, 2, 4, 4, 1, 2)
     if rows <= 16:
         return Tile(16, 1, 2, 4, 4, _split(outputs // 64, 512), 2)
     if rows <= 32:
@@ -228,7 +230,7 @@ def _compiled(
 def compile_cubin(chosen: Stream | Tile, chunks: int, bits: int, group_size: int, bfloat: bool) -> bytes:
     """Machine code for a plan; needs no GPU."""
     macros = {**chosen.macros, "BITS": bits, "GROUP": group_size, "CHUNKS": chunks, "BFLOAT": int(bfloat)}
-    return _nvrtc.compile_cubin(SOURCE, ARCHITECTURE, macros, ("wgmma.cuh", wgmma_header(chosen.tokens, bfloat)))
+    return _nvrtc.compile_cubin(SOURCE, ARCHITECTURE, macros, {"wgmma.cuh": wgmma_header(chosen.tokens, bfloat)})
 
 
 def wgmma_header(tokens: int, bfloat: bool) -> str:

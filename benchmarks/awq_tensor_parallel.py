@@ -1,0 +1,77 @@
+"""vLLM over two GPUs with `pronghorn_awq`: greedy tokens against one GPU's; needs two GPUs.
+
+The model is small and random, with weights large enough that the best next token stands out.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from harness import median, row, write
+
+SHAPE = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": 4096, "max_position_embeddings": 512,
+}  # fmt: skip
+FORMATS = [("gemm", 4), ("llm-awq", 4), ("natural", 3)]
+PROMPTS, PROMPT, NEW_TOKENS = 8, 40, 64
+
+
+def checkpoint(folder: Path, version: str, bits: int) -> None:
+    """A quantized model."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from pronghorn.awq import AwqConfig, quantize_model
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.float16).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+    config = AwqConfig(group_size=128, method="rtn", version=version, bits=bits)
+    quantize_model(model.cuda(), config, progress=False).save_pretrained(folder)
+
+
+def tokens_of(folder: str, ranks: int) -> list[list[int]]:
+    """Greedy tokens of each prompt."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        folder, quantization="pronghorn_awq", dtype="float16", tensor_parallel_size=ranks, skip_tokenizer_init=True,
+        max_model_len=256, gpu_memory_utilization=0.3, enforce_eager=True,
+    )  # fmt: skip
+    prompts = [{"prompt_token_ids": [(37 * i + 11 * j) % 4000 + 3 for j in range(PROMPT)]} for i in range(PROMPTS)]
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    return [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, sampling, use_tqdm=False)]
+
+
+def main() -> None:
+    """Compare and write the results."""
+    rows = []
+    for version, bits in FORMATS:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint(Path(folder), version, bits)
+            found = []
+            for ranks in (1, 2):
+                answer = Path(folder) / f"{ranks}.out"
+                subprocess.run([sys.executable, __file__, folder, str(ranks), str(answer)], check=True)
+                found.append(json.loads(answer.read_text()))
+        pairs = [one == other for a, b in zip(*found, strict=True) for one, other in zip(a, b, strict=True)]
+        rows.append(row(f"vLLM over 2 GPUs, {version}, {bits} bits: tokens of one GPU", "all tokens",
+                        f"{PROMPTS} prompts x {NEW_TOKENS} tokens", median([sum(pairs)]), median([len(pairs)]),
+                        unit="tokens", reach=1.0, higher_is_better=True))  # fmt: skip
+    write("awq-tensor-parallel", rows)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        Path(sys.argv[3]).write_text(json.dumps(tokens_of(sys.argv[1], int(sys.argv[2]))))
+    elif torch.cuda.device_count() < 2:
+        sys.exit("awq_tensor_parallel needs two GPUs")
+    else:
+        main()

@@ -1,0 +1,112 @@
+"""The CUDA kernel of `decode.cu` for Hopper: where it can run, and how it is launched.
+
+Triton moves what it has unpacked through shared memory before the tensor cores see it, which takes longer than reading
+codes of four bits does: its kernel is hardly faster with them than with 16 bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pronghorn.kernels import _nvrtc
+from pronghorn.kernels.decode_attention.launch import SHORTEST_STRETCH, prepare
+
+SOURCE = Path(__file__).with_name("decode.cu")
+ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
+SIZES = (64, 128)
+MOST_QUERIES = 16  # query heads of a key/value head
+SUB = 16  # slots of a fragment, of which pages hold whole ones
+WARPS = 4
+PROCESSORS = 132
+ALIGNMENT = 16  # bytes that a lane loads at once
+LOG2_E = 1.4426950408889634
+
+
+def blocks_of_processor(group: int) -> int:
+    """Blocks that have enough registers on a multiprocessor: more than eight query heads take a second accumulator."""
+    return 3 if group <= 8 else 2
+
+
+def obstacle(
+    query: Tensor,
+    full: list[Tensor],
+    streaming: list[Tensor],
+    block_table: list[Tensor | None],
+    head_index: Tensor,
+    bits: int,
+) -> str:
+    """Why the kernel cannot run, or nothing."""
+    if not _is_hopper(query.device):
+        return "the device is no Hopper GPU"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"queries are {query.dtype}"
+    if query.shape[3] not in SIZES:
+        return f"heads have {query.shape[3]} channels"
+    if query.shape[1] > MOST_QUERIES * head_index.shape[0]:
+        return f"more than {MOST_QUERIES} query heads share keys and values"
+    for tensors, table in zip((full, streaming), block_table, strict=True):
+        if table is not None and tensors[0].shape[2] % SUB:
+            return f"pages of {tensors[0].shape[2]} slots do not divide into fragments of {SUB}"
+        if any(tensor.data_ptr() % ALIGNMENT for tensor in _wide(tensors, bits)):
+            return f"a cache does not begin at a multiple of {ALIGNMENT} bytes"
+    return "" if _nvrtc.available() else "the package cuda-bindings is not installed"
+
+
+def _wide(tensors: list[Tensor], bits: int) -> list[Tensor]:
+    return tensors if bits == 16 else [tensors[0], tensors[3]]
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == CAPABILITY
+
+
+def decode_attention(
+    query: Tensor,
+    full: list[Tensor],
+    streaming: list[Tensor],
+    lengths: list[Tensor],
+    start: list[Tensor | None],
+    block_table: list[Tensor | None],
+    windows: list[int],
+    head_index: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    scale: float,
+    softcap: float,
+    bits: int,
+) -> Tensor:
+    """[batch, heads, 1, head_dim]."""
+    size, group = query.shape[3], query.shape[1] // head_index.shape[0]
+    blocks = blocks_of_processor(group)
+    launch = prepare(
+        query, full, streaming, lengths, start, block_table, windows, head_index, key, value,
+        scale if softcap else scale * LOG2_E, softcap, bits,
+        blocks=blocks * PROCESSORS, unit=ALIGNMENT // full[0].element_size(),
+    )  # fmt: skip
+    macros = {
+        "SIZE": size, "GROUP": group, "BITS": bits, "BFLOAT": int(query.dtype == torch.bfloat16),
+        "PAGED": int(launch.paged), "STARTS": int(launch.started), "EXTRA": int(launch.extra),
+        "CAPPED": int(softcap > 0), "ALONE": int(launch.grid[0] == 1), "SHORTEST": SHORTEST_STRETCH,
+        "WARPS": WARPS, "BLOCKS": blocks,
+    }  # fmt: skip
+    index = torch.cuda.current_device() if query.device.index is None else query.device.index
+    _kernel(tuple(macros.items()), index).launch((*launch.grid, 1), 32 * WARPS, 0, launch.arguments)
+    from pronghorn.kernels.decode_attention.triton import join
+
+    join(launch)
+    return launch.out
+
+
+@functools.cache
+def _kernel(macros: tuple[tuple[str, int], ...], device: int) -> _nvrtc.Kernel:
+    return _nvrtc.Kernel(compile_cubin(dict(macros)), "attend", device)
+
+
+def compile_cubin(macros: dict[str, int]) -> bytes:
+    """Machine code for a variant; needs no GPU."""
+    return _nvrtc.compile_cubin(SOURCE, ARCHITECTURE, macros)

@@ -1,0 +1,125 @@
+"""What both kernels are launched with: the same arguments in the same order, and room for the parts of heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHORTEST_STRETCH = 128  # slots of a head that a block takes; fewer cost more to join than they save
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call.
+
+    Attributes:
+        arguments: of the kernel, but for its constants.
+        out: the result [batch, heads, 1, head_dim].
+        parts: of each head: sums [batch * heads * splits, head_dim], peaks and totals [batch * heads * splits].
+        grid: blocks: splits of a head, and key/value heads of all sequences.
+        paged: whether a cache is in pages.
+        started: whether slots at the beginning are not seen.
+        extra: whether there is a token that is in no cache.
+    """
+
+    arguments: list[Any]
+    out: Tensor
+    parts: tuple[Tensor, Tensor, Tensor]
+    grid: tuple[int, int]
+    paged: bool
+    started: bool
+    extra: bool
+
+
+def prepare(
+    query: Tensor,
+    full: list[Tensor],
+    streaming: list[Tensor],
+    lengths: list[Tensor],
+    start: list[Tensor | None],
+    block_table: list[Tensor | None],
+    windows: list[int],
+    head_index: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    scale: float,
+    softcap: float,
+    bits: int,
+    *,
+    blocks: int,
+    unit: int = 1,
+) -> Launch:
+    """Arguments for a kernel of which `blocks` blocks keep the GPU busy, and whose caches' strides are in `unit`s."""
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    batch, heads, _, size = query.shape
+    kinds = head_index.shape[0]
+    tables = _tables(block_table, batch, query.device)
+    paged = [table is not None for table in block_table]
+    pages = [table.shape[1] if of_pages else 1 for table, of_pages in zip(tables, paged, strict=True)]
+    splits = _splits(batch, full, streaming, pages, windows, blocks)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    count = batch * heads * splits if splits > 1 else 0
+    partial = torch.empty(count, size, dtype=torch.float32, device=query.device)
+    peaks, totals = torch.empty(2, count, dtype=torch.float32, device=query.device)
+    (full_tensors, full_strides), (streaming_tensors, streaming_strides) = (
+        _like(tensors, bits, unit) for tensors in (full, streaming)
+    )
+    started = any(tensor is not None for tensor in start)
+    starts = [lengths[0], lengths[1]]  # not read
+    if started:
+        starts = [torch.zeros_like(lengths[0]) if tensor is None else tensor.contiguous() for tensor in start]
+    extra = (query, query) if key is None or value is None else (key.contiguous(), value.contiguous())
+    arguments = [
+        query, *full_tensors[:2], *streaming_tensors[:2], *full_tensors[2:], *streaming_tensors[2:],
+        *(tensor.contiguous() for tensor in lengths), *starts, *tables, head_index.contiguous(), *extra,
+        out, partial, peaks, totals, scale, softcap, kinds, splits, *query.stride()[:2],
+        *full_strides, *streaming_strides,
+        tables[0].stride(0), full[0].shape[2], tables[1].stride(0), streaming[0].shape[2], *windows,
+    ]  # fmt: skip
+    parts = (partial, peaks, totals)
+    return Launch(arguments, out, parts, (splits, batch * kinds), any(paged), started, key is not None)
+
+
+def _splits(
+    batch: int, full: list[Tensor], streaming: list[Tensor], pages: list[int], windows: list[int], blocks: int
+) -> int:
+    """As many for every head: enough for the long ones to keep the GPU busy; the short ones leave theirs empty."""
+    heads = [tensors[0].shape[1] for tensors in (full, streaming)]
+    stretches = [
+        -(-_seen(tensors[0].shape[2] * count, *windows[2 * kind : 2 * kind + 2]) // SHORTEST_STRETCH)
+        for kind, (tensors, count) in enumerate(zip((full, streaming), pages, strict=True))
+    ]
+    longest = max((count for count, own in zip(stretches, heads, strict=True) if own), default=0)
+    long = sum(own for count, own in zip(stretches, heads, strict=True) if count == longest)
+    short = sum(count * own for count, own in zip(stretches, heads, strict=True) if count < longest)
+    return max(1, min((blocks // batch - short) // max(long, 1), longest))
+
+
+def _seen(capacity: int, sink: int, recent: int) -> int:
+    return capacity if recent < 0 else min(capacity, sink + recent)
+
+
+def _tables(block_table: list[Tensor | None], batch: int, device: torch.device) -> list[Tensor]:
+    """Block tables of both kinds; a cache that is not in pages is one page a sequence where the other is in pages."""
+    own = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+    return [own if table is None else table.contiguous() for table in block_table]
+
+
+def _like(tensors: list[Tensor], bits: int, unit: int) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Keys, values, and scales and zeros of both, with equal strides; strides of keys, and of scales."""
+    key, value = _alike(tensors if bits == 16 else [tensors[0], tensors[3]], unit)
+    strides = [stride // unit for stride in key.stride()[:3]]
+    if bits == 16:
+        return [key, value, *[key] * 4], (*strides, 0, 0)
+    scales = [tensor.contiguous() for tensor in (tensors[1], tensors[2], tensors[4], tensors[5])]
+    return [key, value, *scales], (*strides, *scales[0].stride()[:2])
+
+
+def _alike(tensors: list[Tensor], unit: int) -> list[Tensor]:
+    first, second = tensors
+    fits = first.stride() == second.stride() and first.stride(-1) == 1
+    fits = fits and all(stride % unit == 0 for stride in first.stride()[:3])
+    return tensors if fits else [tensor.contiguous() for tensor in tensors]
