@@ -26,15 +26,18 @@ def checkpoint(folder: Path, version: str, bits: int) -> None:
     """A quantized model."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from pronghorn.awq import AwqConfig, quantize_model
+    import pronghorn.transformers  # noqa: F401 - registers the quantizer
+    from pronghorn.awq import AwqConfig
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.float16).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder / "whole")
     config = AwqConfig(group_size=128, method="rtn", version=version, bits=bits)
-    quantize_model(model.cuda(), config, progress=False).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder / "whole", dtype=torch.float16, quantization_config=config)
+    model.save_pretrained(folder / "quantized")
 
 
 def tokens_of(folder: str, ranks: int) -> list[list[int]]:
@@ -59,7 +62,7 @@ def main() -> None:
             found = []
             for ranks in (1, 2):
                 answer = Path(folder) / f"{ranks}.out"
-                subprocess.run([sys.executable, __file__, folder, str(ranks), str(answer)], check=True)
+                subprocess.run([sys.executable, __file__, f"{folder}/quantized", str(ranks), str(answer)], check=True)
                 found.append(json.loads(answer.read_text()))
         pairs = [one == other for a, b in zip(*found, strict=True) for one, other in zip(a, b, strict=True)]
         rows.append(row(f"vLLM over 2 GPUs, {version}, {bits} bits: tokens of one GPU", "all tokens",

@@ -201,6 +201,7 @@ class _Graph:
         first_slots = torch.arange(state.batch, device=device)[:, None] * state.capacity
         offsets = (first_slots + torch.arange(size, device=device)).flatten()
         slots = torch.empty_like(offsets)
+        self._read = offsets, slots  # by the graph, which does not keep them alive
         cache = copy.copy(cache)
         cache.layers = [_Written(layer, slots) for layer in state.layers]
 

@@ -63,13 +63,15 @@ class Kernel:
         with torch.cuda.device(device):
             self._module = _checked(driver.cuModuleLoadData(cubin))
             self._function = _checked(driver.cuModuleGetFunction(self._module, function.encode()))
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            attributes = driver.CUfunction_attribute
             limit = _checked(
                 driver.cuDeviceGetAttribute(
                     driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device
                 )
             )
-            _checked(driver.cuFuncSetAttribute(self._function, attribute, limit))
+            static = _checked(driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, self._function))
+            dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(self._function, dynamic, limit - static))
 
     def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: Sequence[Any]) -> None:
         """Queue it on its device's current stream: int32, float32, tensors as pointers, and tensor maps."""
