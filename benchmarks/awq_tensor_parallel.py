@@ -18,7 +18,7 @@ SHAPE = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "vocab_size": 4096, "max_position_embeddings": 512,
 }  # fmt: skip
-FORMATS = [("gemm", 4), ("llm-awq", 4), ("natural", 3)]
+FORMATS = [("gemm", 4), ("natural", 3)]
 PROMPTS, PROMPT, NEW_TOKENS = 8, 40, 64
 
 

@@ -72,7 +72,7 @@ class FullLayer(StaticLayer):
 
 
 def main() -> None:
-    """Measure and write the results."""
+    """Measure and write the results, what there is after each part."""
     torch.manual_seed(0)
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "kernel": kernel_rows, "prompt": prompt_rows, "largest": largest_rows,
@@ -83,8 +83,8 @@ def main() -> None:
     rows = []
     for name in wanted:
         rows += parts[name]()
+        write("duoattention", rows)
         free()
-    write("duoattention", rows)
 
 
 def kernel_rows() -> list[dict[str, Any]]:

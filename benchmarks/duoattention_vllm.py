@@ -1,8 +1,8 @@
 """DuoAttention in vLLM: a small random model's greedy tokens against transformers', and speed against full attention.
 
 Speed is that of Llama-3-8B's shapes with random weights and the published pattern of the 1048k model, half of each
-layer's heads streaming. Each engine runs in a process of its own, with torch.compile and CUDA graphs as vLLM has them by
-default. `speed` on the command line asks for it.
+layer's heads streaming. Each engine runs in a process of its own, with torch.compile and CUDA graphs as vLLM has them
+by default. `speed` on the command line asks for it.
 """
 
 from __future__ import annotations
