@@ -24,7 +24,7 @@ TINY = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 1000, "max_position_embeddings": 8192,
 }  # fmt: skip
-CONTEXTS, HISTORIES, NEW_TOKENS, REPEATS = [512, 2048, 4096], [16, 256, 1024], 64, 5
+CONTEXTS, HISTORIES, NEW_TOKENS, REPEATS = [512, 2048, 4096], [16, 256, 1024], 64, 3
 REACH = {"fp16": 3.0, "fp16, static cache, compiled": 1.5}
 
 

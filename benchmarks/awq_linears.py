@@ -34,28 +34,31 @@ def main() -> None:
     """Measure and write the results."""
     rows = []
     for n, k in LINEARS:
-        for m in ROWS:
-            rows += _measured(m, n, k, 4, torch.float16, ["cuBLAS fp16", "Marlin", "Machete"])
+        rows += _measured(ROWS, n, k, 4, torch.float16, ["cuBLAS fp16", "Marlin", "Machete"])
         for bits, dtype in ((3, torch.float16), (4, torch.bfloat16)):
-            rows += _measured(1, n, k, bits, dtype, ["cuBLAS fp16"])
+            rows += _measured([1], n, k, bits, dtype, ["cuBLAS fp16"])
     write("awq-linears", rows)
 
 
-def _measured(m: int, n: int, k: int, bits: int, dtype: torch.dtype, peers: list[str]) -> Iterator[dict[str, Any]]:
-    knobs = {"m": m, "n": n, "k": k, "layout": "fragments", "bits": bits, "group_size": GROUP_SIZE}
+def _measured(
+    sizes: list[int], n: int, k: int, bits: int, dtype: torch.dtype, peers: list[str]
+) -> Iterator[dict[str, Any]]:
+    knobs = {"m": max(sizes), "n": n, "k": k, "layout": "fragments", "bits": bits, "group_size": GROUP_SIZE}
     arguments = OPERATION.example(knobs, dtype, torch.Generator().manual_seed(0), torch.device("cuda"))
-    x = arguments.pop("x")
-    ours = _in_turn(lambda: _ours(arguments), x, n * k * bits / 8)
-    share = share_of_bandwidth(OPERATION.cost(knobs).bytes, ours["p50"]) if m <= 16 else None
-    for peer in peers:
-        theirs = _in_turn(
-            lambda peer=peer: PEERS[peer](arguments, dtype), x, n * k * (2 if peer == "cuBLAS fp16" else 0.5)
-        )
-        yield row(
-            f"w4a16_matmul, {bits} bits, {str(dtype)[6:]}", peer, f"M={m} N={n} K={k} g={GROUP_SIZE}",
-            ours, theirs, reach=REACH[peer].get(m) if bits == 4 else None, roofline=share,
-            note="bytes" if m <= 16 else "tensor cores",
-        )  # fmt: skip
+    inputs = arguments.pop("x")
+    for m in sizes:
+        x = inputs[:m]
+        ours = _in_turn(lambda: _ours(arguments), x, n * k * bits / 8)
+        share = share_of_bandwidth(OPERATION.cost({**knobs, "m": m}).bytes, ours["p50"]) if m <= 16 else None
+        for peer in peers:
+            theirs = _in_turn(
+                lambda peer=peer: PEERS[peer](arguments, dtype), x, n * k * (2 if peer == "cuBLAS fp16" else 0.5)
+            )
+            yield row(
+                f"w4a16_matmul, {bits} bits, {str(dtype)[6:]}", peer, f"M={m} N={n} K={k} g={GROUP_SIZE}",
+                ours, theirs, reach=REACH[peer].get(m) if bits == 4 else None, roofline=share,
+                note="bytes" if m <= 16 else "tensor cores",
+            )  # fmt: skip
 
 
 def _in_turn(make: Callable[[], Multiply], x: Tensor, weight_bytes: float) -> dict[str, float]:

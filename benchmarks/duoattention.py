@@ -319,8 +319,9 @@ def prompt_rows() -> list[dict[str, Any]]:
         config.gates = (config.gates or [])[::4]
         duo = apply_duo(model, config, reorder=True)
         ours = read(lambda: duo.make_cache(static=True, max_len=PROMPT))  # noqa: B023
-        rows.append(row(f"reading a prompt, {name}, 50% streaming, {prefill}", "full attention",
-                        f"{PROMPT} tokens in chunks of {CHUNK}, {PROMPT_LAYERS} layers", ours, full, reach=1.6))  # fmt: skip
+        shape = f"{PROMPT} tokens in chunks of {CHUNK}, {PROMPT_LAYERS} layers"
+        what = f"reading a prompt, {name}, 50% streaming, {prefill}"
+        rows.append(row(what, "full attention", shape, ours, full, reach=1.6))
         free()
     return rows
 
