@@ -1,6 +1,7 @@
 """vLLM over two GPUs with `pronghorn_awq`: greedy tokens against one GPU's; needs two GPUs.
 
-The model is small and random, with weights large enough that the best next token stands out.
+The model is small and random, with weights large enough that the best next token stands out. Engines run side by
+side: nothing is timed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -46,24 +48,30 @@ def tokens_of(folder: str, ranks: int) -> list[list[int]]:
 
     llm = LLM(
         folder, quantization="pronghorn_awq", dtype="float16", tensor_parallel_size=ranks, skip_tokenizer_init=True,
-        max_model_len=256, gpu_memory_utilization=0.3, enforce_eager=True,
+        max_model_len=256, gpu_memory_utilization=0.1, kv_cache_memory_bytes=1 << 30, enforce_eager=True,
     )  # fmt: skip
     prompts = [{"prompt_token_ids": [(37 * i + 11 * j) % 4000 + 3 for j in range(PROMPT)]} for i in range(PROMPTS)]
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
     return [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, sampling, use_tqdm=False)]
 
 
+def _answer(folder: Path, ranks: int) -> list[list[int]]:
+    answer = folder / f"{ranks}.json"
+    subprocess.run([sys.executable, __file__, f"{folder}/quantized", str(ranks), str(answer)], check=True)
+    tokens: list[list[int]] = json.loads(answer.read_text())
+    return tokens
+
+
 def main() -> None:
     """Compare and write the results."""
     rows = []
-    for version, bits in FORMATS:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint(Path(folder), version, bits)
-            found = []
-            for ranks in (1, 2):
-                answer = Path(folder) / f"{ranks}.out"
-                subprocess.run([sys.executable, __file__, f"{folder}/quantized", str(ranks), str(answer)], check=True)
-                found.append(json.loads(answer.read_text()))
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as pool:
+        folders = {kind: Path(name) / f"{kind[0]}-{kind[1]}" for kind in FORMATS}
+        for kind, folder in folders.items():
+            checkpoint(folder, *kind)
+        answers = {kind: pool.map(_answer, [folder] * 2, (1, 2)) for kind, folder in folders.items()}
+        compared = {kind: list(found) for kind, found in answers.items()}
+    for (version, bits), found in compared.items():
         pairs = [one == other for a, b in zip(*found, strict=True) for one, other in zip(a, b, strict=True)]
         rows.append(row(f"vLLM over 2 GPUs, {version}, {bits} bits: tokens of one GPU", "all tokens",
                         f"{PROMPTS} prompts x {NEW_TOKENS} tokens", median([sum(pairs)]), median([len(pairs)]),
