@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.faults.fake_distribution import fake_distribution
 from tests.models import tiny_model
+from tests.vllm_ranks import tokens_of_ranks
 from transformers import AutoModelForCausalLM
 
 import pronghorn.transformers  # noqa: F401 - registers
@@ -79,6 +80,14 @@ def test_tokens_equal_transformers(full_precision, tmp_path, version, bits):
     llm = serve(tmp_path, quantization="pronghorn_awq" if version == "gemm" else None)
     assert type(llm.llm_engine.vllm_config.quant_config).__name__ == "VllmAwqConfig"
     assert generate(llm) == wanted
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a core for each rank is needed")
+@pytest.mark.parametrize(("version", "bits"), [("gemm", 4), pytest.param("natural", 3, marks=pytest.mark.slow)])
+def test_two_ranks_give_the_tokens_of_transformers(full_precision, tmp_path, version, bits):
+    wanted = checkpoint(full_precision, tmp_path, version, bits)
+    found = tokens_of_ranks(tmp_path, [PROMPT], 12, 2, quantization="pronghorn_awq", max_model_len=64)
+    assert found == [wanted]
 
 
 def test_skipped_linears_and_vllms_own_reader(full_precision, tmp_path):

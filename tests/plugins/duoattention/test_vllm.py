@@ -1,8 +1,11 @@
 """DuoAttention in vLLM: transformers' tokens, whatever else runs, and blocks that are given back."""
 
+import os
+
 import pytest
 import torch
 from tests.models import tiny_model
+from tests.vllm_ranks import tokens_of_ranks
 
 from pronghorn.duoattention import DuoAttentionConfig, apply_duo
 
@@ -239,3 +242,15 @@ def test_ranks_must_have_as_many_full_heads():
         _share([True, True, False, False], 3, 2, 0)
     with pytest.raises(ValueError, match="3 ranks cannot share 4"):
         _share(row, 0, 3, 0)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a core for each rank is needed")
+def test_two_ranks_give_the_tokens_of_transformers(models):
+    gates = [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0]]  # a full head for each, the first one's first and last
+    folder, duo, ids = models(heads=4), settings(gates, decode_window="mask"), prompts(200, 3, 75)
+    found = tokens_of_ranks(
+        folder, ids, 12, 2, hf_overrides={"architectures": ["DuoAttentionLlamaForCausalLM"]},
+        additional_config={"duoattention": duo}, max_num_batched_tokens=48, max_model_len=512, block_size=BLOCK,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    assert found == wanted_tokens(folder, duo, ids)
