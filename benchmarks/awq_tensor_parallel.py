@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from harness import median, row, write
+from harness import median, prepare_vllm, row, write
 
 SHAPE = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -44,6 +44,7 @@ def checkpoint(folder: Path, version: str, bits: int) -> None:
 
 def tokens_of(folder: str, ranks: int) -> list[list[int]]:
     """Greedy tokens of each prompt."""
+    prepare_vllm()
     from vllm import LLM, SamplingParams
 
     llm = LLM(

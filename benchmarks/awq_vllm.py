@@ -6,14 +6,13 @@ Each engine runs in a process of its own, with torch.compile and CUDA graphs as 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from harness import row, write
+from harness import prepare_vllm, row, write
 
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -30,9 +29,9 @@ REPEATS = 3
 
 def serve(quantization: str) -> dict[str, list[float]]:
     """Generated tokens a second of each workload, each repeat."""
+    prepare_vllm()
     from vllm import LLM, SamplingParams
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
         config = {**LLAMA_3_8B, "quantization_config": AWQ}
         (Path(folder) / "config.json").write_text(json.dumps(config))

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from awq_vllm import LLAMA_3_8B
-from harness import median, row, write
+from harness import median, prepare_vllm, row, write
 
 PATTERN = "Llama-3-8B-Instruct-Gradient-1048k"
 SIZES = {"sink_size": 64, "recent_size": 256}
@@ -143,7 +143,7 @@ def _answer(*arguments: str) -> dict[str, Any]:
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
         file, kind, *rest = sys.argv[1:]
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        prepare_vllm()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the cache's configuration is looked at
         result = tokens(rest[0], rest[1] == "1") if kind == "tokens" else serve(kind)
         Path(file).write_text(json.dumps(result))

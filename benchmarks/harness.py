@@ -30,6 +30,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def prepare_vllm() -> None:
+    """Settings for engines of random weights; before vLLM is imported."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Takes more than a minute to compile, for what greedy decoding does not do.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
+
 def measure(run: Callable[[], Any], *, repeats: int = 50, warmup: int = 5, graphed: bool = True) -> dict[str, float]:
     """Seconds a call as {"p20", "p50", "p80"}; on a GPU the replay of a CUDA graph, with a cold L2 cache.
 

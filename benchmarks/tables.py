@@ -12,7 +12,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(<!-- benchmarks:begin (?P<wanted>[^>]*)-->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
-UNITS = {"s": (1e6, "us"), "perplexity": (1, ""), "MiB": (1, "MiB"), "tokens/s": (1, "tokens/s")}
+# From which value on a unit is told in which other one.
+SCALES: dict[str, list[tuple[float, float, str]]] = {
+    "s": [(1, 1, "s"), (1e-3, 1e3, "ms"), (0, 1e6, "us")],
+    "MiB": [(1e4, 2**-10, "GiB"), (0, 1, "MiB")],
+    "perplexity": [(0, 1, "")],
+}
 
 
 def main() -> None:
@@ -42,7 +47,7 @@ def table(wanted: list[str]) -> str:
 
 
 def _texts(row: dict[str, Any]) -> list[str]:
-    return [row["what"], row["shape"], row["against"]]
+    return [row["what"], row["shape"], row["against"], row["unit"]]
 
 
 def _one(content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -51,8 +56,7 @@ def _one(content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        scale, unit = UNITS.get(row["unit"], (1, row["unit"]))
-        ours, theirs = (f"{row[side]['p50'] * scale:.4g} {unit}".strip() for side in ("ours", "theirs"))
+        ours, theirs = (_quantity(row[side]["p50"], row["unit"]) for side in ("ours", "theirs"))
         limit = "" if row["roofline"] is None else f"{row['roofline']:.0%}"
         lines.append(
             f"| {row['what']} | {row['shape']} | {ours} | {theirs} ({row['against']}) | {row['ratio']:.2f}x | {limit} |"
@@ -60,6 +64,13 @@ def _one(content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     measured = f"{content['device']}, {versions}, commit {content['commit'][:10]}, {content['date'][:10]}"
     return "\n".join([*lines, "", f"Measured on {measured}: medians, ratio above 1 where ours is better.", ""])
+
+
+def _quantity(value: float, unit: str) -> str:
+    scales = SCALES.get(unit, [(0, 1, unit)])
+    scale, unit = next((scale, name) for least, scale, name in scales if value >= least)
+    number = f"{value * scale:.4g}"
+    return f"{float(number):,.0f} {unit}".strip() if "e" in number else f"{number} {unit}".strip()
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def _attend(
             tl.store(target + to[:, None] * SIZE + d[None, :], result, mask=store)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])  # which differ from one size of batch to the next
 def _join(out, partial, peaks, totals, splits, SIZE: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     part, d = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
