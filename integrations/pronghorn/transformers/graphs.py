@@ -7,11 +7,11 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -26,18 +26,40 @@ LONGEST_IN_CHUNKS = 2 * LARGEST_CHUNK
 OPTIONS = {"use_cache": True, "return_dict": True, "logits_to_keep": 1}  # what `generate` asks for
 
 
+class SteppedLayer(Protocol):
+    """A layer of a method's own cache, with which a step of one token can be replayed."""
+
+    def step_memory(self) -> tuple[Tensor | None, ...] | None:
+        """What a step reads and writes, and must stay where it is; None where the next step is not as later ones."""
+
+    def for_steps(self) -> Any:
+        """A stand-in with the same memory, which counts no tokens on the host."""
+
+    def count_step(self) -> None:
+        """Count a token that is replayed.
+
+        Raises:
+            ValueError: there is no room for it.
+        """
+
+
 class GraphedForward:
-    """Replaces a causal language model's `forward` while it is installed.
+    """Replaces a causal language model's `forward` while it is installed, or within a `with` block.
 
     Steps of `generate` with a static cache are captured as CUDA graphs at their first use and replayed from then on:
     one token, or a chunk of a prompt, which is filled up to a power of two. A static cache of the same size that comes
-    later takes over the memory of one that has gone, and its graphs. Whatever else the model is called with runs as
-    before, and so does everything if a step cannot be captured; a warning says why.
+    later takes over the memory of one that has gone, and its graphs. With a cache whose layers are `SteppedLayer`s,
+    tokens are replayed from the second one on. Whatever else the model is called with runs as before, and so does
+    everything if a step cannot be captured; a warning says why.
 
     Args:
-        model: on one CUDA device, with the attention "sdpa", for which "pronghorn_cached" stands in.
+        model: on one CUDA device. For the attention "sdpa" stands in "pronghorn_cached"; any other stays.
         compile: let `torch.compile` fuse the small operations of a step before it is captured, once for one token and
             once for chunks.
+
+    Example:
+        >>> with GraphedForward(model):
+        ...     model.generate(**inputs, past_key_values=duo.make_cache(static=True, max_len=4096))
     """
 
     def __init__(self, model: PreTrainedModel, *, compile: bool = False) -> None:
@@ -46,6 +68,7 @@ class GraphedForward:
         self._captured: Callable[..., Any] = torch.compile(self._eager, dynamic=True) if compile else self._eager
         self._attention = model.config._attn_implementation
         self._states: weakref.WeakKeyDictionary[StaticCache, _State] = weakref.WeakKeyDictionary()
+        self._steps: weakref.WeakKeyDictionary[Cache, _Step | None] = weakref.WeakKeyDictionary()
         self._released: _State | None = None
         self._refused = False
 
@@ -54,31 +77,85 @@ class GraphedForward:
 
         @functools.wraps(self._eager)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._run(**kwargs) if not args and self._takes(kwargs) else self._eager(*args, **kwargs)
+            run = None if args else self._of(kwargs)
+            return self._eager(*args, **kwargs) if run is None else run(**kwargs)
 
         self.model.forward = forward
-        self.model.set_attn_implementation(ATTENTION)
+        if self._attention == "sdpa":
+            self.model.set_attn_implementation(ATTENTION)
+        self._disabled = self.model.generation_config.disable_compile
+        self.model.generation_config.disable_compile = True  # the graphs do it
 
     def remove(self) -> None:
         """Give the model its own `forward` back, and free the graphs."""
         self.model.__dict__.pop("forward", None)
-        self.model.set_attn_implementation(self._attention)
+        if self.model.config._attn_implementation == ATTENTION:
+            self.model.set_attn_implementation(self._attention)
+        self.model.generation_config.disable_compile = self._disabled
         self._states.clear()
+        self._steps.clear()
         self._released = None
 
-    def _takes(self, kwargs: dict[str, Any]) -> bool:
+    def __enter__(self) -> GraphedForward:
+        self.install()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def _of(self, kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+        """What runs a call; None where the model itself does."""
         if self._refused or torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return False
+            return None
         given = {name: value for name, value in kwargs.items() if value is not None}
         ids, cache, mask = (given.pop(name, None) for name in ("input_ids", "past_key_values", "attention_mask"))
-        given.pop("position_ids", None)
-        return (
-            given == OPTIONS
-            and isinstance(ids, Tensor)
-            and isinstance(cache, StaticCache)
-            and all(type(layer) is StaticLayer for layer in cache.layers)
-            and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.bool))
-        )
+        positions = given.pop("position_ids", None)
+        if given != OPTIONS or not isinstance(ids, Tensor) or not isinstance(cache, Cache):
+            return None
+        if isinstance(cache, StaticCache) and all(type(layer) is StaticLayer for layer in cache.layers):
+            fits = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.bool)
+            return self._run if fits else None
+        stepped = all(hasattr(layer, "step_memory") for layer in cache.layers)
+        return self._step if stepped and ids.shape[1] == 1 and positions is not None else None
+
+    def _step(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache,
+        position_ids: Tensor,
+        attention_mask: Any = None,
+        **options: Any,
+    ) -> Any:
+        """One token. The first of a cache runs as it is, and sets up what libraries and kernels need."""
+        cache = past_key_values
+        layers = cast("list[SteppedLayer]", cache.layers)
+        memory = [layer.step_memory() for layer in layers]
+        ready = all(part is not None for part in memory)
+        step = self._steps.get(cache)
+        if ready and step is None and cache in self._steps:
+            step = self._capture(lambda: _Step(self._eager, cache, input_ids, position_ids))
+        if ready:
+            self._steps[cache] = step
+        if step is None or not step.holds(memory):
+            return self._eager(
+                input_ids=input_ids, past_key_values=cache, position_ids=position_ids, attention_mask=attention_mask,
+                **options,
+            )  # fmt: skip
+        for layer in layers:
+            layer.count_step()
+        logits: Any = step.replay(input_ids, position_ids)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _capture(self, make: Callable[[], Any]) -> Any:
+        """What is captured; None where it cannot be, and then nothing is any more."""
+        try:
+            return make()
+        except RuntimeError as error:
+            if "captur" not in str(error):
+                raise
+            self._refused = True
+            logger.warning("%s runs without CUDA graphs: %s", type(self.model).__name__, error)
+            return None
 
     def _run(
         self,
@@ -140,14 +217,10 @@ class GraphedForward:
         if tokens > 1 and filled + size > state.capacity:
             size = tokens  # there is no room to fill up
         if size not in state.graphs:
-            try:
-                state.graphs[size] = _Graph(self._captured, state, cache, size)
-            except RuntimeError as error:
-                if "captur" not in str(error):
-                    raise
-                self._refused = True
-                logger.warning("%s runs without CUDA graphs: %s", type(self.model).__name__, error)
+            graph = self._capture(lambda: _Graph(self._captured, state, cache, size))
+            if graph is None:
                 return None
+            state.graphs[size] = graph
         return state.graphs[size]
 
 
@@ -219,7 +292,9 @@ class _Graph:
         def restore() -> None:
             torch._foreach_copy_(lengths, before)
 
-        self.logits, self._replay = captured(run, restore)
+        run()  # libraries set themselves up, which a graph cannot record
+        restore()
+        self._replay = captured(run)
 
     def replay(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Logits [batch, 1, vocabulary] after up to `size` tokens."""
@@ -233,19 +308,49 @@ class _Graph:
             self.positions[:, tokens:].copy_(positions[:, -1:])
             self.last.fill_(tokens - 1)
             self.count.fill_(tokens)
-        self._replay()
-        return self.logits.clone()
+        return self._replay().clone()
 
 
-def captured(run: Callable[[], Tensor], restore: Callable[[], None]) -> tuple[Tensor, Callable[[], None]]:
-    """The place of a function's result, and what computes it anew; `restore` undoes what a run did."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()  # libraries set themselves up, which a graph cannot record
-        restore()
-    torch.cuda.current_stream().wait_stream(stream)
+class _Step:
+    """One token for a cache of `SteppedLayer`s. Inputs have fixed places."""
+
+    def __init__(self, forward: Callable[..., Any], cache: Cache, ids: Tensor, positions: Tensor) -> None:
+        layers = cast("list[SteppedLayer]", cache.layers)
+        self._memory = [layer.step_memory() for layer in layers]
+        self.ids, self.positions = ids.clone(), positions.clone()
+        cache = copy.copy(cache)
+        cache.layers = [layer.for_steps() for layer in layers]
+
+        def run() -> Tensor:
+            logits: Tensor = forward(
+                input_ids=self.ids, position_ids=self.positions, past_key_values=cache, **OPTIONS
+            ).logits
+            return logits
+
+        self._replay = captured(run)
+
+    def holds(self, memory: list[tuple[Tensor | None, ...] | None]) -> bool:
+        """Whether a cache still has the memory that was captured."""
+        return all(
+            len(now or ()) == len(then or ()) and all(a is b for a, b in zip(now or (), then or (), strict=True))
+            for now, then in zip(memory, self._memory, strict=True)
+        )
+
+    def replay(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits [batch, 1, vocabulary] of the next token."""
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        return self._replay().clone()
+
+
+def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What replays a function that has run before, as a CUDA graph: the result is at the same place each time."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run()
-    return result, graph.replay
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ class Fused:
         self._linears: list[tuple[SharedInput, list[str], list[AwqLinear]]] = []
         self._operations: Any = None
         self._graphs: Any = None
-        self._generation = _generation_options(model)
+        self._cache = model.generation_config.cache_implementation if model.can_generate() else None
         groups = shared_inputs(model, example)
         object.__setattr__(model, "awq_fused", self)
         try:
@@ -41,9 +42,17 @@ class Fused:
 
         self._graphs = GraphedForward(self.model, compile=compile)
         self._graphs.install()
-        options = self.model.generation_config
+        model: Any = self.model
+        options, generate = model.generation_config, model.generate
         options.cache_implementation = options.cache_implementation or "static"
-        options.disable_compile = True  # the graphs do it
+
+        @functools.wraps(generate)
+        def generate_with_own_cache(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("past_key_values") is not None:
+                kwargs.setdefault("cache_implementation", None)  # transformers takes one or the other
+            return generate(*args, **kwargs)
+
+        model.generate = generate_with_own_cache
 
     def _fuse(self, groups: list[list[str]]) -> None:
         modules = dict(self.model.named_modules())
@@ -66,8 +75,8 @@ class Fused:
             self._operations.restore()
         if self._graphs is not None:
             self._graphs.remove()
-        for name, value in self._generation.items():
-            setattr(self.model.generation_config, name, value)
+            vars(self.model).pop("generate")
+            self.model.generation_config.cache_implementation = self._cache
         del self.model.awq_fused
 
     def __enter__(self) -> Fused:
@@ -75,11 +84,6 @@ class Fused:
 
     def __exit__(self, *error: object) -> None:
         self.restore()
-
-
-def _generation_options(model: PreTrainedModel) -> dict[str, Any]:
-    names = ("cache_implementation", "disable_compile") if model.can_generate() else ()
-    return {name: getattr(model.generation_config, name) for name in names}
 
 
 def _graphable(model: PreTrainedModel) -> bool:

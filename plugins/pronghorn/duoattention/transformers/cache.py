@@ -6,6 +6,7 @@ more than it keeps, so attention comes before the rest is forgotten.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
@@ -427,6 +428,28 @@ class DuoStaticLayer(DuoLayer):
         if token is not None:
             self._append(key, value)
         return result
+
+    # What replaying steps asks for (pronghorn.transformers.graphs.SteppedLayer).
+
+    def step_memory(self) -> tuple[Tensor | None, ...] | None:
+        """What a decoding step reads and writes; None before the first token."""
+        if not self.started:
+            return None
+        return (*self.full, *self.streaming, self.lengths, self.written, self.padding)
+
+    def for_steps(self) -> DuoStaticLayer:
+        """A stand-in with the same memory, which counts no tokens on the host."""
+        layer = copy.copy(self)
+        layer._counted = -(1 << 60)
+        return layer
+
+    def count_step(self) -> None:
+        """Count a token that is replayed.
+
+        Raises:
+            ValueError: there is no room for it.
+        """
+        self._count(1)
 
     def _heads(self) -> tuple[CachedHeads, CachedHeads]:
         return self._cached(self.full, self.lengths, self.padding), self._cached(self.streaming, self.written, None)
