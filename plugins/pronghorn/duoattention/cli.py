@@ -200,24 +200,40 @@ def bench(
     prefill: Prefill = "dense_first",
     chunk: Chunk = 32000,
     steps: Annotated[int, typer.Option(help="Tokens to decode.")] = 20,
+    graphs: Annotated[bool | None, typer.Option(help="Decode with CUDA graphs; by default on a GPU.")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Time of prompts and of decoding, and memory of the cache: dense, then with DuoAttention."""
+    """Time of prompts and of decoding, and memory of the cache: as transformers has it, then with DuoAttention.
+
+    With CUDA graphs also with all heads full, to tell what graphs do from what streaming heads do.
+    """
     from transformers import DynamicCache
 
+    from pronghorn.duoattention import DuoAttentionConfig
     from pronghorn.duoattention.bench import measure
     from pronghorn.duoattention.transformers import apply_duo
 
     config = _config(pattern, sparsity, threshold, balance, sink, recent, bits, prefill)
     lengths = _numbers(contexts)
     loaded, _ = _load(model, dtype, device)
+    on_gpu = loaded.device.type == "cuda"
+    if graphs and not on_gpu:
+        raise ValueError(f"graphs: the model is on {loaded.device.type}; CUDA graphs need a GPU")
+    graphs = on_gpu if graphs is None else graphs
     found = []
-    for name, make in (("dense", None), ("duo", config)):
-        cache = DynamicCache if make is None else apply_duo(loaded, make).make_cache
+    for name, given in {"dense": None, **({"full": DuoAttentionConfig()} if graphs else {}), "duo": config}.items():
+        duo = None if given is None else apply_duo(loaded, given)
+
+        def cache(room: int, duo: Any = duo) -> Any:
+            if duo is None:
+                return DynamicCache(config=loaded.config)
+            return duo.make_cache(static=True, max_len=room) if graphs else duo.make_cache()
+
+        replayed = graphs and duo is not None
         for length in lengths:
-            speed = measure(loaded, cache, length, prefill_chunk_size=chunk, decode_steps=steps)
+            speed = measure(loaded, cache, length, prefill_chunk_size=chunk, decode_steps=steps, graphs=replayed)
             found.append({"cache": name, **asdict(speed)})
             typer.echo(
                 f"{name:5} {length:8} tokens: read in {speed.prefill_seconds:8.3f} s, then "

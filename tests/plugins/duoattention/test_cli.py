@@ -102,6 +102,12 @@ def test_bench(letters, pattern, tmp_path):
     assert call("bench", letters, "--contexts", "8,many").exit_code == 2
 
 
+def test_bench_needs_a_gpu_for_graphs(letters):
+    found = call("bench", letters, "--graphs", *FAST)
+    assert isinstance(found.exception, ValueError)
+    assert "CUDA graphs need a GPU" in str(found.exception)
+
+
 def test_niah(letters, pattern, story, tmp_path):
     arguments = ("niah", letters, "--out", tmp_path, "--pattern", pattern, "--lengths", "400,500,2", "--depths", 2,
                  "--text", story, "--sink", 4, "--recent", 8, "--chunk", 128, *FAST)  # fmt: skip

@@ -5,6 +5,7 @@ import torch
 from tests.models import token_ids
 from tests.plugins.duoattention.conftest import duo_of, small
 
+from pronghorn.duoattention.bench import measure
 from pronghorn.transformers import graphs
 from pronghorn.transformers.graphs import GraphedForward
 
@@ -79,6 +80,17 @@ def test_beam_search_runs_without(captures):
     wanted = generate(model, duo, ids, torch.ones_like(ids), num_beams=3)
     with GraphedForward(model):
         assert torch.equal(generate(model, duo, ids, torch.ones_like(ids), num_beams=3), wanted)
+
+
+def test_bench_decodes_with_graphs(captures):
+    model = small("llama").to(DEVICE)
+    duo = duo_of(model)
+    speed = measure(
+        model, lambda room: duo.make_cache(static=True, max_len=room), 40, prefill_chunk_size=16, decode_steps=5,
+        graphs=True,
+    )  # fmt: skip
+    assert len(captures) == 1
+    assert speed.decode_seconds > 0
 
 
 def test_replayed_steps_notice_that_there_is_no_room(captures):
