@@ -19,6 +19,9 @@ class HeadSplit:
         self.is_full = tuple(bool(full) for full in is_full)
         self.full = [head for head, full in enumerate(self.is_full) if full]
         self.streaming = [head for head, full in enumerate(self.is_full) if not full]
+        self._places = [
+            self.full.index(h) if full else -1 - self.streaming.index(h) for h, full in enumerate(self.is_full)
+        ]
         self._tensors: dict[tuple[str, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
@@ -26,8 +29,7 @@ class HeadSplit:
 
     def index(self, device: torch.device) -> Tensor:
         """int32 [heads]: i >= 0 is the i-th full head, i < 0 the (-1 - i)-th streaming head."""
-        places = [self.full.index(h) if full else -1 - self.streaming.index(h) for h, full in enumerate(self.is_full)]
-        return self._tensor("index", places, device, torch.int32)
+        return self._tensor("index", self._places, device, torch.int32)
 
     def types(self, group: int, device: torch.device) -> Tensor:
         """int32 [heads * group]: 0 for the query heads of a full head, -1 for those of a streaming one."""

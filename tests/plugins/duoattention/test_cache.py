@@ -10,6 +10,8 @@ from transformers import DynamicCache
 
 from pronghorn.duoattention import DuoAttentionConfig, apply_duo, plan
 from pronghorn.duoattention.bench import cache_bytes
+from pronghorn.duoattention.transformers import cache as cache_module
+from pronghorn.duoattention.transformers.cache import DuoLayer
 from pronghorn.kernels._operation import relative_error
 
 FAMILIES = ["llama", "llama_mha", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma", "gemma2", "gemma3",
@@ -256,6 +258,24 @@ def test_beam_search(llama):
     mixed = duo_of(llama)
     dynamic = llama.generate(ids, past_key_values=mixed.make_cache(), **options)
     assert torch.equal(llama.generate(ids, past_key_values=cache_of(mixed, True), **options), dynamic)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_heads_unpacked_one_by_one_are_what_they_are_together(llama, monkeypatch, static):
+    duo, ids = duo_of(llama, [[1.0, 1.0], [1.0, 0.0]], kv_bits=4), token_ids(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    wanted = run(llama, ids, cache_of(duo, static), [20, 20], mask)
+    unpacked, original = [], DuoLayer.decoded
+
+    def noted(layer, tensors):
+        unpacked.append(tensors[0].shape[1])
+        return original(layer, tensors)
+
+    monkeypatch.setattr(DuoLayer, "decoded", noted)
+    monkeypatch.setattr(cache_module, "UNPACKED_BYTES", 1)
+    assert relative_error(run(llama, ids, cache_of(duo, static), [20, 20], mask), wanted) < 1e-6
+    assert unpacked == [1, 1, 1, 1]  # two full heads, one, and the streaming one
 
 
 @pytest.mark.parametrize("bits", [16, 4])

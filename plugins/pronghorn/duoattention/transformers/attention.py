@@ -120,7 +120,12 @@ def _later_chunk(
     layer.store(key, value)
     full = split.of_kind(query, True)
     if split.full:
-        full = dense_attention(full, *layer.all_full(), layer.padding, scale, softcap)
+        group = full.shape[1] // len(split.full)
+        parts = [
+            dense_attention(full[:, of.start * group : of.stop * group], keys, values, layer.padding, scale, softcap)
+            for of, keys, values in layer.parts_of_full()
+        ]
+        full = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     streaming = split.of_kind(query, False)
     if split.streaming:
         joined = [torch.cat([old, split.of_kind(n, False)], dim=2) for old, n in zip(before, new, strict=True)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +25,7 @@ from pronghorn.kernels.kv_quantize import kv_dequantize, kv_quantize
 
 # What a layer here gives as the offset of its keys: the mask function cannot see the cache, and knows it by this.
 KEY_OFFSET = -(2**31)
+UNPACKED_BYTES = 2**30  # of keys and values that are unpacked at once, if one head has no more
 
 
 class NewTokens:
@@ -124,8 +125,24 @@ class DuoLayer(CacheLayerMixin):
         """Keep new tokens, and forget what streaming heads no longer need."""
 
     @abstractmethod
-    def all_full(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of full heads, all that is stored; [batch, full heads, tokens, head_dim]."""
+    def stored_full(self) -> list[Tensor]:
+        """Encoded tensors of full heads, [batch, full heads, tokens, …]."""
+
+    def parts_of_full(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Full heads, some at a time, with keys and values of all that is stored: [batch, heads, tokens, head_dim].
+
+        As codes take four times the memory when they are unpacked, which a long context may not leave, not all heads
+        are at the same time.
+        """
+        stored = self.stored_full()
+        batch, heads, tokens = stored[0].shape[:3]
+        together = heads
+        if self.settings.kv_bits != 16:
+            bytes_of_head = 2 * batch * tokens * self.head_dim * self.dtype.itemsize
+            together = max(1, UNPACKED_BYTES // max(1, bytes_of_head))
+        for first in range(0, heads, together):
+            part = slice(first, min(heads, first + together))
+            yield part, *self.decoded([tensor[:, part] for tensor in stored])
 
     @abstractmethod
     def window(self) -> tuple[list[Tensor], Tensor | None]:
@@ -271,9 +288,9 @@ class DuoDynamicLayer(DuoLayer):
         self._real = kept
         return [tensor.gather(2, _expanded(source, tensor)) for tensor in seen]
 
-    def all_full(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of full heads, all that is stored."""
-        return self.decoded(self.full)
+    def stored_full(self) -> list[Tensor]:
+        """Encoded tensors of full heads."""
+        return self.full
 
     def window(self) -> tuple[list[Tensor], Tensor | None]:
         """Encoded tensors of streaming heads in the order of time, and the first slot that is none's padding."""
@@ -398,10 +415,10 @@ class DuoStaticLayer(DuoLayer):
         sink, recent = self.settings.sink_size, self.settings.recent_size
         return torch.where(position < sink, position, sink + (position - sink) % recent)
 
-    def all_full(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of full heads, all that is stored."""
+    def stored_full(self) -> list[Tensor]:
+        """Encoded tensors of full heads."""
         seen = self.filled()
-        return self.decoded([tensor[:, :, :seen] for tensor in self.full])
+        return [tensor[:, :, :seen] for tensor in self.full]
 
     def window(self) -> tuple[list[Tensor], Tensor | None]:
         """Encoded tensors of streaming heads in the order of time, and the first slot that is none's padding."""
