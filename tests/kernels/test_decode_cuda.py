@@ -15,6 +15,7 @@ import pronghorn.kernels.decode_attention as operation
 from pronghorn.kernels import _nvrtc
 from pronghorn.kernels._operation import relative_error
 from pronghorn.kernels.decode_attention import CachedHeads, cuda, decode_attention
+from pronghorn.kernels.decode_attention.call import Call
 
 INDEX = [-1, 0, 1]
 COMPILER = which("g++")
@@ -129,11 +130,9 @@ def test_the_kernel_on_a_gpu(case, monkeypatch):
     knobs = dict(CASES[case])
     monkeypatch.setattr(cuda, "PROCESSORS", knobs.pop("blocks", cuda.PROCESSORS))
     arguments, options, wanted = example(**knobs)
-    query, full, streaming, index = arguments
-    tables = [full.block_table, streaming.block_table]
-    assert not cuda.obstacle(query, full.tensors(), streaming.tensors(), tables, index, options["bits"])
     with backend(""):
         found = decode_attention(*arguments, **options)
+        assert cuda._kernel.cache_info().currsize
         assert relative_error(found, wanted) < TOLERANCE[found.dtype]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -151,7 +150,8 @@ def test_what_the_kernel_does_not_run(monkeypatch):
         pages = buffer[shift:].view(2, 1, page, size)
         query, index = torch.zeros(1, group, 1, size, dtype=dtype), torch.zeros(1, dtype=torch.int32)
         table = torch.zeros(1, 2, dtype=torch.int32)
-        return cuda.obstacle(query, [pages, pages], [pages[:, :0], pages[:, :0]], [table, None], index, 16)
+        caches = [pages, pages], [pages[:, :0], pages[:, :0]]
+        return cuda.obstacle(Call(query, *caches, [], [], [table, None], [], index, None, None, 1.0, 0.0, 16))
 
     assert not obstacle()
     assert "float32" in obstacle(dtype=torch.float32)

@@ -11,6 +11,7 @@ from torch import Tensor
 from pronghorn.kernels._arguments import check_shape, check_tensor
 from pronghorn.kernels._dispatch import use_cuda, use_triton
 from pronghorn.kernels.decode_attention import cuda, reference
+from pronghorn.kernels.decode_attention.call import Call
 
 __all__ = ["CachedHeads", "decode_attention"]
 
@@ -180,16 +181,16 @@ def _decode_attention(
     softcap: float,
     bits: int,
 ) -> Tensor:
-    caches = (full, streaming, lengths, start, block_table, windows)
-    arguments = (query, *caches, head_index, key, value, scale, softcap, bits)
+    call = Call(
+        query, full, streaming, lengths, start, block_table, windows, head_index, key, value, scale, softcap, bits
+    )
     if use_triton("decode_attention", query) and query.dtype != torch.float64 and query.numel():
-        obstacle = cuda.obstacle(query, full, streaming, block_table, head_index, bits)
-        if use_cuda("decode_attention", obstacle):
-            return cuda.decode_attention(*arguments)
+        if use_cuda("decode_attention", cuda.obstacle(call)):
+            return cuda.decode_attention(call)
         from pronghorn.kernels.decode_attention import triton
 
-        return triton.decode_attention(*arguments)
-    return reference.decode_attention(*arguments)
+        return triton.decode_attention(call)
+    return reference.decode_attention(call)
 
 
 @_decode_attention.register_fake

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels import _nvrtc
+from pronghorn.kernels.decode_attention.call import Call
 from pronghorn.kernels.decode_attention.launch import SHORTEST_STRETCH, prepare
 
 SOURCE = Path(__file__).with_name("decode.cu")
@@ -31,27 +32,21 @@ def blocks_of_processor(group: int) -> int:
     return 3 if group <= 8 else 2
 
 
-def obstacle(
-    query: Tensor,
-    full: list[Tensor],
-    streaming: list[Tensor],
-    block_table: list[Tensor | None],
-    head_index: Tensor,
-    bits: int,
-) -> str:
+def obstacle(call: Call) -> str:
     """Why the kernel cannot run, or nothing."""
+    query = call.query
     if not _is_hopper(query.device):
         return "the device is no Hopper GPU"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"queries are {query.dtype}"
     if query.shape[3] not in SIZES:
         return f"heads have {query.shape[3]} channels"
-    if query.shape[1] > MOST_QUERIES * head_index.shape[0]:
+    if query.shape[1] > MOST_QUERIES * call.head_index.shape[0]:
         return f"more than {MOST_QUERIES} query heads share keys and values"
-    for tensors, table in zip((full, streaming), block_table, strict=True):
+    for tensors, table in zip((call.full, call.streaming), call.block_table, strict=True):
         if table is not None and tensors[0].shape[2] % SUB:
             return f"pages of {tensors[0].shape[2]} slots do not divide into fragments of {SUB}"
-        if any(tensor.data_ptr() % ALIGNMENT for tensor in _wide(tensors, bits)):
+        if any(tensor.data_ptr() % ALIGNMENT for tensor in _wide(tensors, call.bits)):
             return f"a cache does not begin at a multiple of {ALIGNMENT} bytes"
     return "" if _nvrtc.available() else "the package cuda-bindings is not installed"
 
@@ -65,33 +60,18 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == CAPABILITY
 
 
-def decode_attention(
-    query: Tensor,
-    full: list[Tensor],
-    streaming: list[Tensor],
-    lengths: list[Tensor],
-    start: list[Tensor | None],
-    block_table: list[Tensor | None],
-    windows: list[int],
-    head_index: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    scale: float,
-    softcap: float,
-    bits: int,
-) -> Tensor:
+def decode_attention(call: Call) -> Tensor:
     """[batch, heads, 1, head_dim]."""
-    size, group = query.shape[3], query.shape[1] // head_index.shape[0]
+    query = call.query
+    size, group = query.shape[3], query.shape[1] // call.head_index.shape[0]
     blocks = blocks_of_processor(group)
-    launch = prepare(
-        query, full, streaming, lengths, start, block_table, windows, head_index, key, value,
-        scale if softcap else scale * LOG2_E, softcap, bits,
-        blocks=blocks * PROCESSORS, unit=ALIGNMENT // full[0].element_size(),
-    )  # fmt: skip
+    scale = call.scale if call.softcap else call.scale * LOG2_E
+    unit = ALIGNMENT // call.full[0].element_size()
+    launch = prepare(call._replace(scale=scale), blocks=blocks * PROCESSORS, unit=unit)
     macros = {
-        "SIZE": size, "GROUP": group, "BITS": bits, "BFLOAT": int(query.dtype == torch.bfloat16),
+        "SIZE": size, "GROUP": group, "BITS": call.bits, "BFLOAT": int(query.dtype == torch.bfloat16),
         "PAGED": int(launch.paged), "STARTS": int(launch.started), "EXTRA": int(launch.extra),
-        "CAPPED": int(softcap > 0), "ALONE": int(launch.grid[0] == 1), "SHORTEST": SHORTEST_STRETCH,
+        "CAPPED": int(call.softcap > 0), "ALONE": int(launch.grid[0] == 1), "SHORTEST": SHORTEST_STRETCH,
         "WARPS": WARPS, "BLOCKS": blocks,
     }  # fmt: skip
     index = torch.cuda.current_device() if query.device.index is None else query.device.index

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pronghorn.kernels.decode_attention.call import Call
+
 SHORTEST_STRETCH = 128  # slots of a head that a block takes; fewer cost more to join than they save
 
 
@@ -34,53 +36,36 @@ class Launch:
     extra: bool
 
 
-def prepare(
-    query: Tensor,
-    full: list[Tensor],
-    streaming: list[Tensor],
-    lengths: list[Tensor],
-    start: list[Tensor | None],
-    block_table: list[Tensor | None],
-    windows: list[int],
-    head_index: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    scale: float,
-    softcap: float,
-    bits: int,
-    *,
-    blocks: int,
-    unit: int = 1,
-) -> Launch:
+def prepare(call: Call, *, blocks: int, unit: int = 1) -> Launch:
     """Arguments for a kernel of which `blocks` blocks keep the GPU busy, and whose caches' strides are in `unit`s."""
-    query = query if query.stride(-1) == 1 else query.contiguous()
+    query = call.query if call.query.stride(-1) == 1 else call.query.contiguous()
     batch, heads, _, size = query.shape
-    kinds = head_index.shape[0]
-    tables = _tables(block_table, batch, query.device)
-    paged = [table is not None for table in block_table]
+    kinds = call.head_index.shape[0]
+    caches = call.full, call.streaming
+    tables = _tables(call.block_table, batch, query.device)
+    paged = [table is not None for table in call.block_table]
     pages = [table.shape[1] if of_pages else 1 for table, of_pages in zip(tables, paged, strict=True)]
-    splits = _splits(batch, full, streaming, pages, windows, blocks)
+    splits = _splits(batch, call.full, call.streaming, pages, call.windows, blocks)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     count = batch * heads * splits if splits > 1 else 0
     partial = torch.empty(count, size, dtype=torch.float32, device=query.device)
     peaks, totals = torch.empty(2, count, dtype=torch.float32, device=query.device)
-    (full_tensors, full_strides), (streaming_tensors, streaming_strides) = (
-        _like(tensors, bits, unit) for tensors in (full, streaming)
-    )
-    started = any(tensor is not None for tensor in start)
-    starts = [lengths[0], lengths[1]]  # not read
+    (full, full_strides), (streaming, streaming_strides) = (_like(tensors, call.bits, unit) for tensors in caches)
+    started = any(tensor is not None for tensor in call.start)
+    starts = call.lengths  # not read
     if started:
-        starts = [torch.zeros_like(lengths[0]) if tensor is None else tensor.contiguous() for tensor in start]
-    extra = (query, query) if key is None or value is None else (key.contiguous(), value.contiguous())
+        none = torch.zeros_like(call.lengths[0])
+        starts = [none if tensor is None else tensor.contiguous() for tensor in call.start]
+    extra = call.key is not None and call.value is not None
+    token = [tensor.contiguous() for tensor in (call.key, call.value) if tensor is not None] if extra else [query] * 2
     arguments = [
-        query, *full_tensors[:2], *streaming_tensors[:2], *full_tensors[2:], *streaming_tensors[2:],
-        *(tensor.contiguous() for tensor in lengths), *starts, *tables, head_index.contiguous(), *extra,
-        out, partial, peaks, totals, scale, softcap, kinds, splits, *query.stride()[:2],
+        query, *full[:2], *streaming[:2], *full[2:], *streaming[2:],
+        *(tensor.contiguous() for tensor in call.lengths), *starts, *tables, call.head_index.contiguous(), *token,
+        out, partial, peaks, totals, call.scale, call.softcap, kinds, splits, *query.stride()[:2],
         *full_strides, *streaming_strides,
-        tables[0].stride(0), full[0].shape[2], tables[1].stride(0), streaming[0].shape[2], *windows,
+        tables[0].stride(0), call.full[0].shape[2], tables[1].stride(0), call.streaming[0].shape[2], *call.windows,
     ]  # fmt: skip
-    parts = (partial, peaks, totals)
-    return Launch(arguments, out, parts, (splits, batch * kinds), any(paged), started, key is not None)
+    return Launch(arguments, out, (partial, peaks, totals), (splits, batch * kinds), any(paged), started, extra)
 
 
 def _splits(

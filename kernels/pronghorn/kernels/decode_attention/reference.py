@@ -5,35 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pronghorn.kernels.decode_attention.call import Call
 from pronghorn.kernels.kv_quantize.reference import kv_dequantize
 
 
-def decode_attention(
-    query: Tensor,
-    full: list[Tensor],
-    streaming: list[Tensor],
-    lengths: list[Tensor],
-    start: list[Tensor | None],
-    block_table: list[Tensor | None],
-    windows: list[int],
-    head_index: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    scale: float,
-    softcap: float,
-    bits: int,
-) -> Tensor:
+def decode_attention(call: Call) -> Tensor:
     """[batch, heads, 1, head_dim]; in float32 or better, and rounded once."""
-    groups = query.unflatten(1, (head_index.shape[0], -1))  # [batch, key/value heads, group, 1, head_dim]
+    groups = call.query.unflatten(1, (call.head_index.shape[0], -1))  # [batch, key/value heads, group, 1, head_dim]
     result = torch.empty_like(groups)
-    for kind, tensors in enumerate((full, streaming)):
-        heads = _heads_of(head_index, kind, tensors[0].shape[1])
+    for kind, tensors in enumerate((call.full, call.streaming)):
+        heads = _heads_of(call.head_index, kind, tensors[0].shape[1])
         if heads.numel():
-            sink, recent = windows[2 * kind : 2 * kind + 2]
-            slots, seen = _slots(_capacity(tensors[0], block_table[kind]), lengths[kind], start[kind], sink, recent)
-            keys, values = _cached(tensors, block_table[kind], slots, query, bits)
-            extra = (key[:, heads], value[:, heads]) if key is not None and value is not None else None
-            result[:, heads] = _attend(groups[:, heads], keys, values, seen, extra, scale, softcap)
+            table, (sink, recent) = call.block_table[kind], call.windows[2 * kind : 2 * kind + 2]
+            capacity = _capacity(tensors[0], table)
+            slots, seen = _slots(capacity, call.lengths[kind], call.start[kind], sink, recent)
+            keys, values = _cached(tensors, table, slots, call.query, call.bits)
+            token = None if call.key is None or call.value is None else (call.key[:, heads], call.value[:, heads])
+            result[:, heads] = _attend(groups[:, heads], keys, values, seen, token, call.scale, call.softcap)
     return result.flatten(1, 2).contiguous()
 
 

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels._triton import dot_type
+from pronghorn.kernels.decode_attention.call import Call
 from pronghorn.kernels.decode_attention.launch import SHORTEST_STRETCH, Launch, prepare
 
 ROWS = 16  # least query heads of a tile: what tensor cores take
@@ -210,32 +211,15 @@ def _join(out, partial, peaks, totals, splits, SIZE: tl.constexpr, WIDTH: tl.con
     tl.store(out + row * SIZE + d, result.to(out.dtype.element_ty), mask=d < SIZE)
 
 
-def decode_attention(
-    query: Tensor,
-    full: list[Tensor],
-    streaming: list[Tensor],
-    lengths: list[Tensor],
-    start: list[Tensor | None],
-    block_table: list[Tensor | None],
-    windows: list[int],
-    head_index: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    scale: float,
-    softcap: float,
-    bits: int,
-) -> Tensor:
+def decode_attention(call: Call) -> Tensor:
     """[batch, heads, 1, head_dim]."""
-    launch = prepare(
-        query, full, streaming, lengths, start, block_table, windows, head_index, key, value, scale, softcap, bits,
-        blocks=BLOCKS,
-    )  # fmt: skip
-    size, group = query.shape[3], query.shape[1] // head_index.shape[0]
+    launch, bits = prepare(call, blocks=BLOCKS), call.bits
+    size, group = call.query.shape[3], call.query.shape[1] // call.head_index.shape[0]
     _attend[launch.grid](
         *launch.arguments,
         size, triton.next_power_of_2(size // 2 if bits == 4 else size), group,
-        max(ROWS, triton.next_power_of_2(group)), SLOTS, bits, launch.paged, launch.started, launch.extra, softcap > 0,
-        launch.grid[0] == 1, SHORTEST_STRETCH, dot_type(query.dtype),
+        max(ROWS, triton.next_power_of_2(group)), SLOTS, bits, launch.paged, launch.started, launch.extra,
+        call.softcap > 0, launch.grid[0] == 1, SHORTEST_STRETCH, dot_type(call.query.dtype),
         num_warps=4, num_stages=3,
     )  # fmt: skip
     join(launch)
