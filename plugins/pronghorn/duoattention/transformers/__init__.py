@@ -14,7 +14,8 @@ from transformers.cache_utils import (
 from pronghorn.duoattention.config import DuoAttentionConfig
 from pronghorn.duoattention.heads import HeadSplit
 from pronghorn.duoattention.transformers.attention import ATTENTION, register
-from pronghorn.duoattention.transformers.cache import DuoDynamicLayer, DuoStaticLayer
+from pronghorn.duoattention.transformers.dynamic_cache import DuoDynamicLayer
+from pronghorn.duoattention.transformers.static_cache import DuoStaticLayer
 
 __all__ = ["DuoAttention", "apply_duo", "register"]
 
