@@ -10,7 +10,7 @@ from pathlib import Path
 def tokens_of_ranks(folder, prompts, tokens, ranks, **options):
     """Greedy tokens of each prompt, from an engine whose model `ranks` processes share, on CPUs."""
     job = {"prompts": prompts, "tokens": tokens, "options": {"tensor_parallel_size": ranks, **options}}
-    cores = "|".join(map(str, range(ranks)))
+    cores = "|".join(map(str, sorted(os.sched_getaffinity(0))[:ranks]))
     env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     answer = Path(folder) / "answer.json"
