@@ -68,7 +68,7 @@ class GraphedForward:
         self._captured: Callable[..., Any] = torch.compile(self._eager, dynamic=True) if compile else self._eager
         self._attention = model.config._attn_implementation
         self._states: weakref.WeakKeyDictionary[StaticCache, _State] = weakref.WeakKeyDictionary()
-        self._steps: weakref.WeakKeyDictionary[Cache, _Step | None] = weakref.WeakKeyDictionary()
+        self._steps: weakref.WeakKeyDictionary[Cache, _Step] = weakref.WeakKeyDictionary()
         self._released: _State | None = None
         self._refused = False
 
@@ -126,17 +126,20 @@ class GraphedForward:
         attention_mask: Any = None,
         **options: Any,
     ) -> Any:
-        """One token. The first of a cache runs as it is, and sets up what libraries and kernels need."""
+        """One token. Where the last one found the cache's memory elsewhere, or none, it runs as it is.
+
+        That sets up what libraries and kernels need, and after beam search, which exchanges the memory, all tokens do.
+        """
         cache = past_key_values
         layers = cast("list[SteppedLayer]", cache.layers)
         memory = [layer.step_memory() for layer in layers]
-        ready = all(part is not None for part in memory)
         step = self._steps.get(cache)
-        if ready and step is None and cache in self._steps:
-            step = self._capture(lambda: _Step(self._eager, cache, input_ids, position_ids))
-        if ready:
-            self._steps[cache] = step
         if step is None or not step.holds(memory):
+            self._steps[cache] = _Step(memory)  # a graph of other memory goes, and frees it
+            step = None
+        elif not step.captured:
+            step = self._capture(lambda: step.capture(self._eager, cache, input_ids, position_ids))
+        if step is None:
             return self._eager(
                 input_ids=input_ids, past_key_values=cache, position_ids=position_ids, attention_mask=attention_mask,
                 **options,
@@ -312,29 +315,37 @@ class _Graph:
 
 
 class _Step:
-    """One token for a cache of `SteppedLayer`s. Inputs have fixed places."""
+    """One token for a cache of `SteppedLayer`s, whose memory is this. Inputs have fixed places."""
 
-    def __init__(self, forward: Callable[..., Any], cache: Cache, ids: Tensor, positions: Tensor) -> None:
-        layers = cast("list[SteppedLayer]", cache.layers)
-        self._memory = [layer.step_memory() for layer in layers]
+    def __init__(self, memory: list[tuple[Tensor | None, ...] | None]) -> None:
+        # Until it is captured it keeps no memory alive.
+        self._memory = [[part if part is None else weakref.ref(part) for part in parts or ()] for parts in memory]
+        self._ready = all(parts is not None for parts in memory)
+        self.captured = False
+
+    def holds(self, memory: list[tuple[Tensor | None, ...] | None]) -> bool:
+        """Whether a cache still has this memory, and its next step is as later ones."""
+        return self._ready and all(
+            len(now or ()) == len(then)
+            and all((b if b is None else b()) is a for a, b in zip(now or (), then, strict=True))
+            for now, then in zip(memory, self._memory, strict=True)
+        )
+
+    def capture(self, forward: Callable[..., Any], cache: Cache, ids: Tensor, positions: Tensor) -> _Step:
+        """Itself, with a graph."""
         self.ids, self.positions = ids.clone(), positions.clone()
-        cache = copy.copy(cache)
-        cache.layers = [layer.for_steps() for layer in layers]
+        stand_in = copy.copy(cache)
+        stand_in.layers = [layer.for_steps() for layer in cast("list[SteppedLayer]", cache.layers)]
 
         def run() -> Tensor:
             logits: Tensor = forward(
-                input_ids=self.ids, position_ids=self.positions, past_key_values=cache, **OPTIONS
+                input_ids=self.ids, position_ids=self.positions, past_key_values=stand_in, **OPTIONS
             ).logits
             return logits
 
         self._replay = captured(run)
-
-    def holds(self, memory: list[tuple[Tensor | None, ...] | None]) -> bool:
-        """Whether a cache still has the memory that was captured."""
-        return all(
-            len(now or ()) == len(then or ()) and all(a is b for a, b in zip(now or (), then or (), strict=True))
-            for now, then in zip(memory, self._memory, strict=True)
-        )
+        self.captured = True
+        return self
 
     def replay(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits [batch, 1, vocabulary] of the next token."""

@@ -80,6 +80,23 @@ def test_beam_search_runs_without(captures):
     wanted = generate(model, duo, ids, torch.ones_like(ids), num_beams=3)
     with GraphedForward(model):
         assert torch.equal(generate(model, duo, ids, torch.ones_like(ids), num_beams=3), wanted)
+    assert not captures
+
+
+def test_a_cache_whose_memory_changed_gets_another_graph(captures):
+    """Padding is part of what a graph reads."""
+    model = small("llama").to(DEVICE)
+    duo, ids = duo_of(model), token_ids(2, 17)
+    masks = [torch.ones_like(ids), torch.ones_like(ids)]
+    masks[1][0, :5] = 0
+    wanted = [generate(model, duo, ids, mask) for mask in masks]
+    cache = duo.make_cache(static=True, max_len=64)
+    with GraphedForward(model) as forward:
+        for mask, answer in zip(masks, wanted, strict=True):
+            assert torch.equal(generate(model, duo, ids, mask, cache), answer)
+            cache.reset()
+        assert len(captures) == 2
+        assert len(forward._steps) == 1
 
 
 def test_bench_decodes_with_graphs(captures):
