@@ -56,8 +56,7 @@ def cached_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    output = cached_attention(query, key, value, attention_mask, scale=scaling)
-    return output.transpose(1, 2).contiguous(), None
+    return cached_attention(query, key, value, attention_mask, scale=scaling), None
 
 
 AttentionInterface.register(ATTENTION, cached_attention_forward)

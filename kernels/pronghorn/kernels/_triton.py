@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 
 from pronghorn.kernels._dispatch import interpreting
@@ -16,3 +17,11 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
     if interpreting() or dtype == torch.float32:
         return tl.float32
     return tl.float16 if dtype == torch.float16 else tl.bfloat16
+
+
+def dot_width(size: int) -> int:
+    """Width of a tile of `size` columns that `tl.dot` sums over: a power of two, and what tensor cores take at least.
+
+    The interpreter would take less.
+    """
+    return max(16, triton.next_power_of_2(size))

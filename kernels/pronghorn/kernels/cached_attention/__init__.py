@@ -25,7 +25,7 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *,
         scale: 1 / sqrt(head size) by default.
 
     Returns:
-        [batch, heads, tokens, head size] in the dtype of `query`; zeros for a token that sees nothing.
+        [batch, tokens, heads, head size] in the dtype of `query`; zeros for a token that sees nothing.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype or device.
@@ -64,4 +64,4 @@ def _cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
 
 @_cached_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return query.new_empty(query.shape)
+    return query.new_empty(query.transpose(1, 2).shape)

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels._triton import dot_type
+from pronghorn.kernels._triton import dot_type, dot_width
 
 # (rows of a block, slots of the cache it takes at once, warps, stages, blocks that keep a large GPU busy); rows are the
 # tokens of all heads of a group.
-FEW, MANY = (16, 64, 4, 3, 264), (128, 64, 8, 3, 132)
+FEW, MANY = (16, 64, 4, 3, 264), (64, 128, 4, 2, 264)
 SHORTEST_STRETCH = 128
 LOG2_E = 1.4426950408889634
 LOWEST = tl.constexpr(-1e30)  # below every score, and finite: the difference of two is a number
@@ -87,7 +87,7 @@ def _attend(
             sum = sum * shrink[:, None]
             sum += tl.dot(weights.to(v.dtype).to(DOT_TYPE), v.to(DOT_TYPE), input_precision="ieee")
             peak = higher
-    to = ((b * heads + own_head) * tokens + token).to(tl.int64)
+    to = ((b * tokens + token) * heads + own_head).to(tl.int64)
     if ALONE:
         result = sum / tl.maximum(total, 1e-30)[:, None]
         tl.store(
@@ -116,7 +116,7 @@ def _join(out, partial, peaks, totals, split, SIZE: tl.constexpr, WIDTH: tl.cons
 
 
 def cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """[batch, heads, tokens, size]."""
+    """[batch, tokens, heads, size]."""
     query, key, value, mask = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, mask))
     batch, heads, tokens, size = query.shape
     cached, capacity = key.shape[1:3]
@@ -126,11 +126,11 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
     split = max(1, min(wanted // blocks, triton.cdiv(capacity, SHORTEST_STRETCH)))
     stretch = triton.cdiv(triton.cdiv(capacity, split), slots) * slots
     split = triton.cdiv(capacity, stretch) or 1
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.empty(batch, tokens, heads, size, dtype=query.dtype, device=query.device)
     parts = query.numel() // size * split if split > 1 else 0
     partial = torch.empty(parts, size, dtype=torch.float32, device=query.device)
     peaks, totals = torch.empty(2, parts, dtype=torch.float32, device=query.device)
-    width = max(16, triton.next_power_of_2(size))
+    width = dot_width(size)
     _attend[(split, batch * cached, triton.cdiv(tokens * group, rows))](
         query, key, value, mask, out, partial, peaks, totals, scale * LOG2_E,
         heads, cached, tokens, capacity, split, stretch,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels._triton import dot_type
+from pronghorn.kernels._triton import dot_type, dot_width
 from pronghorn.kernels.decode_attention.call import Call
 from pronghorn.kernels.decode_attention.launch import SHORTEST_STRETCH, Launch, prepare
 
@@ -217,7 +217,7 @@ def decode_attention(call: Call) -> Tensor:
     size, group = call.query.shape[3], call.query.shape[1] // call.head_index.shape[0]
     _attend[launch.grid](
         *launch.arguments,
-        size, triton.next_power_of_2(size // 2 if bits == 4 else size), group,
+        size, dot_width(size // 2 if bits == 4 else size), group,
         max(ROWS, triton.next_power_of_2(group)), SLOTS, bits, launch.paged, launch.started, launch.extra,
         call.softcap > 0, launch.grid[0] == 1, SHORTEST_STRETCH, dot_type(call.query.dtype),
         num_warps=4, num_stages=3,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels._triton import dot_width
 from pronghorn.kernels.group_fake_quantize.triton import fake_quantize_tile, smallest_range
 
 ROWS = 64
@@ -91,7 +92,7 @@ def group_clip_search(
             bits,
             symmetric,
             ROWS,
-            max(16, triton.next_power_of_2(group_size)),
+            dot_width(group_size),
             num_warps=NUM_WARPS,
         )
     return maxima

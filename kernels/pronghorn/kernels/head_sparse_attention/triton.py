@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels._memory import tokens_outside
-from pronghorn.kernels._triton import dot_type
+from pronghorn.kernels._triton import dot_type, dot_width
 from pronghorn.kernels.head_sparse_attention.reference import STREAMING, Rule, window
 
 
@@ -273,7 +273,7 @@ def inner_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def tile_width(size: int) -> int:
     """What a tile holds a head in."""
-    width: int = max(16, triton.next_power_of_2(size))
+    width = dot_width(size)
     if width > max(FORWARD):
         raise ValueError(f"query: got a head_dim of {size}, the Triton kernels take up to {max(FORWARD)}")
     return width
