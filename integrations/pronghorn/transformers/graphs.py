@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Callable
@@ -80,6 +81,7 @@ class GraphedForward:
             run = None if args else self._of(kwargs)
             return self._eager(*args, **kwargs) if run is None else run(**kwargs)
 
+        cast("Any", forward).__signature__ = inspect.signature(self._eager)  # `generate` asks for it nine times a call
         self.model.forward = forward
         if self._attention == "sdpa":
             self.model.set_attn_implementation(ATTENTION)
@@ -177,12 +179,12 @@ class GraphedForward:
                 input_ids=input_ids, past_key_values=cache, attention_mask=attention_mask, position_ids=position_ids,
                 **options,
             )  # fmt: skip
-        positions = length + torch.arange(tokens, device=input_ids.device)
-        if position_ids is None:
-            position_ids = positions.expand(batch, -1)
-        if attention_mask is None:
+        if position_ids is None or attention_mask is None:
+            positions = length + torch.arange(tokens, device=input_ids.device)
             slots = torch.arange(state.capacity, device=input_ids.device)
-            attention_mask = (slots <= positions[:, None]).expand(batch, 1, -1, -1)
+            position_ids = positions.expand(batch, -1) if position_ids is None else position_ids
+            seen = (slots <= positions[:, None]).expand(batch, 1, -1, -1)
+            attention_mask = seen if attention_mask is None else attention_mask
         logits: Any = None
         for start in range(0, tokens, LARGEST_CHUNK):
             ids, mask, at = input_ids[:, start:], attention_mask[:, :, start:], position_ids[:, start:]

@@ -24,4 +24,5 @@ def dot_width(size: int) -> int:
 
     The interpreter would take less.
     """
-    return max(16, triton.next_power_of_2(size))
+    width: int = max(16, triton.next_power_of_2(size))
+    return width

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 QUESTION_TOKENS = 32
 WARM_UP = 2  # rounds; a static cache's memory and CUDA graphs are there from the second on
@@ -128,13 +128,11 @@ def _random_ids(model: PreTrainedModel, length: int) -> Tensor:
 def _seconds(model: PreTrainedModel, ids: Tensor, new_tokens: int, **cache: Any) -> float:
     """Wall time of one call of `generate`; with a cache given, that one is used and none is made."""
     generate: Any = model.generate
-    given = {"cache_implementation": None, **cache} if cache else {}
+    # Given as one object, as a server would: for loose arguments `generate` builds a default model configuration first.
+    how = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
     _synchronize(model)
     start = time.perf_counter()
-    generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
-        pad_token_id=0, **given,
-    )  # fmt: skip
+    generate(ids, attention_mask=torch.ones_like(ids), generation_config=how, **cache)
     _synchronize(model)
     return time.perf_counter() - start
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, StaticCache, TextStreamer
+from transformers import DynamicCache, GenerationConfig, StaticCache, TextStreamer
 from transformers.cache_utils import StaticLayer
+
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1}
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,9 @@ class Chat:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.generation = generation or {
-            "do_sample": True, "temperature": 0.7, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1
-        }  # fmt: skip
-        self.generation["max_new_tokens"] = max_new_tokens
+        how = generation or SAMPLING
+        # One object: for loose arguments `generate` builds a default model configuration at every call.
+        self.generation = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **how)
         self.messages = [{"role": "system", "content": system}] if system else []
         self.capacity = capacity
         self._forget()
@@ -89,7 +90,7 @@ class Chat:
         prompt = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).input_ids
-        longest = prompt.shape[1] + self.generation["max_new_tokens"]
+        longest = prompt.shape[1] + self.generation.max_new_tokens
         if self.capacity and longest > self.capacity:
             raise ValueError(
                 f"message: with its answer the conversation may take {longest} tokens, capacity is {self.capacity}"
@@ -101,10 +102,8 @@ class Chat:
             prompt.to(self.model.device),
             attention_mask=torch.ones_like(prompt).to(self.model.device),
             past_key_values=self._cache,
-            cache_implementation=None,  # a fused model asks for a static one, but this one is at hand
             streamer=streamer,
-            pad_token_id=self.tokenizer.eos_token_id,
-            **self.generation,
+            generation_config=self.generation,
         )[0].cpu()
         end = time.perf_counter()
         answer = output[prompt.shape[1] :]

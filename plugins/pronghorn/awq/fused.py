@@ -48,9 +48,13 @@ class Fused:
 
         @functools.wraps(generate)
         def generate_with_own_cache(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("past_key_values") is not None:
-                kwargs.setdefault("cache_implementation", None)  # transformers takes one or the other
-            return generate(*args, **kwargs)
+            if kwargs.get("past_key_values") is None:
+                return generate(*args, **kwargs)
+            asked, options.cache_implementation = options.cache_implementation, None  # transformers takes one alone
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                options.cache_implementation = asked
 
         model.generate = generate_with_own_cache
 
