@@ -1,0 +1,126 @@
+"""Sparse convolution as an implicit matmul: every output row gathers its inputs through a kernel map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pronghorn.kernels._arguments import check_shape, check_tensor
+from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels.sparse_convolution import reference
+from pronghorn.kernels.sparse_convolution.sorting import SortedMap, sort_map
+
+__all__ = ["SortedMap", "sort_map", "sparse_convolution"]
+
+
+def sparse_convolution(
+    x: Tensor,
+    weight: Tensor,
+    kernel_map: Tensor | SortedMap,
+    transposed_map: Tensor | SortedMap | None = None,
+    *,
+    tf32: bool = False,
+) -> Tensor:
+    """y[o] = sum over k of x[map[k, o]] weight[k], where the map has a row.
+
+    Differentiable in `x` and `weight`. Sums are in float32, and in the same order at every call.
+
+    Args:
+        x: [inputs, input channels] in fp16, bf16 or fp32 (fp64 in the reference).
+        weight: [kernel volume, input channels, output channels] in the dtype of `x`.
+        kernel_map: int32 [kernel volume, outputs], -1 where there is no row, or the same sorted by `sort_map`, so that
+            tiles of outputs can pass over offsets.
+        transposed_map: int32 [kernel volume, inputs] with the outputs of each input, likewise; wanted for the gradient
+            of `x` alone.
+        tf32: multiply float32 in the tensor cores' 10-bit mantissa, on a GPU.
+
+    Returns:
+        [outputs, output channels] in the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype or device. RuntimeError: the gradient of `x` is
+            asked for, and there is no transposed map.
+
+    Source: Tang et al. (MICRO 2023), sections 2 and 3.
+    """
+    check_tensor("x", x, dim=2, floating=True)
+    check_tensor("weight", weight, dim=3, floating=True, like=x)
+    volume, channels, _ = weight.shape
+    check_shape("x", x, (x.shape[0], channels))
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight: got {weight.dtype}, wanted the dtype of x, {x.dtype}")
+    tables = [_tables(name, of, volume, x) for name, of in
+              (("kernel_map", kernel_map), ("transposed_map", transposed_map))]  # fmt: skip
+    result: Tensor = torch.ops.pronghorn.sparse_convolution(x, weight, *tables, tf32)
+    return result
+
+
+def _tables(name: str, of: Tensor | SortedMap | None, volume: int, x: Tensor) -> list[Tensor]:
+    if of is None:
+        return []
+    tables = list(of) if isinstance(of, SortedMap) else [of]
+    check_tensor(name, tables[0], dim=2, floating=False, like=x)
+    check_shape(name, tables[0], (volume, tables[0].shape[1]))
+    if tables[0].dtype != torch.int32:
+        raise TypeError(f"{name}: got {tables[0].dtype}, wanted torch.int32")
+    return tables
+
+
+def _triton(x: Tensor) -> bool:
+    return use_triton("sparse_convolution", x) and x.dtype != torch.float64 and x.numel() > 0
+
+
+@torch.library.custom_op("pronghorn::sparse_convolution", mutates_args=())
+def _sparse_convolution(
+    x: Tensor, weight: Tensor, tables: Sequence[Tensor], transposed_tables: Sequence[Tensor], tf32: bool
+) -> Tensor:
+    if _triton(x):
+        from pronghorn.kernels.sparse_convolution import triton
+
+        return triton.sparse_convolution(x, weight, tables, tf32)
+    return reference.sparse_convolution(x, weight, tables)
+
+
+@_sparse_convolution.register_fake
+def _(x: Tensor, weight: Tensor, tables: Sequence[Tensor], transposed_tables: Sequence[Tensor], tf32: bool) -> Tensor:
+    return x.new_empty((tables[0].shape[1], weight.shape[2]))
+
+
+@torch.library.custom_op("pronghorn::sparse_convolution_weight_gradient", mutates_args=())
+def _weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor], tf32: bool) -> Tensor:
+    if _triton(x):
+        from pronghorn.kernels.sparse_convolution import triton
+
+        return triton.weight_gradient(x, grad, tables, tf32)
+    return reference.weight_gradient(x, grad, tables)
+
+
+@_weight_gradient.register_fake
+def _(x: Tensor, grad: Tensor, tables: Sequence[Tensor], tf32: bool) -> Tensor:
+    return x.new_empty((tables[0].shape[0], x.shape[1], grad.shape[1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, tables, transposed_tables, ctx.tf32 = inputs
+    ctx.counts = len(tables), len(transposed_tables)
+    ctx.save_for_backward(x, weight, *tables, *transposed_tables)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, *maps = ctx.saved_tensors
+    tables, transposed = maps[: ctx.counts[0]], maps[ctx.counts[0] :]
+    grad = grad.contiguous()
+    of_x = of_weight = None
+    if ctx.needs_input_grad[0]:
+        if not transposed:
+            raise RuntimeError("transposed_map: the gradient of x was asked for, and there is none")
+        of_x = torch.ops.pronghorn.sparse_convolution(grad, weight.transpose(1, 2), transposed, [], ctx.tf32)
+    if ctx.needs_input_grad[1]:
+        of_weight = torch.ops.pronghorn.sparse_convolution_weight_gradient(x, grad, tables, ctx.tf32)
+    return of_x, of_weight, *([None] * count for count in ctx.counts), None
+
+
+_sparse_convolution.register_autograd(_backward, setup_context=_setup_context)

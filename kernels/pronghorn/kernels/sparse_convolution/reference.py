@@ -1,0 +1,35 @@
+"""Definition of sparse convolution and of its weight's gradient: offset by offset, gather, multiply, add."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def pairs(tables: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each offset the input rows, and the output rows that they go to."""
+    kernel_map, *order = tables
+    offsets_of_split = order[1].shape[2] if order else 1
+    for k, rows in enumerate(kernel_map):
+        at = (rows >= 0).nonzero()[:, 0]
+        yield rows[at], order[0][k // offsets_of_split][at] if order else at
+
+
+def sparse_convolution(x: Tensor, weight: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    """[outputs, output channels]; in float32 or better, and rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = torch.zeros(tables[0].shape[1], weight.shape[2], dtype=wide, device=x.device)
+    inputs, weight = x.to(wide), weight.to(wide)
+    for k, (rows, to) in enumerate(pairs(tables)):
+        if len(rows):
+            out.index_add_(0, to, inputs[rows] @ weight[k])
+    return out.to(x.dtype)
+
+
+def weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    """[kernel volume, input channels, output channels]; in float32 or better, and rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    result = [x[rows].to(wide).T @ grad[to].to(wide) for rows, to in pairs(tables)]
+    return torch.stack(result).to(x.dtype)

@@ -1,0 +1,186 @@
+"""Triton kernels for sparse convolution: one matmul with gathered rows, whose tiles are data, and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pronghorn.kernels._triton import dot_type, dot_width
+from pronghorn.kernels.sparse_convolution.sorting import TILE
+
+
+class Tile(NamedTuple):
+    """What a block computes: output rows, output channels; input channels at a time; warps and stages."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+# By output channels, up to each; rows are halved where there are too few to keep the GPU busy.
+TILES = {
+    16: Tile(128, 16, 32, 4, 4),
+    32: Tile(128, 32, 32, 4, 4),
+    64: Tile(128, 64, 64, 4, 3),
+    1 << 30: Tile(128, 128, 64, 8, 3),
+}
+BUSY = 132  # blocks
+GRADIENT = Tile(64, 64, 64, 4, 3)  # rows summed at a time, output and input channels of a block
+GRADIENT_BLOCKS = 1056
+
+
+@triton.jit(do_not_specialize=["outputs", "tiles"])
+def _multiply(
+    x, weight, kernel_map, order, active, counts, out, outputs, tiles, volume,
+    weight_offset, weight_in, weight_out,
+    IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr, SORTED: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TILE: tl.constexpr,
+    DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(2)
+    row, n = tile * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = row < outputs
+    CHUNKS: tl.constexpr = (IN + INNER - 1) // INNER
+    count = volume
+    actives = active + (split * tiles + tile * ROWS // TILE) * WIDTH
+    if SORTED:
+        count = tl.load(counts + split * tiles + tile * ROWS // TILE)
+    sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for step in range(count * CHUNKS):
+        k = step // CHUNKS
+        c = (step % CHUNKS) * INNER + tl.arange(0, INNER)
+        if SORTED:
+            k = tl.load(actives + k) + split * WIDTH
+        i = tl.load(kernel_map + k.to(tl.int64) * outputs + row, mask=inside, other=-1)
+        a = tl.load(
+            x + i.to(tl.int64)[:, None] * IN + c[None, :], mask=(i >= 0)[:, None] & (c < IN)[None, :], other=0.0
+        )
+        b = tl.load(
+            weight + k.to(tl.int64) * weight_offset + c[:, None] * weight_in + n[None, :] * weight_out,
+            mask=(c < IN)[:, None] & (n < OUT)[None, :], other=0.0,
+        )  # fmt: skip
+        sum = tl.dot(a.to(DOT_TYPE), b.to(DOT_TYPE), sum, input_precision=PRECISION)
+    to = row
+    if SORTED:
+        to = tl.load(order + split * outputs + row, mask=inside, other=0)
+    to = to.to(tl.int64)
+    if SPLITS > 1:
+        to += split.to(tl.int64) * outputs
+    tl.store(
+        out + to[:, None] * OUT + n[None, :], sum.to(out.dtype.element_ty), mask=inside[:, None] & (n < OUT)[None, :]
+    )
+
+
+@triton.jit(do_not_specialize=["outputs", "stretch"])
+def _weight_gradient(
+    x, grad, kernel_map, order, out, outputs, stretch,
+    IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr, SORTED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    k, part = tl.program_id(0), tl.program_id(2)
+    BLOCKS: tl.constexpr = (OUT + COLUMNS - 1) // COLUMNS
+    c = (tl.program_id(1) // BLOCKS) * INNER + tl.arange(0, INNER)
+    n = (tl.program_id(1) % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
+    sum = tl.zeros([INNER, COLUMNS], tl.float32)
+    start = part * stretch
+    for first in range(start, tl.minimum(start + stretch, outputs), ROWS):
+        row = first + tl.arange(0, ROWS)
+        i = tl.load(kernel_map + k.to(tl.int64) * outputs + row, mask=row < outputs, other=-1)
+        there = i >= 0
+        to = row
+        if SORTED:
+            to = tl.load(order + (k // WIDTH) * outputs + row, mask=row < outputs, other=0)
+        a = tl.load(x + i.to(tl.int64)[None, :] * IN + c[:, None], mask=there[None, :] & (c < IN)[:, None], other=0.0)
+        g = tl.load(
+            grad + to.to(tl.int64)[:, None] * OUT + n[None, :], mask=there[:, None] & (n < OUT)[None, :], other=0.0
+        )
+        sum = tl.dot(a.to(DOT_TYPE), g.to(DOT_TYPE), sum, input_precision=PRECISION)
+    at = (part.to(tl.int64) * tl.num_programs(0) + k) * IN
+    tl.store(out + (at + c[:, None]) * OUT + n[None, :], sum, mask=(c < IN)[:, None] & (n < OUT)[None, :])
+
+
+@triton.jit(do_not_specialize=["outputs"])
+def _bitmasks(kernel_map, masks, outputs, volume, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    row, split = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    mask = tl.zeros([ROWS], tl.int32)
+    for bit in range(WIDTH):
+        k = split * WIDTH + bit
+        i = tl.load(kernel_map + k.to(tl.int64) * outputs + row, mask=(row < outputs) & (k < volume), other=-1)
+        mask = mask | ((i >= 0).to(tl.int32) << bit)
+    tl.store(masks + split * outputs + row, mask, mask=row < outputs)
+
+
+def sparse_convolution(x: Tensor, weight: Tensor, tables: Sequence[Tensor], tf32: bool) -> Tensor:
+    """[outputs, output channels]."""
+    x = x.contiguous()
+    kernel_map, order, active, counts, splits, width = _unpacked(tables)
+    volume, outputs = kernel_map.shape
+    _, channels, columns = weight.shape
+    tile = choose_tile(outputs, channels, columns, splits)
+    dtype = x.dtype if splits == 1 else torch.float32
+    out = torch.empty(splits, outputs, columns, dtype=dtype, device=x.device)
+    _multiply[(triton.cdiv(outputs, tile.rows), triton.cdiv(columns, tile.columns), splits)](
+        x, weight, kernel_map, order, active, counts, out, outputs, counts.shape[-1], volume,
+        *weight.stride(), channels, columns, width, len(tables) > 1, splits,
+        tile.rows, tile.columns, tile.inner, TILE, dot_type(x.dtype), _precision(x.dtype, tf32),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out[0] if splits == 1 else out.sum(dim=0).to(x.dtype)
+
+
+def choose_tile(outputs: int, channels: int, columns: int, splits: int) -> Tile:
+    """The tile of a size of problem."""
+    tile = next(tile for most, tile in TILES.items() if columns <= most)
+    tile = tile._replace(inner=min(tile.inner, dot_width(channels)), columns=min(tile.columns, dot_width(columns)))
+    while tile.rows > 32 and triton.cdiv(outputs, tile.rows) * triton.cdiv(columns, tile.columns) * splits < BUSY:
+        tile = tile._replace(rows=tile.rows // 2, warps=max(2, tile.warps // 2) if tile.rows <= 64 else tile.warps)
+    return tile
+
+
+def weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor], tf32: bool) -> Tensor:
+    """[kernel volume, input channels, output channels]; rows are summed in parts, and these in a fixed order."""
+    x, grad = x.contiguous(), grad.contiguous()
+    kernel_map, order, _, _, _, width = _unpacked(tables)
+    (volume, outputs), channels, columns = kernel_map.shape, x.shape[1], grad.shape[1]
+    tile = GRADIENT._replace(
+        columns=min(GRADIENT.columns, dot_width(columns)), inner=min(GRADIENT.inner, dot_width(channels))
+    )
+    blocks = triton.cdiv(channels, tile.inner) * triton.cdiv(columns, tile.columns)
+    parts = max(1, min(GRADIENT_BLOCKS // (volume * blocks), triton.cdiv(outputs, 4 * tile.rows)))
+    stretch = triton.cdiv(triton.cdiv(outputs, parts), tile.rows) * tile.rows
+    out = torch.empty(parts, volume, channels, columns, dtype=torch.float32, device=x.device)
+    _weight_gradient[(volume, blocks, parts)](
+        x, grad, kernel_map, order, out, outputs, stretch, channels, columns, width, len(tables) > 1,
+        tile.rows, tile.columns, tile.inner, dot_type(x.dtype), _precision(x.dtype, tf32),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out.sum(dim=0).to(x.dtype)
+
+
+def bitmasks(kernel_map: Tensor, splits: int, width: int) -> Tensor:
+    """int32 [splits, outputs]."""
+    volume, outputs = kernel_map.shape
+    masks = torch.empty(splits, outputs, dtype=torch.int32, device=kernel_map.device)
+    _bitmasks[(triton.cdiv(outputs, TILE), splits)](kernel_map, masks, outputs, volume, width, TILE, num_warps=4)
+    return masks
+
+
+def _unpacked(tables: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
+    """Map, order, active offsets, their counts, splits and offsets of a split; of an unsorted map, itself for all."""
+    kernel_map = tables[0].contiguous()
+    if len(tables) == 1:
+        return kernel_map, kernel_map, kernel_map, kernel_map, 1, 1
+    order, active, counts = tables[1:]
+    return kernel_map, order, active, counts, active.shape[0], active.shape[2]
+
+
+def _precision(dtype: torch.dtype, tf32: bool) -> str:
+    return "tf32" if tf32 and dtype == torch.float32 else "ieee"

@@ -1,0 +1,95 @@
+"""Output sites of a strided sparse convolution, and bounds of coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pronghorn.kernels._arguments import check_shape, check_tensor
+from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels.kernel_map.keys import Box
+from pronghorn.kernels.strided_coords import reference
+
+__all__ = ["coords_bounds", "strided_coords"]
+
+
+def coords_bounds(coords: Tensor) -> Tensor:
+    """Least and largest coordinates; waits for the GPU.
+
+    Args:
+        coords: int32 [rows, dimensions].
+
+    Returns:
+        int64 [2, dimensions] on the CPU; of no rows, bounds that hold nothing: 0 and -1.
+
+    Raises:
+        ValueError, TypeError: not such a tensor.
+    """
+    check_tensor("coords", coords, dim=2)
+    if coords.dtype != torch.int32:
+        raise TypeError(f"coords: got {coords.dtype}, wanted torch.int32")
+    result: Tensor = torch.ops.pronghorn.coords_bounds(coords)
+    return result
+
+
+def strided_coords(coords: Tensor, offsets: Tensor, *, stride: Sequence[int], bounds: Tensor) -> Tensor:
+    """Every site q within bounds for which q * stride + offsets[k] is one of `coords`, for any k.
+
+    Args:
+        coords: int32 [inputs, dimensions], the batch index first.
+        offsets: int32 [kernel volume, dimensions]; zero for the batch index.
+        stride: of each dimension; 1 for the batch index.
+        bounds: int64 [2, dimensions] on the CPU, the least and the largest site there may be.
+
+    Returns:
+        int32 [outputs, dimensions], each once, in lexicographic order. How many they are is waited for.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype or device, or the bounds hold more than 2^62
+            places.
+
+    Source: Yan et al., SECOND (Sensors 2018), section 3.2.
+    """
+    check_tensor("coords", coords, dim=2)
+    check_tensor("offsets", offsets, dim=2, like=coords)
+    check_shape("offsets", offsets, (offsets.shape[0], coords.shape[1]))
+    check_tensor("bounds", bounds)
+    check_shape("bounds", bounds, (2, coords.shape[1]))
+    for name, tensor in (("coords", coords), ("offsets", offsets)):
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name}: got {tensor.dtype}, wanted torch.int32")
+    if len(stride) != coords.shape[1] or min(stride) < 1:
+        raise ValueError(f"stride: got {list(stride)}, wanted {coords.shape[1]} positive numbers")
+    result: Tensor = torch.ops.pronghorn.strided_coords(coords, offsets, list(stride), bounds)
+    return result
+
+
+@torch.library.custom_op("pronghorn::coords_bounds", mutates_args=())
+def _coords_bounds(coords: Tensor) -> Tensor:
+    if not coords.shape[0]:
+        return torch.tensor([[0], [-1]]).repeat(1, coords.shape[1])
+    return torch.stack(coords.aminmax(dim=0)).long().cpu()
+
+
+@_coords_bounds.register_fake
+def _(coords: Tensor) -> Tensor:
+    return torch.empty(2, coords.shape[1], dtype=torch.int64)
+
+
+@torch.library.custom_op("pronghorn::strided_coords", mutates_args=())
+def _strided_coords(coords: Tensor, offsets: Tensor, stride: list[int], bounds: Tensor) -> Tensor:
+    box = Box.of(bounds)
+    if not box.places or not coords.shape[0]:
+        return coords.new_empty((0, coords.shape[1]))
+    if box.places <= reference.MOST_MARKS and use_triton("strided_coords", coords):
+        from pronghorn.kernels.strided_coords import triton
+
+        return triton.strided_coords(coords, offsets, stride, box)
+    return reference.strided_coords(coords, offsets, stride, box)
+
+
+@_strided_coords.register_fake
+def _(coords: Tensor, offsets: Tensor, stride: list[int], bounds: Tensor) -> Tensor:
+    return coords.new_empty((torch.library.get_ctx().new_dynamic_size(), coords.shape[1]))

@@ -1,0 +1,48 @@
+"""Triton kernel for strided sites: every input marks the sites that it reaches, and the marks are counted in order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pronghorn.kernels.kernel_map.keys import Box
+from pronghorn.kernels.kernel_map.triton import NUMBERS, padded
+from pronghorn.kernels.strided_coords.reference import sites
+
+ROWS = 128
+
+
+@triton.jit(do_not_specialize=["rows", *NUMBERS])
+def _mark(
+    coords, offsets, marks, rows,
+    low0, low1, low2, low3, low4, size0, size1, size2, size3, size4, step0, step1, step2, step3, step4,
+    stride0, stride1, stride2, stride3, stride4,
+    DIMENSIONS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    lows, sizes = (low0, low1, low2, low3, low4), (size0, size1, size2, size3, size4)
+    steps, strides = (step0, step1, step2, step3, step4), (stride0, stride1, stride2, stride3, stride4)
+    row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    reaches = row < rows
+    place = tl.zeros([ROWS], tl.int64)
+    for d in tl.static_range(DIMENSIONS):
+        moved = tl.load(coords + row.to(tl.int64) * DIMENSIONS + d, mask=row < rows, other=0)
+        moved -= tl.load(offsets + k * DIMENSIONS + d)
+        site = moved // strides[d]
+        site = tl.where(site * strides[d] > moved, site - 1, site)  # division truncates
+        shifted = site.to(tl.int64) - lows[d]
+        reaches = reaches & (site * strides[d] == moved) & (shifted >= 0) & (shifted < sizes[d])
+        place += shifted * steps[d]
+    tl.store(marks + place, 1, mask=reaches)
+
+
+def strided_coords(coords: Tensor, offsets: Tensor, stride: list[int], box: Box) -> Tensor:
+    """int32 [outputs, dimensions], in lexicographic order."""
+    rows, dimensions = coords.shape
+    marks = torch.zeros(box.places, dtype=torch.int8, device=coords.device)
+    numbers = padded(box.lower, 0), padded(box.sizes, 1), padded(box.steps, 0), padded(stride, 1)
+    _mark[(triton.cdiv(rows, ROWS), len(offsets))](
+        coords.contiguous(), offsets.contiguous(), marks, rows, *[n for kind in numbers for n in kind], dimensions, ROWS
+    )
+    return sites(marks.nonzero()[:, 0], box)

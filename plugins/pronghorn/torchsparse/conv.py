@@ -1,0 +1,201 @@
+"""Sparse convolution of a tensor: finds its kernel map, and computes it by the dataflow that the layer asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pronghorn.kernels.kernel_map import kernel_map
+from pronghorn.kernels.sparse_convolution import SortedMap, sparse_convolution
+from pronghorn.kernels.sparse_convolution.sorting import MOST_BITS
+from pronghorn.torchsparse.config import FETCH_ON_DEMAND, GATHER_SCATTER, ConvConfig
+from pronghorn.torchsparse.grouping import gather_scatter, group_offsets
+from pronghorn.torchsparse.kernel_maps import (
+    Geometry,
+    KernelMap,
+    build_kernel_map,
+    config_geometry,
+    get_kernel_offsets,
+    out_spatial_range,
+)
+from pronghorn.torchsparse.quantize import make_ntuple
+from pronghorn.torchsparse.settings import settings
+from pronghorn.torchsparse.tensor import SparseTensor
+
+Numbers = int | Sequence[int]
+
+
+def conv3d(
+    input: SparseTensor,
+    weight: Tensor,
+    kernel_size: Numbers,
+    bias: Tensor | None = None,
+    stride: Numbers = 1,
+    padding: Numbers = 0,
+    dilation: Numbers = 1,
+    config: ConvConfig | None = None,
+    transposed: bool = False,
+    generative: bool = False,
+) -> SparseTensor:
+    """Sparse convolution, of 1 to 4 dimensions.
+
+    Without a stride, outputs are the input's sites. With one, they are the sites that a kernel reaches, in
+    lexicographic order. A transposed convolution goes back to the sites that the convolution with the same kernel size,
+    stride and dilation came from; a generative one makes all sites that its kernel reaches.
+
+    Args:
+        input: features [N, input channels].
+        weight: [kernel volume, input channels, output channels], or [input channels, output channels] where the volume
+            and the stride are 1. The first dimension of the kernel runs fastest where the volume is odd, the last one
+            where it is even.
+        kernel_size: one number, or one for each dimension.
+        bias: [output channels].
+        stride: likewise.
+        padding: likewise; on odd edges without a stride the kernel is centred, whatever this says.
+        dilation: likewise.
+        config: how it is computed; by default `get_global_config()`.
+        transposed: compute the transposed convolution.
+        generative: let a transposed convolution make new sites.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit, no strided convolution came before a transposed
+            one, or a generative one has no spatial range.
+
+    Source: Tang et al. (MICRO 2023), section 2; Gwak et al. (arXiv 2006.12356) for generative ones.
+    """
+    dimensions = input.coords.shape[1] - 1
+    sizes, steps, pads, widths = (
+        make_ntuple(value, dimensions) for value in (kernel_size, stride, padding, dilation)
+    )
+    _check_sizes(sizes, steps, pads, widths)
+    config = settings.config if config is None else config
+    geometry = config_geometry(sizes, steps, pads, widths, config)
+    _check_weight(input, weight, geometry, bias)
+    if torch.is_autocast_enabled(input.feats.device.type):
+        dtype = torch.get_autocast_dtype(input.feats.device.type)
+        input, weight = input.replace(input.feats.to(dtype)), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if geometry.volume == 1 and not geometry.strided:
+        output = input.replace(input.feats @ weight.view(weight.shape[-2:]))
+    elif generative:
+        output = _generative(input, weight, geometry, config)
+    elif transposed:
+        found = _matching(input, geometry)
+        feats = _compute(input.feats, weight, found, config, transposed=True)
+        output = input._at(feats, found.coords[0], found.stride, found.spatial_range)
+    else:
+        found = build_kernel_map(input, geometry)
+        feats = _compute(input.feats, weight, found, config, transposed=False)
+        to = tuple(a * b for a, b in zip(input.stride, steps, strict=True))
+        output = input._at(feats, found.coords[1], to, out_spatial_range(input.spatial_range, geometry))
+    if bias is not None:
+        output.feats = output.feats + bias
+    return output
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One direction of a kernel map."""
+
+    found: KernelMap
+    transposed: bool
+
+    @property
+    def plain(self) -> Tensor:
+        return self.found.transposed if self.transposed else self.found.found
+
+    def table(self, splits: int | None) -> Tensor | SortedMap:
+        return self.plain if splits is None else self.found.sorted(splits, transposed=self.transposed)
+
+    @property
+    def pairs(self) -> Tensor:
+        return self.found.pairs[0].flip(0) if self.transposed else self.found.pairs[0]
+
+
+def _compute(x: Tensor, weight: Tensor, found: KernelMap, config: ConvConfig, *, transposed: bool) -> Tensor:
+    weight = weight.view(-1, *weight.shape[-2:])
+    forward, backward = _Way(found, transposed), _Way(found, not transposed)
+    outputs = len(found.coords[0 if transposed else 1])
+    if config.dataflow == GATHER_SCATTER:
+        groups = group_offsets(found.sizes, epsilon=config.epsilon, mm_thresh=config.mm_thresh)
+        return gather_scatter(x, weight, forward.pairs, found.sizes, outputs, groups)
+    if config.dataflow == FETCH_ON_DEMAND and not settings.deterministic:
+        from pronghorn.kernels.fetch_on_demand import fetch_on_demand
+
+        return fetch_on_demand(x, weight, forward.pairs, found.pairs[1], outputs, tf32=settings.allow_tf32)
+    least = -(-len(weight) // MOST_BITS)
+    splits = min(max(config.split_mask_num, least), len(weight)) if config.ifsort else None
+    splits_bwd = min(max(config.split_mask_num_bwd, least), len(weight)) if config.ifsort else None
+    trains = torch.is_grad_enabled() and x.requires_grad
+    return sparse_convolution(
+        x, weight, forward.table(splits), backward.table(splits_bwd) if trains else None, tf32=settings.allow_tf32
+    )
+
+
+def _matching(input: SparseTensor, geometry: Geometry) -> KernelMap:
+    """The map of the convolution that made the input's sites."""
+    stride = tuple(a // b for a, b in zip(input.stride, geometry.stride, strict=True))
+    wanted = (stride, geometry.kernel_size, geometry.stride, geometry.dilation)
+    known = {
+        key[3]: found
+        for key, found in input._caches.kmaps.items()
+        if (key[0], key[1], key[2], key[4]) == wanted and found.coords[1] is input.coords
+    }
+    if len(known) > 1 and geometry.padding not in known:
+        raise ValueError(
+            f"padding: got {geometry.padding}, there are maps of {' and '.join(map(str, sorted(known)))} to go back by"
+        )
+    if not known:
+        raise ValueError(
+            f"transposed: no convolution of kernel size {geometry.kernel_size}, stride {geometry.stride} and dilation "
+            f"{geometry.dilation} made these sites, at stride {input.stride}; there are maps of "
+            f"{[key[:3] for key in input._caches.kmaps] or 'none'}"
+        )
+    return known.get(geometry.padding) or next(iter(known.values()))
+
+
+def _generative(input: SparseTensor, weight: Tensor, geometry: Geometry, config: ConvConfig) -> SparseTensor:
+    """Input x adds x W[k] to site x * stride + offset k, where that is within the range."""
+    if input.spatial_range is None:
+        raise ValueError("generative: needs a tensor with a spatial_range")
+    device = input.coords.device
+    steps = (1, *geometry.stride)
+    offsets = get_kernel_offsets(geometry.kernel_size, 1, geometry.dilation, device)
+    offsets = torch.nn.functional.pad(offsets, (1, 0))
+    reached = (input.coords * torch.tensor(steps, dtype=torch.int32, device=device))[:, None] + offsets
+    sizes = tuple(size * step for size, step in zip(input.spatial_range, steps, strict=True))
+    limit = torch.tensor(sizes, dtype=torch.int32, device=device)
+    inside = ((reached >= 0) & (reached < limit)).all(dim=2)
+    sites = reached[inside].unique(dim=0)
+    bounds = torch.stack([torch.zeros(len(sizes)), torch.tensor(sizes) - 1]).long()
+    # An input has one site for each offset: that is the map of the sites' inputs, the other way round.
+    found = kernel_map(sites, input.coords, offsets, stride=steps, bounds=bounds)
+    stride = tuple(a // b for a, b in zip(input.stride, geometry.stride, strict=True))
+    back = KernelMap(found, (sites, input.coords), stride, sizes)
+    output = SparseTensor(_compute(input.feats, weight, back, config, transposed=True), sites, stride, sizes)
+    return output
+
+
+def _check_sizes(sizes: Sequence[int], steps: Sequence[int], pads: Sequence[int], widths: Sequence[int]) -> None:
+    for name, values, least in (
+        ("kernel_size", sizes, 1), ("stride", steps, 1), ("padding", pads, 0), ("dilation", widths, 1)
+    ):  # fmt: skip
+        if min(values) < least:
+            raise ValueError(f"{name}: got {tuple(values)}, wanted numbers of at least {least}")
+
+
+def _check_weight(input: SparseTensor, weight: Tensor, geometry: Geometry, bias: Tensor | None) -> None:
+    channels = input.feats.shape[1]
+    volume = weight.shape[0] if weight.dim() == 3 else 1
+    if weight.dim() not in (2, 3) or volume != geometry.volume or weight.shape[-2] != channels:
+        raise ValueError(
+            f"weight: got {tuple(weight.shape)}, wanted [{geometry.volume}, {channels}, output channels]"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != input.feats.device:
+            raise ValueError(f"{name}: is on {tensor.device}, the input on {input.feats.device}")
+    if weight.dtype != input.feats.dtype and not torch.is_autocast_enabled(input.feats.device.type):
+        raise TypeError(f"weight: got {weight.dtype}, the input is {input.feats.dtype}")

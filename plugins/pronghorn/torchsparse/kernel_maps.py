@@ -1,0 +1,252 @@
+"""Which sites a convolution has, and which inputs each of them multiplies with each weight."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pronghorn.kernels.kernel_map import GRID, kernel_map
+from pronghorn.kernels.sparse_convolution import SortedMap, sort_map
+from pronghorn.kernels.strided_coords import strided_coords
+from pronghorn.torchsparse.config import ConvConfig
+from pronghorn.torchsparse.tensor import Range, SparseTensor, Stride
+
+TILE = 128  # rows to which maps are filled up where they are shown as the library had them
+
+
+class Geometry(NamedTuple):
+    """What a kernel map depends on, besides coordinates. One number for each dimension."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    kmap_mode: str
+    downsample_mode: str
+
+    @property
+    def volume(self) -> int:
+        """Number of offsets."""
+        return int(torch.Size(self.kernel_size).numel())
+
+    @property
+    def strided(self) -> bool:
+        """Whether outputs lie on another grid than inputs."""
+        return max(self.stride) > 1
+
+    @property
+    def floored(self) -> bool:
+        """Whether the sites of a strided convolution are the cells that inputs fall into, whatever the kernel."""
+        whole_cells = all(step in (1, size) for step, size in zip(self.stride, self.kernel_size, strict=True))
+        return self.downsample_mode == "minkowski" or (self.kmap_mode == "hashmap" and whole_cells)
+
+
+def kernel_indices(kernel_size: Sequence[int]) -> Tensor:
+    """Index along each dimension of every weight, int64 [kernel volume, dimensions].
+
+    The first dimension runs fastest where the volume is odd, the last one where it is even.
+    """
+    odd = torch.Size(kernel_size).numel() % 2 == 1
+    ranges = [torch.arange(size) for size in (kernel_size[::-1] if odd else kernel_size)]
+    found = torch.cartesian_prod(*ranges).view(-1, len(kernel_size))
+    return found.flip(1) if odd else found
+
+
+def get_kernel_offsets(
+    size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    device: torch.device | str = "cpu",
+    *,
+    ndim: int = 3,
+) -> Tensor:
+    """Offsets of a centred kernel, int32 [kernel volume, dimensions], in the order of the weights.
+
+    Args:
+        size: of the kernel; 3 reaches from -1 to 1, 2 from 0 to 1, 4 from -1 to 2.
+        stride: what a step is.
+        dilation: of the kernel.
+        device: where they are wanted.
+        ndim: number of dimensions, where `size` is one number.
+    """
+    from pronghorn.torchsparse.quantize import make_ntuple
+
+    dimensions = ndim if isinstance(size, int) else len(size)
+    sizes, steps, dilations = (make_ntuple(value, dimensions) for value in (size, stride, dilation))
+    first = torch.tensor([(edge - 1) // 2 for edge in sizes])
+    return ((kernel_indices(sizes) - first) * torch.tensor(steps) * torch.tensor(dilations)).int().to(device)
+
+
+@functools.lru_cache(maxsize=256)
+def _offsets(geometry: Geometry, device: torch.device) -> Tensor:
+    """int32 [kernel volume, 1 + dimensions]: where the input of output 0 lies for each weight."""
+    sizes, dilation = torch.tensor(geometry.kernel_size), torch.tensor(geometry.dilation)
+    centred = (sizes - 1) // 2 * dilation
+    if not geometry.strided:
+        even = geometry.volume % 2 == 0 and geometry.kmap_mode != "hashmap"
+        first = torch.zeros_like(centred) if even else -centred
+    elif geometry.kmap_mode == "hashmap" or geometry.downsample_mode == "minkowski":
+        first = -centred
+    else:
+        first = -torch.tensor(geometry.padding)
+    return _with_batch(first + kernel_indices(geometry.kernel_size) * dilation).to(device)
+
+
+@functools.lru_cache(maxsize=256)
+def _reach(geometry: Geometry, device: torch.device) -> Tensor:
+    """int32 [offsets, 1 + dimensions] by which an input lies from the sites that it makes."""
+    if geometry.floored:
+        return _with_batch(kernel_indices(geometry.stride)).to(device)
+    inside = kernel_indices(geometry.kernel_size) * torch.tensor(geometry.dilation)
+    return _with_batch(inside - torch.tensor(geometry.padding)).to(device)
+
+
+def _with_batch(offsets: Tensor) -> Tensor:
+    return torch.nn.functional.pad(offsets, (1, 0)).int()
+
+
+@dataclass
+class KernelMap:
+    """A map, and what is derived from it when it is first asked for.
+
+    Attributes:
+        found: int32 [kernel volume, outputs]: input rows, -1 where there is none.
+        coords: of the inputs and of the outputs.
+        stride: of the tensor that goes in.
+        spatial_range: of the tensor that goes in.
+    """
+
+    found: Tensor
+    coords: tuple[Tensor, Tensor]
+    stride: Stride
+    spatial_range: Range | None
+
+    def __post_init__(self) -> None:
+        self._transposed: Tensor | None = None
+        self._sorted: dict[tuple[bool, int], SortedMap] = {}
+        self._pairs: tuple[Tensor, Tensor, Tensor] | None = None
+        self._sizes: list[int] | None = None
+
+    @property
+    def transposed(self) -> Tensor:
+        """int32 [kernel volume, inputs]: output rows, -1 where there is none."""
+        if self._transposed is None:
+            self._transposed = transpose_kernel_map(self.found, len(self.coords[0]))
+        return self._transposed
+
+    def sorted(self, splits: int, *, transposed: bool = False) -> SortedMap:
+        """The map, or its transpose, with outputs sorted by the offsets that they have."""
+        key = transposed, splits
+        if key not in self._sorted:
+            self._sorted[key] = sort_map(self.transposed if transposed else self.found, splits=splits)
+        return self._sorted[key]
+
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """int32 [2, pairs]: input and output rows, by offset and then by output; int32 [volume + 1] where each begins."""
+        if self._pairs is None:
+            k, output = (self.found >= 0).nonzero(as_tuple=True)
+            rows = torch.stack([self.found[k, output], output.int()])
+            counts = torch.bincount(k, minlength=len(self.found))
+            starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+            self._pairs = rows, starts, counts
+        return self._pairs[:2]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Pairs of each offset; waits for the GPU."""
+        if self._sizes is None:
+            self.pairs  # noqa: B018 - counts them
+            assert self._pairs is not None  # noqa: S101
+            self._sizes = self._pairs[2].tolist()
+        return self._sizes
+
+    @property
+    def out_in_map(self) -> Tensor:
+        """int32 [outputs, kernel volume], filled up with -1 to whole tiles of 128."""
+        return _filled_up(self.found)
+
+    @property
+    def out_in_map_bwd(self) -> Tensor:
+        """int32 [inputs, kernel volume], likewise."""
+        return _filled_up(self.transposed)
+
+
+def _filled_up(found: Tensor) -> Tensor:
+    return torch.nn.functional.pad(found, (0, -found.shape[1] % TILE), value=-1).T.contiguous()
+
+
+def transpose_kernel_map(found: Tensor, inputs: int) -> Tensor:
+    """The outputs of each input, int32 [kernel volume, inputs], of a map int32 [kernel volume, outputs]."""
+    result = found.new_full((len(found), inputs + 1), -1)
+    rows = torch.where(found < 0, inputs, found).long()
+    outputs = torch.arange(found.shape[1], dtype=torch.int32, device=found.device)
+    return result.scatter_(1, rows, outputs.expand_as(found))[:, :inputs].contiguous()
+
+
+def build_kernel_map(tensor: SparseTensor, geometry: Geometry) -> KernelMap:
+    """The map of a convolution of a tensor; it is kept in the tensor's cache, by all that it depends on.
+
+    Raises:
+        ValueError: coordinates are negative, or overflow.
+    """
+    key = (tensor.stride, *geometry)
+    known = tensor._caches.kmaps.get(key)
+    if known is not None and known.coords[0] is tensor.coords:
+        return known  # type: ignore[no-any-return]
+    device, table = tensor.coords.device, GRID if geometry.kmap_mode == "grid" else ""
+    bounds = tensor.bounds()
+    sites = tensor.coords
+    if geometry.strided:
+        sites = strided_coords(
+            tensor.coords, _reach(geometry, device), stride=(1, *geometry.stride), bounds=_out_bounds(bounds, geometry)
+        )
+    found = kernel_map(
+        tensor.coords, sites, _offsets(geometry, device), stride=(1, *geometry.stride), bounds=bounds, table=table
+    )
+    result = KernelMap(found, (tensor.coords, sites), tensor.stride, tensor.spatial_range)
+    tensor._caches.kmaps[key] = result
+    return result
+
+
+def _out_bounds(bounds: Tensor, geometry: Geometry) -> Tensor:
+    """Least and largest site there may be, int64 [2, 1 + dimensions] on the CPU."""
+    lower, upper = bounds[:, 1:]
+    stride, padding = torch.tensor(geometry.stride), torch.tensor(geometry.padding)
+    extent = (torch.tensor(geometry.kernel_size) - 1) * torch.tensor(geometry.dilation)
+    if geometry.floored:
+        last = upper.div(stride, rounding_mode="floor")
+        first = lower.div(stride, rounding_mode="floor")
+    else:
+        last = (upper + 2 * padding - extent).div(stride, rounding_mode="floor")
+        first = (lower + padding - extent).div(stride, rounding_mode="floor").clamp_max(0)
+        first = torch.where(lower < 0, first, 0)
+    return torch.cat([bounds[:, :1], torch.stack([first, last])], dim=1)
+
+
+def out_spatial_range(spatial_range: Range | None, geometry: Geometry) -> Range | None:
+    """Range of the outputs."""
+    if spatial_range is None or not geometry.strided:
+        return spatial_range
+    sizes = zip(spatial_range[1:], *geometry[:4], strict=True)
+    return (
+        spatial_range[0],
+        *(max(0, (size + 2 * pad - (k - 1) * dilation - 1) // s + 1) for size, k, s, pad, dilation in sizes),
+    )
+
+
+def config_geometry(
+    kernel_size: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
+    config: ConvConfig,
+) -> Geometry:  # fmt: skip
+    """A layer's geometry; padding is what centres the kernel on each odd edge without a stride."""
+    sides = zip(kernel_size, stride, padding, dilation, strict=True)
+    padding = tuple(
+        (size - 1) // 2 * wide if size % 2 and step == 1 else pad for size, step, pad, wide in sides
+    )
+    return Geometry(kernel_size, stride, padding, dilation, config.kmap_mode, config.downsample_mode)
