@@ -17,11 +17,10 @@ from pronghorn.torchsparse.kernel_maps import (
     Geometry,
     KernelMap,
     build_kernel_map,
-    config_geometry,
+    geometry_of,
     get_kernel_offsets,
     out_spatial_range,
 )
-from pronghorn.torchsparse.quantize import make_ntuple
 from pronghorn.torchsparse.settings import settings
 from pronghorn.torchsparse.tensor import SparseTensor
 
@@ -67,12 +66,11 @@ def conv3d(
     Source: Tang et al. (MICRO 2023), section 2; Gwak et al. (arXiv 2006.12356) for generative ones.
     """
     dimensions = input.coords.shape[1] - 1
-    sizes, steps, pads, widths = (
-        make_ntuple(value, dimensions) for value in (kernel_size, stride, padding, dilation)
-    )
-    _check_sizes(sizes, steps, pads, widths)
     config = settings.config if config is None else config
-    geometry = config_geometry(sizes, steps, pads, widths, config)
+    geometry = geometry_of(
+        *(value if isinstance(value, int) else tuple(value) for value in (kernel_size, stride, padding, dilation)),
+        dimensions, config.kmap_mode, config.downsample_mode,
+    )  # fmt: skip
     _check_weight(input, weight, geometry, bias)
     if torch.is_autocast_enabled(input.feats.device.type):
         dtype = torch.get_autocast_dtype(input.feats.device.type)
@@ -89,7 +87,7 @@ def conv3d(
     else:
         found = build_kernel_map(input, geometry)
         feats = _compute(input.feats, weight, found, config, transposed=False)
-        to = tuple(a * b for a, b in zip(input.stride, steps, strict=True))
+        to = tuple(a * b for a, b in zip(input.stride, geometry.stride, strict=True))
         output = input._at(feats, found.coords[1], to, out_spatial_range(input.spatial_range, geometry))
     if bias is not None:
         output.feats = output.feats + bias
@@ -120,8 +118,12 @@ def _compute(x: Tensor, weight: Tensor, found: KernelMap, config: ConvConfig, *,
     forward, backward = _Way(found, transposed), _Way(found, not transposed)
     outputs = len(found.coords[0 if transposed else 1])
     if config.dataflow == GATHER_SCATTER:
-        groups = group_offsets(found.sizes, epsilon=config.epsilon, mm_thresh=config.mm_thresh)
-        return gather_scatter(x, weight, forward.pairs, found.sizes, outputs, groups)
+        # Every row goes to itself by the middle of an odd kernel.
+        centre = len(weight) // 2 if len(weight) % 2 and found.coords[0] is found.coords[1] else None
+        groups = group_offsets(
+            found.sizes, epsilon=config.epsilon, mm_thresh=config.mm_thresh, without_centre=centre is not None
+        )
+        return gather_scatter(x, weight, forward.pairs, found.sizes, outputs, groups, centre)
     if config.dataflow == FETCH_ON_DEMAND and not settings.deterministic:
         from pronghorn.kernels.fetch_on_demand import fetch_on_demand
 
@@ -179,21 +181,11 @@ def _generative(input: SparseTensor, weight: Tensor, geometry: Geometry, config:
     return output
 
 
-def _check_sizes(sizes: Sequence[int], steps: Sequence[int], pads: Sequence[int], widths: Sequence[int]) -> None:
-    for name, values, least in (
-        ("kernel_size", sizes, 1), ("stride", steps, 1), ("padding", pads, 0), ("dilation", widths, 1)
-    ):  # fmt: skip
-        if min(values) < least:
-            raise ValueError(f"{name}: got {tuple(values)}, wanted numbers of at least {least}")
-
-
 def _check_weight(input: SparseTensor, weight: Tensor, geometry: Geometry, bias: Tensor | None) -> None:
     channels = input.feats.shape[1]
     volume = weight.shape[0] if weight.dim() == 3 else 1
     if weight.dim() not in (2, 3) or volume != geometry.volume or weight.shape[-2] != channels:
-        raise ValueError(
-            f"weight: got {tuple(weight.shape)}, wanted [{geometry.volume}, {channels}, output channels]"
-        )
+        raise ValueError(f"weight: got {tuple(weight.shape)}, wanted [{geometry.volume}, {channels}, output channels]")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != input.feats.device:
             raise ValueError(f"{name}: is on {tensor.device}, the input on {input.feats.device}")

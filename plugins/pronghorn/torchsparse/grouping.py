@@ -70,7 +70,7 @@ def _walk(volume: int, pairwise: bool, without_centre: bool) -> list[int]:
 
 
 def gather_scatter(
-    x: Tensor, weight: Tensor, pairs: Tensor, sizes: list[int], outputs: int, groups: Groups
+    x: Tensor, weight: Tensor, pairs: Tensor, sizes: list[int], outputs: int, groups: Groups, centre: int | None = None
 ) -> Tensor:
     """y[o] += x[i] weight[k] for all pairs (i, o) of offset k; sums are in float32 or better.
 
@@ -81,6 +81,7 @@ def gather_scatter(
         sizes: pairs of each offset.
         outputs: number of output rows.
         groups: of the offsets.
+        centre: the offset that is in no group, since it takes every row to itself.
 
     Returns:
         [outputs, output channels] in the dtype of `x`.
@@ -99,7 +100,10 @@ def gather_scatter(
             products += [x[part[0]] @ weight[k] for part, k in zip(rows, group, strict=True)]
         targets += [part[1] for part in rows]
     wide = torch.promote_types(x.dtype, torch.float32)
-    out = torch.zeros(outputs, weight.shape[2], dtype=wide, device=x.device)
+    if centre is None:
+        out = torch.zeros(outputs, weight.shape[2], dtype=wide, device=x.device)
+    else:
+        out = (x @ weight[centre]).to(wide)
     if products:
         out = out.index_add(0, torch.cat(targets), torch.cat(products).to(wide))
     return out.to(x.dtype)

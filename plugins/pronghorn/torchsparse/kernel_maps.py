@@ -13,8 +13,10 @@ from torch import Tensor
 from pronghorn.kernels.kernel_map import GRID, kernel_map
 from pronghorn.kernels.sparse_convolution import SortedMap, sort_map
 from pronghorn.kernels.strided_coords import strided_coords
-from pronghorn.torchsparse.config import ConvConfig
+from pronghorn.torchsparse.quantize import make_ntuple
 from pronghorn.torchsparse.tensor import Range, SparseTensor, Stride
+
+Numbers = int | tuple[int, ...]
 
 TILE = 128  # rows to which maps are filled up where they are shown as the library had them
 
@@ -74,8 +76,6 @@ def get_kernel_offsets(
         device: where they are wanted.
         ndim: number of dimensions, where `size` is one number.
     """
-    from pronghorn.torchsparse.quantize import make_ntuple
-
     dimensions = ndim if isinstance(size, int) else len(size)
     sizes, steps, dilations = (make_ntuple(value, dimensions) for value in (size, stride, dilation))
     first = torch.tensor([(edge - 1) // 2 for edge in sizes])
@@ -148,7 +148,7 @@ class KernelMap:
 
     @property
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """int32 [2, pairs]: input and output rows, by offset and then by output; int32 [volume + 1] where each begins."""
+        """int32 [2, pairs], input and output rows, by offset and output; int32 [volume + 1], where each offset begins."""
         if self._pairs is None:
             k, output = (self.found >= 0).nonzero(as_tuple=True)
             rows = torch.stack([self.found[k, output], output.int()])
@@ -198,7 +198,7 @@ def build_kernel_map(tensor: SparseTensor, geometry: Geometry) -> KernelMap:
     key = (tensor.stride, *geometry)
     known = tensor._caches.kmaps.get(key)
     if known is not None and known.coords[0] is tensor.coords:
-        return known  # type: ignore[no-any-return]
+        return known
     device, table = tensor.coords.device, GRID if geometry.kmap_mode == "grid" else ""
     bounds = tensor.bounds()
     sites = tensor.coords
@@ -240,13 +240,34 @@ def out_spatial_range(spatial_range: Range | None, geometry: Geometry) -> Range 
     )
 
 
-def config_geometry(
-    kernel_size: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
-    config: ConvConfig,
+@functools.lru_cache(maxsize=1024)
+def geometry_of(
+    kernel_size: Numbers, stride: Numbers, padding: Numbers, dilation: Numbers, dimensions: int, kmap_mode: str,
+    downsample_mode: str,
 ) -> Geometry:  # fmt: skip
-    """A layer's geometry; padding is what centres the kernel on each odd edge without a stride."""
-    sides = zip(kernel_size, stride, padding, dilation, strict=True)
-    padding = tuple(
-        (size - 1) // 2 * wide if size % 2 and step == 1 else pad for size, step, pad, wide in sides
+    """A layer's geometry; padding is what centres the kernel on each odd edge without a stride.
+
+    Args:
+        kernel_size: one number, or one for each dimension.
+        stride: likewise.
+        padding: likewise.
+        dilation: likewise.
+        dimensions: how many there are.
+        kmap_mode: see `ConvConfig`.
+        downsample_mode: see `ConvConfig`.
+
+    Raises:
+        ValueError, TypeError: a number is too small, or there are not as many as dimensions.
+    """
+    values = {}
+    for name, given, least in (
+        ("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)
+    ):  # fmt: skip
+        values[name] = make_ntuple(given, dimensions)
+        if min(values[name]) < least:
+            raise ValueError(f"{name}: got {given}, wanted numbers of at least {least}")
+    values["padding"] = tuple(
+        (size - 1) // 2 * wide if size % 2 and step == 1 else pad
+        for size, step, pad, wide in zip(*values.values(), strict=True)
     )
-    return Geometry(kernel_size, stride, padding, dilation, config.kmap_mode, config.downsample_mode)
+    return Geometry(**values, kmap_mode=kmap_mode, downsample_mode=downsample_mode)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pronghorn.torchsparse.config import ConvConfig
 
@@ -18,7 +18,7 @@ class Settings:
         deterministic: never add in any order; "fetch_on_demand" then computes as "implicit_gemm" does.
     """
 
-    config: ConvConfig = ConvConfig()
+    config: ConvConfig = field(default_factory=ConvConfig)
     allow_negative_coordinates: bool = False
     allow_tf32: bool = True
     deterministic: bool = False

@@ -25,12 +25,12 @@ class TensorCache:
     Attributes:
         cmaps: coordinates and spatial range of each stride.
         kmaps: kernel maps, by all that they depend on.
-        bounds: least and largest coordinates of each stride.
+        bounds: coordinates of each stride, and the least and largest of them.
     """
 
     cmaps: dict[Stride, tuple[Tensor, Range | None]] = field(default_factory=dict)
     kmaps: dict[Any, Any] = field(default_factory=dict)
-    bounds: dict[Stride, Tensor] = field(default_factory=dict)
+    bounds: dict[Stride, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 _global_cache: TensorCache | None = None
@@ -138,11 +138,11 @@ class SparseTensor:
         if self.spatial_range is not None:
             sizes = torch.tensor(self.spatial_range)
             return torch.stack([torch.zeros_like(sizes), sizes - 1])
-        known = self._caches.bounds.get(self.stride)
-        if known is None or self._caches.cmaps[self.stride][0] is not self.coords:
+        coords, known = self._caches.bounds.get(self.stride, (None, None))
+        if known is None or coords is not self.coords:
             known = coords_bounds(self.coords)
             _refuse_negative(known)
-            self._caches.bounds[self.stride] = known
+            self._caches.bounds[self.stride] = self.coords, known
         return known
 
     def check(self) -> SparseTensor:

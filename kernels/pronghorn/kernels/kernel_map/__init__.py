@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pronghorn.kernels._arguments import check_shape, check_tensor
 from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels._library import define
 from pronghorn.kernels.kernel_map import reference
 from pronghorn.kernels.kernel_map.keys import GRID, HASH, MOST_DIMENSIONS, Box, choose_table
 
@@ -67,7 +68,6 @@ def _check_integers(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: got {tensor.dtype}, wanted torch.int32")
 
 
-@torch.library.custom_op("pronghorn::kernel_map", mutates_args=())
 def _kernel_map(
     coords: Tensor, out_coords: Tensor, offsets: Tensor, stride: list[int], bounds: Tensor, table: str
 ) -> Tensor:
@@ -82,6 +82,7 @@ def _kernel_map(
     return reference.kernel_map(coords, out_coords, offsets, stride, box, table)
 
 
-@_kernel_map.register_fake
-def _(coords: Tensor, out_coords: Tensor, offsets: Tensor, stride: list[int], bounds: Tensor, table: str) -> Tensor:
-    return offsets.new_empty((offsets.shape[0], out_coords.shape[0]))
+define(
+    "kernel_map", _kernel_map,
+    lambda coords, out_coords, offsets, *_: offsets.new_empty((offsets.shape[0], out_coords.shape[0])),
+)  # fmt: skip

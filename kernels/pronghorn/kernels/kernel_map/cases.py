@@ -15,13 +15,14 @@ from pronghorn.kernels.kernel_map import kernel_map
 def random_coords(rows: int, sizes: tuple[int, ...], generator: torch.Generator, lower: int = 0) -> Tensor:
     """int32 [up to `rows`, dimensions], each once, in any order."""
     found = torch.stack([torch.randint(0, size, (rows,), generator=generator) for size in sizes], dim=1).unique(dim=0)
-    return (found[torch.randperm(len(found), generator=generator)] + lower).int()
+    result: Tensor = (found[torch.randperm(len(found), generator=generator)] + lower).int()
+    return result
 
 
 def box_offsets(kernel_size: tuple[int, ...]) -> Tensor:
     """int32 [kernel volume, 1 + dimensions] of a centred kernel; the batch index stays."""
     ranges = [torch.arange(size) - (size - 1) // 2 for size in kernel_size]
-    offsets = torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), *ranges)
+    offsets: Tensor = torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), *ranges)
     return offsets.int()
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pronghorn.kernels._arguments import check_shape, check_tensor
 from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels._library import define
 from pronghorn.kernels.sparse_convolution import reference
 from pronghorn.kernels.sparse_convolution.sorting import SortedMap, sort_map
 
@@ -54,7 +56,10 @@ def sparse_convolution(
         raise TypeError(f"weight: got {weight.dtype}, wanted the dtype of x, {x.dtype}")
     tables = [_tables(name, of, volume, x) for name, of in
               (("kernel_map", kernel_map), ("transposed_map", transposed_map))]  # fmt: skip
-    result: Tensor = torch.ops.pronghorn.sparse_convolution(x, weight, *tables, tf32)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        result: Tensor = _Differentiable.apply(x, weight, tf32, len(tables[0]), *tables[0], *tables[1])
+    else:
+        result = torch.ops.pronghorn.sparse_convolution(x, weight, tables[0], tf32)
     return result
 
 
@@ -73,10 +78,7 @@ def _triton(x: Tensor) -> bool:
     return use_triton("sparse_convolution", x) and x.dtype != torch.float64 and x.numel() > 0
 
 
-@torch.library.custom_op("pronghorn::sparse_convolution", mutates_args=())
-def _sparse_convolution(
-    x: Tensor, weight: Tensor, tables: Sequence[Tensor], transposed_tables: Sequence[Tensor], tf32: bool
-) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, tables: Sequence[Tensor], tf32: bool) -> Tensor:
     if _triton(x):
         from pronghorn.kernels.sparse_convolution import triton
 
@@ -84,12 +86,6 @@ def _sparse_convolution(
     return reference.sparse_convolution(x, weight, tables)
 
 
-@_sparse_convolution.register_fake
-def _(x: Tensor, weight: Tensor, tables: Sequence[Tensor], transposed_tables: Sequence[Tensor], tf32: bool) -> Tensor:
-    return x.new_empty((tables[0].shape[1], weight.shape[2]))
-
-
-@torch.library.custom_op("pronghorn::sparse_convolution_weight_gradient", mutates_args=())
 def _weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor], tf32: bool) -> Tensor:
     if _triton(x):
         from pronghorn.kernels.sparse_convolution import triton
@@ -98,29 +94,37 @@ def _weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor], tf32: bo
     return reference.weight_gradient(x, grad, tables)
 
 
-@_weight_gradient.register_fake
-def _(x: Tensor, grad: Tensor, tables: Sequence[Tensor], tf32: bool) -> Tensor:
-    return x.new_empty((tables[0].shape[0], x.shape[1], grad.shape[1]))
+define(
+    "sparse_convolution", _forward,
+    lambda x, weight, tables, tf32: x.new_empty((tables[0].shape[1], weight.shape[2])),
+)  # fmt: skip
+define(
+    "sparse_convolution_weight_gradient", _weight_gradient,
+    lambda x, grad, tables, tf32: x.new_empty((tables[0].shape[0], x.shape[1], grad.shape[1])),
+)  # fmt: skip
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, tables, transposed_tables, ctx.tf32 = inputs
-    ctx.counts = len(tables), len(transposed_tables)
-    ctx.save_for_backward(x, weight, *tables, *transposed_tables)
+class _Differentiable(torch.autograd.Function):
+    """The operation with its gradients; maps are given one by one, for a function's arguments are tensors."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tf32: bool, count: int, *maps: Tensor) -> Tensor:
+        ctx.tf32, ctx.count = tf32, count
+        ctx.save_for_backward(x, weight, *maps)
+        result: Tensor = torch.ops.pronghorn.sparse_convolution(x, weight, list(maps[:count]), tf32)
+        return result
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, *maps = ctx.saved_tensors
-    tables, transposed = maps[: ctx.counts[0]], maps[ctx.counts[0] :]
-    grad = grad.contiguous()
-    of_x = of_weight = None
-    if ctx.needs_input_grad[0]:
-        if not transposed:
-            raise RuntimeError("transposed_map: the gradient of x was asked for, and there is none")
-        of_x = torch.ops.pronghorn.sparse_convolution(grad, weight.transpose(1, 2), transposed, [], ctx.tf32)
-    if ctx.needs_input_grad[1]:
-        of_weight = torch.ops.pronghorn.sparse_convolution_weight_gradient(x, grad, tables, ctx.tf32)
-    return of_x, of_weight, *([None] * count for count in ctx.counts), None
-
-
-_sparse_convolution.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight, *maps = ctx.saved_tensors
+        tables, transposed = maps[: ctx.count], maps[ctx.count :]
+        grad = grad.contiguous()
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            if not transposed:
+                raise RuntimeError("transposed_map: the gradient of x was asked for, and there is none")
+            of_x = torch.ops.pronghorn.sparse_convolution(grad, weight.transpose(1, 2), transposed, ctx.tf32)
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.ops.pronghorn.sparse_convolution_weight_gradient(x, grad, tables, ctx.tf32)
+        return of_x, of_weight, None, None, *[None] * len(maps)

@@ -16,7 +16,7 @@ from pronghorn.kernels.sparse_convolution import SortedMap, sort_map, sparse_con
 
 def transposed(found: Tensor, inputs: int) -> Tensor:
     """The outputs of each input."""
-    result = found.new_full((len(found), inputs + 1), -1)
+    result: Tensor = found.new_full((len(found), inputs + 1), -1)
     rows = torch.where(found < 0, inputs, found).long()
     result.scatter_(1, rows, torch.arange(found.shape[1], device=found.device).int().expand_as(found))
     return result[:, :inputs].contiguous()
@@ -46,7 +46,7 @@ def _oracle(arguments: Arguments) -> Tensor:
     given = arguments["kernel_map"]
     found: Tensor = given.kernel_map if isinstance(given, SortedMap) else given
     padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
-    out = x.new_zeros(found.shape[1], weight.shape[2])
+    out: Tensor = x.new_zeros(found.shape[1], weight.shape[2])
     for k, rows in enumerate(found.long().cpu()):
         to = given.order[k // given.active.shape[2]].long().cpu() if isinstance(given, SortedMap) else slice(None)
         out[to] += padded[rows] @ weight[k]

@@ -46,21 +46,28 @@ def sort_map(kernel_map: Tensor, *, splits: int = 1) -> SortedMap:
     if not least <= splits <= max(volume, 1):
         raise ValueError(f"splits: got {splits}, wanted {least} to {max(volume, 1)} for a kernel volume of {volume}")
     masks = bitmasks(kernel_map, splits)
-    order = masks.sort(dim=1, descending=True, stable=True).indices
+    masks, order = masks.sort(dim=1, descending=True, stable=True)
     width = -(-volume // splits)
+    if _triton(kernel_map):
+        from pronghorn.kernels.sparse_convolution import triton
+
+        return SortedMap(*triton.in_order(kernel_map, masks, order, width))
     columns = torch.cat([
         part.gather(1, order[split].expand(len(part), -1))
         for split, part in enumerate(kernel_map.split(width))
     ])  # fmt: skip
-    tiles = reduced(masks.gather(1, order), TILE)
-    active, counts = _active(tiles, width)
+    active, counts = _active(reduced(masks, TILE), width)
     return SortedMap(columns, order.int(), active, counts)
+
+
+def _triton(kernel_map: Tensor) -> bool:
+    return use_triton("sort_map", kernel_map) and kernel_map.numel() > 0
 
 
 def bitmasks(kernel_map: Tensor, splits: int) -> Tensor:
     """int32 [splits, outputs]: bit i is set where an output has offset i of the split."""
     width = -(-kernel_map.shape[0] // splits)
-    if use_triton("sort_map", kernel_map) and kernel_map.numel():
+    if _triton(kernel_map):
         from pronghorn.kernels.sparse_convolution import triton
 
         return triton.bitmasks(kernel_map, splits, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -116,6 +117,52 @@ def _bitmasks(kernel_map, masks, outputs, volume, WIDTH: tl.constexpr, ROWS: tl.
         i = tl.load(kernel_map + k.to(tl.int64) * outputs + row, mask=(row < outputs) & (k < volume), other=-1)
         mask = mask | ((i >= 0).to(tl.int32) << bit)
     tl.store(masks + split * outputs + row, mask, mask=row < outputs)
+
+
+@triton.jit(do_not_specialize=["outputs"])
+def _permute(kernel_map, order, columns, shorter_order, outputs, volume, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    inside, split = row < outputs, k // WIDTH
+    at = tl.load(order + split * outputs + row, mask=inside, other=0)
+    found = tl.load(kernel_map + k.to(tl.int64) * outputs + at, mask=inside & (k < volume))
+    tl.store(columns + k.to(tl.int64) * outputs + row, found, mask=inside & (k < volume))
+    if k % WIDTH == 0:
+        tl.store(shorter_order + split * outputs + row, at.to(tl.int32), mask=inside)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit(do_not_specialize=["outputs"])
+def _tile_lists(masks, active, counts, outputs, WIDTH: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr):
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row, bit = tile * TILE + tl.arange(0, TILE), tl.arange(0, BITS)
+    mask = tl.reduce(tl.load(masks + split * outputs + row, mask=row < outputs, other=0), 0, _either)
+    has = (mask >> bit) & 1
+    at = split * tl.num_programs(0) + tile
+    count = tl.sum(has, axis=0)
+    tl.store(counts + at, count)
+    # Those that are there first, in order; -1 behind them.
+    place = tl.where(has == 1, tl.cumsum(has, axis=0) - 1, count + tl.cumsum(1 - has, axis=0) - 1)
+    tl.store(active + at * WIDTH + place, tl.where(has == 1, bit, -1), mask=place < WIDTH)
+
+
+def in_order(kernel_map: Tensor, masks: Tensor, order: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The parts of a sorted map, from sorted masks and their order."""
+    (volume, outputs), splits = kernel_map.shape, len(masks)
+    tiles = triton.cdiv(outputs, TILE)
+    new = functools.partial(torch.empty, dtype=torch.int32, device=kernel_map.device)
+    columns, shorter, active, counts = (
+        new(volume, outputs), new(splits, outputs), new(splits, tiles, width), new(splits, tiles)
+    )  # fmt: skip
+    # Also of a split that has no offset: 4 offsets in 3 splits are 2, 2 and none.
+    _permute[(tiles, splits * width)](kernel_map, order, columns, shorter, outputs, volume, width, TILE, num_warps=4)
+    _tile_lists[(tiles, splits)](
+        masks, active, counts, outputs, width, triton.next_power_of_2(width), TILE, num_warps=1
+    )
+    return columns, shorter, active, counts
 
 
 def sparse_convolution(x: Tensor, weight: Tensor, tables: Sequence[Tensor], tf32: bool) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pronghorn.kernels._arguments import check_shape, check_tensor
 from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels._library import define
 from pronghorn.kernels.kernel_map.keys import Box
 from pronghorn.kernels.strided_coords import reference
 
@@ -66,19 +68,12 @@ def strided_coords(coords: Tensor, offsets: Tensor, *, stride: Sequence[int], bo
     return result
 
 
-@torch.library.custom_op("pronghorn::coords_bounds", mutates_args=())
 def _coords_bounds(coords: Tensor) -> Tensor:
     if not coords.shape[0]:
         return torch.tensor([[0], [-1]]).repeat(1, coords.shape[1])
     return torch.stack(coords.aminmax(dim=0)).long().cpu()
 
 
-@_coords_bounds.register_fake
-def _(coords: Tensor) -> Tensor:
-    return torch.empty(2, coords.shape[1], dtype=torch.int64)
-
-
-@torch.library.custom_op("pronghorn::strided_coords", mutates_args=())
 def _strided_coords(coords: Tensor, offsets: Tensor, stride: list[int], bounds: Tensor) -> Tensor:
     box = Box.of(bounds)
     if not box.places or not coords.shape[0]:
@@ -90,6 +85,9 @@ def _strided_coords(coords: Tensor, offsets: Tensor, stride: list[int], bounds: 
     return reference.strided_coords(coords, offsets, stride, box)
 
 
-@_strided_coords.register_fake
-def _(coords: Tensor, offsets: Tensor, stride: list[int], bounds: Tensor) -> Tensor:
+def _of_any_number(coords: Tensor, *_: Any) -> Tensor:
     return coords.new_empty((torch.library.get_ctx().new_dynamic_size(), coords.shape[1]))
+
+
+define("coords_bounds", _coords_bounds, lambda coords: torch.empty(2, coords.shape[1], dtype=torch.int64))
+define("strided_coords", _strided_coords, _of_any_number)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pronghorn.kernels.kernel_map.keys import Box
 from pronghorn.kernels.kernel_map.triton import NUMBERS, padded
-from pronghorn.kernels.strided_coords.reference import sites
 
 ROWS = 128
+LIMITS = [name for name in NUMBERS if not name.startswith("stride")]
 
 
 @triton.jit(do_not_specialize=["rows", *NUMBERS])
@@ -37,6 +37,21 @@ def _mark(
     tl.store(marks + place, 1, mask=reaches)
 
 
+@triton.jit(do_not_specialize=["rows", *LIMITS])
+def _site(
+    places, coords, rows,
+    low0, low1, low2, low3, low4, size0, size1, size2, size3, size4, step0, step1, step2, step3, step4,
+    DIMENSIONS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    lows, sizes = (low0, low1, low2, low3, low4), (size0, size1, size2, size3, size4)
+    steps = (step0, step1, step2, step3, step4)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = tl.load(places + row, mask=row < rows, other=0)
+    for d in tl.static_range(DIMENSIONS):
+        site = (place // steps[d]) % sizes[d] + lows[d]
+        tl.store(coords + row.to(tl.int64) * DIMENSIONS + d, site.to(tl.int32), mask=row < rows)
+
+
 def strided_coords(coords: Tensor, offsets: Tensor, stride: list[int], box: Box) -> Tensor:
     """int32 [outputs, dimensions], in lexicographic order."""
     rows, dimensions = coords.shape
@@ -45,4 +60,9 @@ def strided_coords(coords: Tensor, offsets: Tensor, stride: list[int], box: Box)
     _mark[(triton.cdiv(rows, ROWS), len(offsets))](
         coords.contiguous(), offsets.contiguous(), marks, rows, *[n for kind in numbers for n in kind], dimensions, ROWS
     )
-    return sites(marks.nonzero()[:, 0], box)
+    places = marks.nonzero()
+    found = torch.empty(len(places), dimensions, dtype=torch.int32, device=coords.device)
+    if len(places):
+        limits = [n for kind in numbers[:3] for n in kind]
+        _site[(triton.cdiv(len(places), ROWS),)](places, found, len(places), *limits, dimensions, ROWS)
+    return found
