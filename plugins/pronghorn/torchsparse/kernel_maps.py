@@ -148,7 +148,7 @@ class KernelMap:
 
     @property
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """int32 [2, pairs], input and output rows, by offset and output; int32 [volume + 1], where each offset begins."""
+        """int32 [2, pairs]: input and output rows, by offset and output; int32 [volume + 1]: where offsets begin."""
         if self._pairs is None:
             k, output = (self.found >= 0).nonzero(as_tuple=True)
             rows = torch.stack([self.found[k, output], output.int()])
