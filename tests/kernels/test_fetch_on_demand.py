@@ -52,11 +52,7 @@ def test_offsets_without_pairs(which, sizes):
 
 
 @BACKENDS
-def test_three_hundred_offsets_in_several_looks(which, monkeypatch):
-    if which == "triton":
-        from pronghorn.kernels.fetch_on_demand import triton
-
-        monkeypatch.setattr(triton, "MOST_AT_ONCE", 128)
+def test_three_hundred_offsets(which):
     arguments = example(volume=300, pairs=120, channels=3, columns=4)
     with backend(which):
         assert error(arguments) < 1e-6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from pronghorn.kernels._dispatch import interpreting
@@ -19,10 +18,19 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float16 if dtype == torch.float16 else tl.bfloat16
 
 
+def power_of_2(number: int) -> int:
+    """The least power of two that is not below a positive number; Triton's own takes as long as a launch."""
+    return 1 << (number - 1).bit_length()
+
+
+def blocks(number: int, size: int) -> int:
+    """How many blocks of a size a number takes; likewise."""
+    return -(-number // size)
+
+
 def dot_width(size: int) -> int:
     """Width of a tile of `size` columns that `tl.dot` sums over: a power of two, and what tensor cores take at least.
 
     The interpreter would take less.
     """
-    width: int = max(16, triton.next_power_of_2(size))
-    return width
+    return max(16, power_of_2(size))

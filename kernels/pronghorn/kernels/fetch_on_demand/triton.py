@@ -32,6 +32,7 @@ TILES = {
     64: Tile(128, 64, 64, 4, 3),
     1 << 30: Tile(128, 128, 64, 8, 3),
 }
+INNER_BYTES = 128  # of a row at a time, so that stages fit into shared memory
 # Without tensor cores a thread holds its operands in registers.
 FLOAT32_TILE = Tile(64, 64, 16, 4, 2)
 FEWEST_ROWS = 16
@@ -40,18 +41,15 @@ GRADIENT = Tile(64, 64, 64, 4, 3)  # `inner` input by `columns` output channels,
 FLOAT32_GRADIENT = Tile(16, 64, 64, 4, 2)
 GRADIENT_BLOCKS = 512
 SUMMED = 1024  # elements that a block adds up
-MOST_AT_ONCE = 1024  # offsets that a block looks through at a time
 
 
 @triton.jit
 def _find(starts, tile, volume, rows, OFFSETS: tl.constexpr):
     """Offset of a tile, and from where to where its pairs stand: nowhere, if the tile is not needed."""
-    before = tl.zeros([OFFSETS], tl.int32)
-    for first in range(0, volume, OFFSETS):
-        k = first + tl.arange(0, OFFSETS)
-        tiles = tl.load(starts + k, mask=k < volume, other=0).to(tl.int64) // rows + k
-        before += ((tiles <= tile) & (k < volume)).to(tl.int32)
-    k = tl.sum(before, axis=0) - 1
+    # All at once: a loop here keeps Triton from pipelining the one that follows.
+    k = tl.arange(0, OFFSETS)
+    tiles = tl.load(starts + k, mask=k < volume, other=0).to(tl.int64) // rows + k
+    k = tl.sum(((tiles <= tile) & (k < volume)).to(tl.int32), axis=0) - 1
     start, end = tl.load(starts + k).to(tl.int64), tl.load(starts + k + 1).to(tl.int64)
     start += (tile - start // rows - k) * rows
     return k, start, tl.minimum(start + rows, end)
@@ -92,8 +90,7 @@ def _weight_gradient(
     IN: tl.constexpr, OUT: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     INNER: tl.constexpr, OFFSETS: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0)*stretch
-    end = start+stretch
+    _, start, end = _find(starts, tl.program_id(0), volume, stretch, OFFSETS)
     BLOCKS: tl.constexpr = (OUT + COLUMNS - 1) // COLUMNS
     c = (tl.program_id(1) // BLOCKS) * INNER + tl.arange(0, INNER)
     n = (tl.program_id(1) % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
@@ -130,21 +127,24 @@ def fetch_on_demand(
     """[outputs, output channels]."""
     x, sources, targets, starts = (tensor.contiguous() for tensor in (x, sources, targets, starts))
     volume, channels, columns = weight.shape
-    tile = choose_tile(len(sources), weight, plain=_plain(x.dtype, tf32))
+    tile = choose_tile(len(sources), weight, tf32)
     out = torch.zeros(outputs, columns, dtype=torch.float32, device=x.device)
     _multiply[(len(sources) // tile.rows + volume, triton.cdiv(columns, tile.columns))](
         x, weight, sources, targets, starts, starts if scale is None else scale.contiguous(), out, volume,
         *weight.stride(), channels, columns, scale is not None, tile.rows, tile.columns, tile.inner,
-        _at_once(volume), dot_type(x.dtype), _precision(x.dtype, tf32), num_warps=tile.warps, num_stages=tile.stages,
+        triton.next_power_of_2(volume), dot_type(x.dtype), _precision(x.dtype, tf32),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out.to(x.dtype)
 
 
-def choose_tile(pairs: int, weight: Tensor, *, plain: bool) -> Tile:
-    """The tile of a size of problem; `plain` without tensor cores."""
+def choose_tile(pairs: int, weight: Tensor, tf32: bool) -> Tile:
+    """The tile of a size of problem."""
     volume, channels, columns = weight.shape
+    plain = _plain(weight.dtype, tf32)
     tile = FLOAT32_TILE if plain else next(tile for most, tile in TILES.items() if columns <= most)
-    tile = tile._replace(inner=min(tile.inner, dot_width(channels)), columns=min(tile.columns, dot_width(columns)))
+    inner = min(tile.inner, dot_width(channels), INNER_BYTES // weight.itemsize)
+    tile = tile._replace(inner=inner, columns=min(tile.columns, dot_width(columns)))
     blocks = triton.cdiv(columns, tile.columns)
     while tile.rows > FEWEST_ROWS and (pairs < 2 * tile.rows * volume or pairs // tile.rows * blocks < BUSY):
         tile = tile._replace(rows=tile.rows // 2, warps=max(2, tile.warps // 2) if tile.rows <= 64 else tile.warps)
@@ -167,7 +167,7 @@ def weight_gradient(
     parts = torch.empty(len(sources) // stretch + volume, channels, columns, dtype=torch.float32, device=x.device)
     _weight_gradient[(len(parts), blocks)](
         x, grad, sources, targets, starts, starts if scale is None else scale.contiguous(), parts, volume, stretch,
-        channels, columns, scale is not None, tile.rows, tile.columns, tile.inner, _at_once(volume),
+        channels, columns, scale is not None, tile.rows, tile.columns, tile.inner, triton.next_power_of_2(volume),
         dot_type(multiplied), _precision(multiplied, not plain), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     out = torch.empty(volume, channels, columns, dtype=x.dtype, device=x.device)
@@ -175,11 +175,6 @@ def weight_gradient(
         parts, starts, out, stretch, channels * columns, SUMMED
     )
     return out
-
-
-def _at_once(volume: int) -> int:
-    most: int = min(MOST_AT_ONCE, triton.next_power_of_2(volume))
-    return most
 
 
 def _plain(dtype: torch.dtype, tf32: bool) -> bool:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels._triton import blocks, power_of_2
 from pronghorn.kernels.kernel_map.keys import GRID, MOST_DIMENSIONS, Box
 
 ROWS = 128
@@ -89,16 +90,14 @@ def kernel_map(coords: Tensor, out_coords: Tensor, offsets: Tensor, stride: list
     """int32 [kernel volume, outputs]."""
     rows, dimensions = coords.shape
     hashed = table != GRID
-    capacity = max(512, triton.next_power_of_2(SLOTS_FOR_EACH_ROW * rows)) if hashed else box.places
+    capacity = max(512, power_of_2(SLOTS_FOR_EACH_ROW * rows)) if hashed else box.places
     values = torch.full((capacity,), -1, dtype=torch.int32, device=coords.device)
     keys = torch.full((capacity,), -1, dtype=torch.int64, device=coords.device) if hashed else values
     numbers = padded(box.lower, 0), padded(box.sizes, 1), padded(box.steps, 0)
     limits = [number for kind in numbers for number in kind]
-    _fill[(triton.cdiv(rows, ROWS),)](
-        coords.contiguous(), keys, values, capacity, rows, *limits, dimensions, hashed, ROWS
-    )
+    _fill[(blocks(rows, ROWS),)](coords.contiguous(), keys, values, capacity, rows, *limits, dimensions, hashed, ROWS)
     found = torch.empty(len(offsets), len(out_coords), dtype=torch.int32, device=coords.device)
-    _look_up[(triton.cdiv(len(out_coords), ROWS), len(offsets))](
+    _look_up[(blocks(len(out_coords), ROWS), len(offsets))](
         out_coords.contiguous(), offsets.contiguous(), keys, values, found, capacity, len(out_coords), *limits,
         *padded(stride, 1), dimensions, hashed, ROWS,
     )  # fmt: skip

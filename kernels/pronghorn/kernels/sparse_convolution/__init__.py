@@ -13,9 +13,10 @@ from pronghorn.kernels._arguments import check_shape, check_tensor
 from pronghorn.kernels._dispatch import use_triton
 from pronghorn.kernels._library import define
 from pronghorn.kernels.sparse_convolution import reference
+from pronghorn.kernels.sparse_convolution.epilogue import Epilogue
 from pronghorn.kernels.sparse_convolution.sorting import SortedMap, sort_map
 
-__all__ = ["SortedMap", "sort_map", "sparse_convolution"]
+__all__ = ["Epilogue", "SortedMap", "sort_map", "sparse_convolution"]
 
 
 def sparse_convolution(
@@ -25,6 +26,7 @@ def sparse_convolution(
     transposed_map: Tensor | SortedMap | None = None,
     *,
     tf32: bool = False,
+    epilogue: Epilogue | None = None,
 ) -> Tensor:
     """y[o] = sum over k of x[map[k, o]] weight[k], where the map has a row.
 
@@ -38,13 +40,14 @@ def sparse_convolution(
         transposed_map: int32 [kernel volume, inputs] with the outputs of each input, likewise; wanted for the gradient
             of `x` alone.
         tf32: multiply float32 in the tensor cores' 10-bit mantissa, on a GPU.
+        epilogue: what is done to the sums before they are rounded, for inference.
 
     Returns:
         [outputs, output channels] in the dtype of `x`.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype or device. RuntimeError: the gradient of `x` is
-            asked for, and there is no transposed map.
+            asked for, and there is no transposed map, or any gradient beside an epilogue.
 
     Source: Tang et al. (MICRO 2023), sections 2 and 3.
     """
@@ -57,10 +60,24 @@ def sparse_convolution(
     tables = [_tables(name, of, volume, x) for name, of in
               (("kernel_map", kernel_map), ("transposed_map", transposed_map))]  # fmt: skip
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        if epilogue is not None:
+            raise RuntimeError("epilogue: is for inference; a gradient was asked for")
         result: Tensor = _Differentiable.apply(x, weight, tf32, len(tables[0]), *tables[0], *tables[1])
     else:
-        result = torch.ops.pronghorn.sparse_convolution(x, weight, tables[0], tf32)
+        if epilogue is not None:
+            _check_epilogue(epilogue, (tables[0][0].shape[1], weight.shape[2]), x)
+        result = torch.ops.pronghorn.sparse_convolution(x, weight, tables[0], tf32, *(epilogue or ()))
     return result
+
+
+def _check_epilogue(epilogue: Epilogue, shape: tuple[int, int], x: Tensor) -> None:
+    for name, tensor, wanted in (
+        ("scale", epilogue.scale, shape[1:]), ("shift", epilogue.shift, shape[1:]),
+        ("residual", epilogue.residual, shape),
+    ):  # fmt: skip
+        if tensor is not None:
+            check_tensor(f"epilogue.{name}", tensor, floating=True, like=x)
+            check_shape(f"epilogue.{name}", tensor, wanted)
 
 
 def _tables(name: str, of: Tensor | SortedMap | None, volume: int, x: Tensor) -> list[Tensor]:
@@ -78,12 +95,16 @@ def _triton(x: Tensor) -> bool:
     return use_triton("sparse_convolution", x) and x.dtype != torch.float64 and x.numel() > 0
 
 
-def _forward(x: Tensor, weight: Tensor, tables: Sequence[Tensor], tf32: bool) -> Tensor:
+def _forward(
+    x: Tensor, weight: Tensor, tables: Sequence[Tensor], tf32: bool, scale: Tensor | None = None,
+    shift: Tensor | None = None, residual: Tensor | None = None, relu: bool = False,
+) -> Tensor:  # fmt: skip
+    epilogue = Epilogue(scale, shift, residual, relu)
     if _triton(x):
         from pronghorn.kernels.sparse_convolution import triton
 
-        return triton.sparse_convolution(x, weight, tables, tf32)
-    return reference.sparse_convolution(x, weight, tables)
+        return triton.sparse_convolution(x, weight, tables, tf32, epilogue)
+    return reference.sparse_convolution(x, weight, tables, epilogue)
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor], tf32: bool) -> Tensor:
@@ -96,7 +117,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor], tf32: bo
 
 define(
     "sparse_convolution", _forward,
-    lambda x, weight, tables, tf32: x.new_empty((tables[0].shape[1], weight.shape[2])),
+    lambda x, weight, tables, *_: x.new_empty((tables[0].shape[1], weight.shape[2])),
 )  # fmt: skip
 define(
     "sparse_convolution_weight_gradient", _weight_gradient,

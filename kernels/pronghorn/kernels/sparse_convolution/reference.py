@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pronghorn.kernels.sparse_convolution.epilogue import Epilogue
+
 
 def pairs(tables: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each offset the input rows, and the output rows that they go to."""
@@ -17,7 +19,7 @@ def pairs(tables: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows[at], order[0][k // offsets_of_split][at] if order else at
 
 
-def sparse_convolution(x: Tensor, weight: Tensor, tables: Sequence[Tensor]) -> Tensor:
+def sparse_convolution(x: Tensor, weight: Tensor, tables: Sequence[Tensor], epilogue: Epilogue | None = None) -> Tensor:
     """[outputs, output channels]; in float32 or better, and rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(tables[0].shape[1], weight.shape[2], dtype=wide, device=x.device)
@@ -25,7 +27,7 @@ def sparse_convolution(x: Tensor, weight: Tensor, tables: Sequence[Tensor]) -> T
     for k, (rows, to) in enumerate(pairs(tables)):
         if len(rows):
             out.index_add_(0, to, inputs[rows] @ weight[k])
-    return out.to(x.dtype)
+    return (out if epilogue is None else epilogue(out)).to(x.dtype)
 
 
 def weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels._triton import dot_type, dot_width
+from pronghorn.kernels._triton import blocks, dot_type, dot_width, power_of_2
+from pronghorn.kernels.sparse_convolution.epilogue import Epilogue
 from pronghorn.kernels.sparse_convolution.sorting import TILE
 
 
@@ -33,16 +34,18 @@ TILES = {
     1 << 30: Tile(128, 128, 64, 8, 3),
 }
 BUSY = 132  # blocks
+NOTHING = Epilogue()
 GRADIENT = Tile(64, 64, 64, 4, 3)  # rows summed at a time, output and input channels of a block
 GRADIENT_BLOCKS = 1056
 
 
 @triton.jit(do_not_specialize=["outputs", "tiles"])
 def _multiply(
-    x, weight, kernel_map, order, active, counts, out, outputs, tiles, volume,
+    x, weight, kernel_map, order, active, counts, out, scale, shift, residual, outputs, tiles, volume,
     weight_offset, weight_in, weight_out,
     IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr, SORTED: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TILE: tl.constexpr,
+    SCALED: tl.constexpr, SHIFTED: tl.constexpr, ADDED: tl.constexpr, RELU: tl.constexpr,
     DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(2)
@@ -74,6 +77,17 @@ def _multiply(
     to = to.to(tl.int64)
     if SPLITS > 1:
         to += split.to(tl.int64) * outputs
+    if SCALED:
+        sum = sum * tl.load(scale + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
+    if SHIFTED:
+        sum += tl.load(shift + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
+    if ADDED:
+        beside = tl.load(
+            residual + to[:, None] * OUT + n[None, :], mask=inside[:, None] & (n < OUT)[None, :], other=0.0
+        )
+        sum += beside.to(tl.float32)
+    if RELU:
+        sum = tl.maximum(sum, 0.0)
     tl.store(
         out + to[:, None] * OUT + n[None, :], sum.to(out.dtype.element_ty), mask=inside[:, None] & (n < OUT)[None, :]
     )
@@ -114,7 +128,7 @@ def _bitmasks(kernel_map, masks, outputs, volume, WIDTH: tl.constexpr, ROWS: tl.
     mask = tl.zeros([ROWS], tl.int32)
     for bit in range(WIDTH):
         k = split * WIDTH + bit
-        i = tl.load(kernel_map + k.to(tl.int64) * outputs + row, mask=(row < outputs) & (k < volume), other=-1)
+        i = tl.load(kernel_map + k.to(tl.int64) * outputs + row, mask=row < tl.where(k < volume, outputs, 0), other=-1)
         mask = mask | ((i >= 0).to(tl.int32) << bit)
     tl.store(masks + split * outputs + row, mask, mask=row < outputs)
 
@@ -124,8 +138,9 @@ def _permute(kernel_map, order, columns, shorter_order, outputs, volume, WIDTH: 
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     inside, split = row < outputs, k // WIDTH
     at = tl.load(order + split * outputs + row, mask=inside, other=0)
-    found = tl.load(kernel_map + k.to(tl.int64) * outputs + at, mask=inside & (k < volume))
-    tl.store(columns + k.to(tl.int64) * outputs + row, found, mask=inside & (k < volume))
+    has = row < tl.where(k < volume, outputs, 0)
+    found = tl.load(kernel_map + k.to(tl.int64) * outputs + at, mask=has)
+    tl.store(columns + k.to(tl.int64) * outputs + row, found, mask=has)
     if k % WIDTH == 0:
         tl.store(shorter_order + split * outputs + row, at.to(tl.int32), mask=inside)
 
@@ -152,20 +167,20 @@ def _tile_lists(masks, active, counts, outputs, WIDTH: tl.constexpr, BITS: tl.co
 def in_order(kernel_map: Tensor, masks: Tensor, order: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The parts of a sorted map, from sorted masks and their order."""
     (volume, outputs), splits = kernel_map.shape, len(masks)
-    tiles = triton.cdiv(outputs, TILE)
+    tiles = blocks(outputs, TILE)
     new = functools.partial(torch.empty, dtype=torch.int32, device=kernel_map.device)
     columns, shorter, active, counts = (
         new(volume, outputs), new(splits, outputs), new(splits, tiles, width), new(splits, tiles)
     )  # fmt: skip
     # Also of a split that has no offset: 4 offsets in 3 splits are 2, 2 and none.
     _permute[(tiles, splits * width)](kernel_map, order, columns, shorter, outputs, volume, width, TILE, num_warps=4)
-    _tile_lists[(tiles, splits)](
-        masks, active, counts, outputs, width, triton.next_power_of_2(width), TILE, num_warps=1
-    )
+    _tile_lists[(tiles, splits)](masks, active, counts, outputs, width, power_of_2(width), TILE, num_warps=1)
     return columns, shorter, active, counts
 
 
-def sparse_convolution(x: Tensor, weight: Tensor, tables: Sequence[Tensor], tf32: bool) -> Tensor:
+def sparse_convolution(
+    x: Tensor, weight: Tensor, tables: Sequence[Tensor], tf32: bool, epilogue: Epilogue | None = None
+) -> Tensor:
     """[outputs, output channels]."""
     x = x.contiguous()
     kernel_map, order, active, counts, splits, width = _unpacked(tables)
@@ -174,20 +189,28 @@ def sparse_convolution(x: Tensor, weight: Tensor, tables: Sequence[Tensor], tf32
     tile = choose_tile(outputs, channels, columns, splits)
     dtype = x.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, outputs, columns, dtype=dtype, device=x.device)
-    _multiply[(triton.cdiv(outputs, tile.rows), triton.cdiv(columns, tile.columns), splits)](
-        x, weight, kernel_map, order, active, counts, out, outputs, counts.shape[-1], volume,
+    scale, shift, residual, relu = epilogue if epilogue is not None and splits == 1 else NOTHING
+    residual = None if residual is None else residual.contiguous()
+    given = [out if tensor is None else tensor for tensor in (scale, shift, residual)]  # what is not read is `out`
+    _multiply[(blocks(outputs, tile.rows), blocks(columns, tile.columns), splits)](
+        x, weight, kernel_map, order, active, counts, out, *given, outputs, counts.shape[-1], volume,
         *weight.stride(), channels, columns, width, len(tables) > 1, splits,
-        tile.rows, tile.columns, tile.inner, TILE, dot_type(x.dtype), _precision(x.dtype, tf32),
+        tile.rows, tile.columns, tile.inner, TILE, scale is not None, shift is not None, residual is not None, relu,
+        dot_type(x.dtype), _precision(x.dtype, tf32),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(dim=0).to(x.dtype)
+    if splits == 1:
+        return out[0]
+    sums = out.sum(dim=0)
+    return (sums if epilogue is None else epilogue(sums)).to(x.dtype)
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_tile(outputs: int, channels: int, columns: int, splits: int) -> Tile:
     """The tile of a size of problem."""
     tile = next(tile for most, tile in TILES.items() if columns <= most)
     tile = tile._replace(inner=min(tile.inner, dot_width(channels)), columns=min(tile.columns, dot_width(columns)))
-    while tile.rows > 32 and triton.cdiv(outputs, tile.rows) * triton.cdiv(columns, tile.columns) * splits < BUSY:
+    while tile.rows > 32 and blocks(outputs, tile.rows) * blocks(columns, tile.columns) * splits < BUSY:
         tile = tile._replace(rows=tile.rows // 2, warps=max(2, tile.warps // 2) if tile.rows <= 64 else tile.warps)
     return tile
 
@@ -200,11 +223,11 @@ def weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor], tf32: boo
     tile = GRADIENT._replace(
         columns=min(GRADIENT.columns, dot_width(columns)), inner=min(GRADIENT.inner, dot_width(channels))
     )
-    blocks = triton.cdiv(channels, tile.inner) * triton.cdiv(columns, tile.columns)
-    parts = max(1, min(GRADIENT_BLOCKS // (volume * blocks), triton.cdiv(outputs, 4 * tile.rows)))
-    stretch = triton.cdiv(triton.cdiv(outputs, parts), tile.rows) * tile.rows
+    tiles = blocks(channels, tile.inner) * blocks(columns, tile.columns)
+    parts = max(1, min(GRADIENT_BLOCKS // (volume * tiles), blocks(outputs, 4 * tile.rows)))
+    stretch = blocks(blocks(outputs, parts), tile.rows) * tile.rows
     out = torch.empty(parts, volume, channels, columns, dtype=torch.float32, device=x.device)
-    _weight_gradient[(volume, blocks, parts)](
+    _weight_gradient[(volume, tiles, parts)](
         x, grad, kernel_map, order, out, outputs, stretch, channels, columns, width, len(tables) > 1,
         tile.rows, tile.columns, tile.inner, dot_type(x.dtype), _precision(x.dtype, tf32),
         num_warps=tile.warps, num_stages=tile.stages,
@@ -216,7 +239,7 @@ def bitmasks(kernel_map: Tensor, splits: int, width: int) -> Tensor:
     """int32 [splits, outputs]."""
     volume, outputs = kernel_map.shape
     masks = torch.empty(splits, outputs, dtype=torch.int32, device=kernel_map.device)
-    _bitmasks[(triton.cdiv(outputs, TILE), splits)](kernel_map, masks, outputs, volume, width, TILE, num_warps=4)
+    _bitmasks[(blocks(outputs, TILE), splits)](kernel_map, masks, outputs, volume, width, TILE, num_warps=4)
     return masks
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels._triton import blocks
 from pronghorn.kernels.kernel_map.keys import Box
 from pronghorn.kernels.kernel_map.triton import NUMBERS, padded
 
@@ -57,12 +58,12 @@ def strided_coords(coords: Tensor, offsets: Tensor, stride: list[int], box: Box)
     rows, dimensions = coords.shape
     marks = torch.zeros(box.places, dtype=torch.int8, device=coords.device)
     numbers = padded(box.lower, 0), padded(box.sizes, 1), padded(box.steps, 0), padded(stride, 1)
-    _mark[(triton.cdiv(rows, ROWS), len(offsets))](
+    _mark[(blocks(rows, ROWS), len(offsets))](
         coords.contiguous(), offsets.contiguous(), marks, rows, *[n for kind in numbers for n in kind], dimensions, ROWS
     )
     places = marks.nonzero()
     found = torch.empty(len(places), dimensions, dtype=torch.int32, device=coords.device)
     if len(places):
         limits = [n for kind in numbers[:3] for n in kind]
-        _site[(triton.cdiv(len(places), ROWS),)](places, found, len(places), *limits, dimensions, ROWS)
+        _site[(blocks(len(places), ROWS),)](places, found, len(places), *limits, dimensions, ROWS)
     return found
