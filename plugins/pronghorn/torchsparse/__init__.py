@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pronghorn.torchsparse import backbones, nn
     from pronghorn.torchsparse import collate as utils
     from pronghorn.torchsparse.config import ConvConfig
+    from pronghorn.torchsparse.fusion import fuse
     from pronghorn.torchsparse.operators import cat, generative_add
     from pronghorn.torchsparse.settings import (
         get_allow_negative_coordinates,
@@ -39,6 +40,7 @@ __all__ = [
     "backbones",
     "cat",
     "clear_global_tensor_cache",
+    "fuse",
     "generative_add",
     "get_allow_negative_coordinates",
     "get_tensor_cache_mode",
@@ -55,6 +57,7 @@ _ROOMS = {
     "SparseTensor": "tensor",
     "cat": "operators",
     "clear_global_tensor_cache": "tensor",
+    "fuse": "fusion",
     "generative_add": "operators",
     "get_allow_negative_coordinates": "settings",
     "get_tensor_cache_mode": "tensor",

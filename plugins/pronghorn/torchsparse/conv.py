@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels.kernel_map import kernel_map
-from pronghorn.kernels.sparse_convolution import SortedMap, sparse_convolution
+from pronghorn.kernels.sparse_convolution import Epilogue, SortedMap, sparse_convolution
 from pronghorn.kernels.sparse_convolution.sorting import MOST_BITS
 from pronghorn.torchsparse.config import FETCH_ON_DEMAND, GATHER_SCATTER, ConvConfig
 from pronghorn.torchsparse.grouping import gather_scatter, group_offsets
@@ -38,6 +38,7 @@ def conv3d(
     config: ConvConfig | None = None,
     transposed: bool = False,
     generative: bool = False,
+    epilogue: Epilogue | None = None,
 ) -> SparseTensor:
     """Sparse convolution, of 1 to 4 dimensions.
 
@@ -58,6 +59,7 @@ def conv3d(
         config: how it is computed; by default `get_global_config()`.
         transposed: compute the transposed convolution.
         generative: let a transposed convolution make new sites.
+        epilogue: what is done to the result before it is rounded, for inference.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, no strided convolution came before a transposed
@@ -77,16 +79,16 @@ def conv3d(
         input, weight = input.replace(input.feats.to(dtype)), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if geometry.volume == 1 and not geometry.strided:
-        output = input.replace(input.feats @ weight.view(weight.shape[-2:]))
+        output = input.replace(_finished(input.feats @ weight.view(weight.shape[-2:]), epilogue))
     elif generative:
-        output = _generative(input, weight, geometry, config)
+        output = _generative(input, weight, geometry, config, epilogue)
     elif transposed:
         found = _matching(input, geometry)
-        feats = _compute(input.feats, weight, found, config, transposed=True)
+        feats = _compute(input.feats, weight, found, config, epilogue, transposed=True)
         output = input._at(feats, found.coords[0], found.stride, found.spatial_range)
     else:
         found = build_kernel_map(input, geometry)
-        feats = _compute(input.feats, weight, found, config, transposed=False)
+        feats = _compute(input.feats, weight, found, config, epilogue, transposed=False)
         to = tuple(a * b for a, b in zip(input.stride, geometry.stride, strict=True))
         output = input._at(feats, found.coords[1], to, out_spatial_range(input.spatial_range, geometry))
     if bias is not None:
@@ -113,7 +115,9 @@ class _Way:
         return self.found.pairs[0].flip(0) if self.transposed else self.found.pairs[0]
 
 
-def _compute(x: Tensor, weight: Tensor, found: KernelMap, config: ConvConfig, *, transposed: bool) -> Tensor:
+def _compute(
+    x: Tensor, weight: Tensor, found: KernelMap, config: ConvConfig, epilogue: Epilogue | None, *, transposed: bool
+) -> Tensor:
     weight = weight.view(-1, *weight.shape[-2:])
     forward, backward = _Way(found, transposed), _Way(found, not transposed)
     outputs = len(found.coords[0 if transposed else 1])
@@ -123,18 +127,25 @@ def _compute(x: Tensor, weight: Tensor, found: KernelMap, config: ConvConfig, *,
         groups = group_offsets(
             found.sizes, epsilon=config.epsilon, mm_thresh=config.mm_thresh, without_centre=centre is not None
         )
-        return gather_scatter(x, weight, forward.pairs, found.sizes, outputs, groups, centre)
+        return _finished(gather_scatter(x, weight, forward.pairs, found.sizes, outputs, groups, centre), epilogue)
     if config.dataflow == FETCH_ON_DEMAND and not settings.deterministic:
         from pronghorn.kernels.fetch_on_demand import fetch_on_demand
 
-        return fetch_on_demand(x, weight, forward.pairs, found.pairs[1], outputs, tf32=settings.allow_tf32)
+        y = fetch_on_demand(x, weight, forward.pairs, found.pairs[1], outputs, tf32=settings.allow_tf32)
+        return _finished(y, epilogue)
     least = -(-len(weight) // MOST_BITS)
     splits = min(max(config.split_mask_num, least), len(weight)) if config.ifsort else None
     splits_bwd = min(max(config.split_mask_num_bwd, least), len(weight)) if config.ifsort else None
     trains = torch.is_grad_enabled() and x.requires_grad
     return sparse_convolution(
-        x, weight, forward.table(splits), backward.table(splits_bwd) if trains else None, tf32=settings.allow_tf32
-    )
+        x, weight, forward.table(splits), backward.table(splits_bwd) if trains else None, tf32=settings.allow_tf32,
+        epilogue=epilogue,
+    )  # fmt: skip
+
+
+def _finished(y: Tensor, epilogue: Epilogue | None) -> Tensor:
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return y if epilogue is None else epilogue(y.to(wide)).to(y.dtype)
 
 
 def _matching(input: SparseTensor, geometry: Geometry) -> KernelMap:
@@ -159,7 +170,9 @@ def _matching(input: SparseTensor, geometry: Geometry) -> KernelMap:
     return known.get(geometry.padding) or next(iter(known.values()))
 
 
-def _generative(input: SparseTensor, weight: Tensor, geometry: Geometry, config: ConvConfig) -> SparseTensor:
+def _generative(
+    input: SparseTensor, weight: Tensor, geometry: Geometry, config: ConvConfig, epilogue: Epilogue | None
+) -> SparseTensor:
     """Input x adds x W[k] to site x * stride + offset k, where that is within the range."""
     if input.spatial_range is None:
         raise ValueError("generative: needs a tensor with a spatial_range")
@@ -177,7 +190,7 @@ def _generative(input: SparseTensor, weight: Tensor, geometry: Geometry, config:
     found = kernel_map(sites, input.coords, offsets, stride=steps, bounds=bounds)
     stride = tuple(a // b for a, b in zip(input.stride, geometry.stride, strict=True))
     back = KernelMap(found, (sites, input.coords), stride, sizes)
-    output = SparseTensor(_compute(input.feats, weight, back, config, transposed=True), sites, stride, sizes)
+    output = SparseTensor(_compute(input.feats, weight, back, config, epilogue, transposed=True), sites, stride, sizes)
     return output
 
 

@@ -256,7 +256,7 @@ def _functions(golden: Golden) -> Iterator[Check]:
 
 
 def _generative(golden: Golden) -> Iterator[Check]:
-    """The reference clamps sites to the range of the input grid, so that most are wrong; here is what they should be."""
+    """The reference clamps sites to the input's range, so that most are wrong; here is what they should be."""
     kernel, coords, feats = golden["gen.kernel"], golden["gen.coords"], golden["gen.feats"]
     layer = spnn.Conv3d(kernel.shape[1], kernel.shape[2], 2, stride=2, generative=True).to(coords.device)
     layer.load_state_dict({"kernel": kernel})

@@ -37,8 +37,7 @@ INNER_BYTES = 128  # of a row at a time, so that stages fit into shared memory
 FLOAT32_TILE = Tile(64, 64, 16, 4, 2)
 FEWEST_ROWS = 16
 BUSY = 264  # blocks
-GRADIENT = Tile(64, 64, 64, 4, 3)  # `inner` input by `columns` output channels, `rows` pairs summed at a time
-FLOAT32_GRADIENT = Tile(16, 64, 64, 4, 2)
+GRADIENT = Tile(16, 64, 32, 4, 3)
 GRADIENT_BLOCKS = 512
 SUMMED = 1024  # elements that a block adds up
 
@@ -157,18 +156,19 @@ def weight_gradient(
     """[offsets, input channels, output channels]; pairs are summed in parts, and these in a fixed order."""
     x, grad, sources, targets, starts = (tensor.contiguous() for tensor in (x, grad, sources, targets, starts))
     volume, channels, columns = len(starts) - 1, x.shape[1], grad.shape[1]
-    plain = _plain(x.dtype, tf32)
-    tile = FLOAT32_GRADIENT if plain else GRADIENT
-    tile = tile._replace(columns=min(tile.columns, dot_width(columns)), inner=min(tile.inner, dot_width(channels)))
+    tile = GRADIENT._replace(
+        columns=min(GRADIENT.columns, dot_width(columns)), inner=min(GRADIENT.inner, dot_width(channels))
+    )
     blocks = triton.cdiv(channels, tile.inner) * triton.cdiv(columns, tile.columns)
     stretch = max(4 * tile.rows, triton.cdiv(len(sources), max(1, GRADIENT_BLOCKS // blocks)))
-    # A small scale takes 16-bit gradients out of their range: as float32, whose multiplication keeps what they hold.
+    # A small scale takes 16-bit gradients out of their range: then the product is of float32, in as many bits.
     multiplied = x.dtype if scale is None else torch.float32
+    precision = _precision(multiplied, tf32 or x.dtype != torch.float32)
     parts = torch.empty(len(sources) // stretch + volume, channels, columns, dtype=torch.float32, device=x.device)
     _weight_gradient[(len(parts), blocks)](
         x, grad, sources, targets, starts, starts if scale is None else scale.contiguous(), parts, volume, stretch,
         channels, columns, scale is not None, tile.rows, tile.columns, tile.inner, triton.next_power_of_2(volume),
-        dot_type(multiplied), _precision(multiplied, not plain), num_warps=tile.warps, num_stages=tile.stages,
+        dot_type(multiplied), precision, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     out = torch.empty(volume, channels, columns, dtype=x.dtype, device=x.device)
     _add_parts[(volume, triton.cdiv(channels * columns, SUMMED))](
