@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pronghorn.torchsparse import backbones, nn
+    from pronghorn.torchsparse import backbones, convert, nn
     from pronghorn.torchsparse import collate as utils
     from pronghorn.torchsparse.config import ConvConfig
     from pronghorn.torchsparse.fusion import fuse
@@ -40,6 +40,7 @@ __all__ = [
     "backbones",
     "cat",
     "clear_global_tensor_cache",
+    "convert",
     "fuse",
     "generative_add",
     "get_allow_negative_coordinates",
@@ -65,7 +66,7 @@ _ROOMS = {
     "set_tensor_cache_mode": "tensor",
     "settings": "settings",
 }
-_MODULES = {"backbones": "backbones", "nn": "nn", "utils": "collate"}
+_MODULES = {"backbones": "backbones", "convert": "convert", "nn": "nn", "utils": "collate"}
 
 
 def __getattr__(name: str) -> Any:

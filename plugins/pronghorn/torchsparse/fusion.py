@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pronghorn.kernels.sparse_convolution import Epilogue
 from pronghorn.torchsparse.backbones.blocks import SparseResBlock
@@ -22,6 +22,9 @@ class FusedConvolution(nn.Module):
         norm: a batch norm with running statistics, or None.
         relu: whether a ReLU follows.
     """
+
+    scale: Tensor | None
+    shift: Tensor | None
 
     def __init__(self, conv: SparseConvolution, norm: BatchNorm | None, relu: bool) -> None:
         super().__init__()
@@ -145,7 +148,7 @@ def _has_statistics(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _line(norm: BatchNorm | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _line(norm: BatchNorm | None) -> tuple[Tensor | None, Tensor | None]:
     """Scale and shift, float32 [channels], of a batch norm in evaluation mode."""
     if norm is None:
         return None, None

@@ -32,13 +32,13 @@ TILES = {
     64: Tile(128, 64, 64, 4, 3),
     1 << 30: Tile(128, 128, 64, 8, 3),
 }
-INNER_BYTES = 128  # of a row at a time, so that stages fit into shared memory
-# Without tensor cores a thread holds its operands in registers.
-FLOAT32_TILE = Tile(64, 64, 16, 4, 2)
 FEWEST_ROWS = 16
+INNER_BYTES = 128  # of a row at a time, so that stages fit into shared memory
 BUSY = 264  # blocks
-GRADIENT = Tile(16, 64, 32, 4, 3)
+GRADIENT = Tile(64, 64, 64, 4, 3)  # `inner` input by `columns` output channels, `rows` pairs summed at a time
 GRADIENT_BLOCKS = 512
+# Without tensor cores a thread holds its operands in registers: larger ones spill.
+FLOAT32_TILE, FLOAT32_GRADIENT = Tile(64, 64, 16, 4, 2), Tile(16, 64, 64, 8, 3)
 SUMMED = 1024  # elements that a block adds up
 
 
@@ -156,11 +156,10 @@ def weight_gradient(
     """[offsets, input channels, output channels]; pairs are summed in parts, and these in a fixed order."""
     x, grad, sources, targets, starts = (tensor.contiguous() for tensor in (x, grad, sources, targets, starts))
     volume, channels, columns = len(starts) - 1, x.shape[1], grad.shape[1]
-    tile = GRADIENT._replace(
-        columns=min(GRADIENT.columns, dot_width(columns)), inner=min(GRADIENT.inner, dot_width(channels))
-    )
+    tile = FLOAT32_GRADIENT if _plain(x.dtype, tf32) else GRADIENT
+    tile = tile._replace(columns=min(tile.columns, dot_width(columns)), inner=min(tile.inner, dot_width(channels)))
     blocks = triton.cdiv(channels, tile.inner) * triton.cdiv(columns, tile.columns)
-    stretch = max(4 * tile.rows, triton.cdiv(len(sources), max(1, GRADIENT_BLOCKS // blocks)))
+    stretch = max(4 * GRADIENT.rows, triton.cdiv(len(sources), max(1, GRADIENT_BLOCKS // blocks)))
     # A small scale takes 16-bit gradients out of their range: then the product is of float32, in as many bits.
     multiplied = x.dtype if scale is None else torch.float32
     precision = _precision(multiplied, tf32 or x.dtype != torch.float32)

@@ -24,14 +24,16 @@ def sparse_convolution(x: Tensor, weight: Tensor, tables: Sequence[Tensor], epil
     wide = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(tables[0].shape[1], weight.shape[2], dtype=wide, device=x.device)
     inputs, weight = x.to(wide), weight.to(wide)
-    for k, (rows, to) in enumerate(pairs(tables)):
-        if len(rows):
-            out.index_add_(0, to, inputs[rows] @ weight[k])
+    with torch.autocast(x.device.type, enabled=False):  # sums are in `wide`, whatever is on outside
+        for k, (rows, to) in enumerate(pairs(tables)):
+            if len(rows):
+                out.index_add_(0, to, inputs[rows] @ weight[k])
     return (out if epilogue is None else epilogue(out)).to(x.dtype)
 
 
 def weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor]) -> Tensor:
     """[kernel volume, input channels, output channels]; in float32 or better, and rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    result = [x[rows].to(wide).T @ grad[to].to(wide) for rows, to in pairs(tables)]
+    with torch.autocast(x.device.type, enabled=False):
+        result = [x[rows].to(wide).T @ grad[to].to(wide) for rows, to in pairs(tables)]
     return torch.stack(result).to(x.dtype)
