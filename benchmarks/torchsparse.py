@@ -305,7 +305,7 @@ def main() -> None:
                     if name != "ours":
                         rows.append(row(f"{network}, {kind}", name, f"{len(data[1])} voxels", times["ours"], theirs,
                                         reach=REACH[kind, name]))  # fmt: skip
-    write("torchsparse", rows)
+            write("torchsparse", rows)  # a peer may take minutes to tune itself: what is there stays
 
 
 if __name__ == "__main__":
