@@ -11,13 +11,14 @@ from torch import Tensor
 GROUND, BUILDING, VEHICLE, PERSON, POLE = range(5)
 CLASSES = ("ground", "building", "vehicle", "person", "pole")
 # Half sizes of boxes in metres (least, largest for each dimension), how far from the street's middle they stand, and
-# how much they reflect.
+# the least and most that one reflects: a car is black or white, so that intensity by itself tells little.
 KINDS = {
-    BUILDING: (((4, 4, 3), (10, 8, 8)), (14, 40), 0.35),
-    VEHICLE: (((1.8, 0.8, 0.7), (2.6, 1.1, 1.1)), (2.5, 9), 0.6),
-    PERSON: (((0.25, 0.2, 0.8), (0.4, 0.35, 0.95)), (4, 13), 0.25),
-    POLE: (((0.08, 0.08, 2), (0.15, 0.15, 4)), (6, 12), 0.8),
+    BUILDING: (((4, 4, 3), (10, 8, 8)), (14, 40), (0.2, 0.5)),
+    VEHICLE: (((1.8, 0.8, 0.7), (2.6, 1.1, 1.1)), (2.5, 9), (0.1, 0.9)),
+    PERSON: (((0.25, 0.2, 0.8), (0.4, 0.35, 0.95)), (4, 13), (0.1, 0.5)),
+    POLE: (((0.08, 0.08, 2), (0.15, 0.15, 4)), (6, 12), (0.3, 0.9)),
 }
+GROUND_REFLECTS = 0.3
 SENSOR_HEIGHT, FARTHEST = 1.8, 75.0
 
 
@@ -40,14 +41,15 @@ def scan(
     seed: int, *, boxes: int = 100, beams: int = 64, azimuths: int = 2048, sweeps: int = 1,
     device: torch.device | str = "cpu",
 ) -> Scan:  # fmt: skip
-    """A street drawn from a seed; of several sweeps the sensor moves a metre each, and points are in the last's frame."""
+    """A street drawn from a seed; of several sweeps the sensor moves a metre each, and points are in its last frame."""
     generator = torch.Generator().manual_seed(seed)
-    low, high, kind = (tensor.to(device) for tensor in _boxes(boxes, generator))
+    street = _boxes(boxes, generator)
+    low, high, kind, reflects = (tensor.to(device) for tensor in (*street, _reflectances(street[2], seed)))
     scans = []
     for sweep in range(sweeps):
         origin = torch.tensor([float(sweep - sweeps + 1), 0, SENSOR_HEIGHT], device=device)
         noise = torch.randn(beams * azimuths, generator=generator).to(device) * 0.02
-        scans.append(_cast(origin, _rays(beams, azimuths).to(device), low, high, kind, noise))
+        scans.append(_cast(origin, _rays(beams, azimuths).to(device), low, high, kind, reflects, noise))
     parts = [torch.cat(part) for part in zip(*scans, strict=True)]
     return Scan(parts[0] - torch.tensor([0, 0, SENSOR_HEIGHT], device=device), *parts[1:])
 
@@ -76,19 +78,27 @@ def _boxes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tens
     return low[clear], high[clear], kinds[clear]
 
 
+def _reflectances(kinds: Tensor, seed: int) -> Tensor:
+    """How much each box reflects, from 0 to 1."""
+    least, most = torch.tensor([KINDS[kind][2] for kind in kinds.tolist()]).view(-1, 2).T
+    generator = torch.Generator().manual_seed(seed + 1_000_003)  # not the one that the street was drawn from
+    return least + (most - least) * torch.rand(len(kinds), generator=generator)
+
+
 def _cast(
-    origin: Tensor, rays: Tensor, low: Tensor, high: Tensor, kind: Tensor, noise: Tensor
+    origin: Tensor, rays: Tensor, low: Tensor, high: Tensor, kind: Tensor, reflects: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     best = torch.where(rays[:, 2] < 0, -origin[2] / rays[:, 2], torch.inf)
     label = torch.full_like(best, GROUND, dtype=torch.int64)
+    returned = torch.full_like(best, GROUND_REFLECTS)
     inverse = 1 / torch.where(rays.abs() < 1e-9, 1e-9, rays)
-    for start, end, of in zip(low, high, kind, strict=True):
+    for start, end, of, share in zip(low, high, kind, reflects, strict=True):
         ends = torch.stack([(start - origin) * inverse, (end - origin) * inverse])
         first, last = ends.amin(dim=0).amax(dim=1), ends.amax(dim=0).amin(dim=1)
         closer = (first <= last) & (first > 0) & (first < best)
         best, label = torch.where(closer, first, best), torch.where(closer, of, label)
+        returned = torch.where(closer, share, returned)
     seen = best < FARTHEST
-    reflects = torch.tensor([0.3, *(KINDS[key][2] for key in KINDS)], device=rays.device)[label]
-    intensity = (reflects * (1 - best / (2 * FARTHEST)) + 2 * noise).clamp(0, 1)
+    intensity = (returned * (1 - best / (2 * FARTHEST)) + 2 * noise).clamp(0, 1)
     points = origin + rays * (best + noise)[:, None]
     return points[seen], intensity[seen], label[seen]

@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -76,20 +77,18 @@ def _measured(name: str, precision: str) -> Iterator[dict[str, Any]]:
     peers = {peer: partial(_forward, _theirs(peer, layers), x, index, kinds) for peer in PEERS}
     checked = {peer: run for peer, run in peers.items() if _agrees(peer, run, once(), TOLERANCE[precision])}
     times = {peer: measure(run, repeats=20, graphed=False) for peer, run in checked.items()}
-    what, shape = f"{LAYERS} RGCN layers, {precision}", f"{name}: " + " ".join(f"{k}={v}" for k, v in _sizes(graph))
+    what = f"{LAYERS} RGCN layers, {precision}"
+    shape = f"{name} nodes={graph.nodes} edges={graph.edges} relations={graph.relations} channels={WIDTH}"
+    peer = f"torch_geometric {version('torch_geometric')}"
     if times:
         best = min(times, key=lambda peer: times[peer]["p50"])
         for ours, note, reach in ((once, "edges sorted once", REACH), (anew, "edges sorted by each layer", None)):
             found = measure(ours, repeats=20, graphed=False)
-            yield row(what, f"torch_geometric {best}", shape, found, times[best], reach=reach, note=note)
+            yield row(what, f"{peer} {best}", shape, found, times[best], reach=reach, note=note)
     captured = _captured(checked.get("FastRGCNConv")) if torch.cuda.is_available() else None
     if captured:
-        ours, against = measure(once, repeats=20), "torch_geometric FastRGCNConv, CUDA graph"
+        ours, against = measure(once, repeats=20), f"{peer} FastRGCNConv, CUDA graph"
         yield row(f"{what}, CUDA graph", against, shape, ours, captured, reach=REACH, note="edges sorted once")
-
-
-def _sizes(graph: Graph) -> Iterator[tuple[str, int]]:
-    return iter({**graph._asdict(), "channels": WIDTH}.items())
 
 
 def _forward(layers: list[nn.Module], x: Tensor, *given: Any) -> Tensor:

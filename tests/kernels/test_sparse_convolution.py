@@ -7,7 +7,8 @@ from tests.kernels.harness import DEVICE, backend
 from pronghorn.kernels._operation import relative_error
 from pronghorn.kernels.sparse_convolution import Epilogue, sort_map, sparse_convolution
 from pronghorn.kernels.sparse_convolution.cases import OPERATION
-from pronghorn.kernels.sparse_convolution.sorting import TILE, bitmasks, reduced
+from pronghorn.kernels.sparse_convolution.sorting import bitmasks, reduced
+from pronghorn.kernels.sparse_convolution.tiles import TILE
 
 SHAPE = {"rows": 260, "sizes": (1, 9, 12, 7), "kernel_size": (3, 3, 3), "channels": 7, "columns": 5, "splits": 0}
 

@@ -18,6 +18,9 @@ METHODS = sorted(
 )
 
 
+LAYERS = ("torchsparse",)  # methods made of torch modules, which are registered nowhere
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_face_is_quick_and_imports_no_torch(method):
     code = (
@@ -90,7 +93,7 @@ def test_registering_again_is_a_no_op(method):
         for room in ("transformers", "vllm")
         if importlib.util.find_spec(f"pronghorn.{method}.{room}") is not None
     ]
-    assert found
+    assert found or method in LAYERS
     for room in found:
         room.register()
         room.register()

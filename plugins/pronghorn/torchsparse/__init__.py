@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pronghorn.torchsparse.config import ConvConfig
     from pronghorn.torchsparse.fusion import fuse
     from pronghorn.torchsparse.operators import cat, generative_add
+    from pronghorn.torchsparse.rgcn import RelationGraph, SparseRGCNConv
     from pronghorn.torchsparse.settings import (
         get_allow_negative_coordinates,
         set_allow_negative_coordinates,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ConvConfig",
     "PointTensor",
+    "RelationGraph",
+    "SparseRGCNConv",
     "SparseTensor",
     "backbones",
     "cat",
@@ -55,6 +58,8 @@ __all__ = [
 _ROOMS = {
     "ConvConfig": "config",
     "PointTensor": "tensor",
+    "RelationGraph": "rgcn",
+    "SparseRGCNConv": "rgcn",
     "SparseTensor": "tensor",
     "cat": "operators",
     "clear_global_tensor_cache": "tensor",

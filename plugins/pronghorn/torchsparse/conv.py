@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pronghorn.kernels.fetch_on_demand import fetch_on_demand
 from pronghorn.kernels.kernel_map import kernel_map
 from pronghorn.kernels.sparse_convolution import Epilogue, SortedMap, sparse_convolution
-from pronghorn.kernels.sparse_convolution.sorting import MOST_BITS
-from pronghorn.torchsparse.config import FETCH_ON_DEMAND, GATHER_SCATTER, ConvConfig
+from pronghorn.kernels.sparse_convolution.tiles import MOST_BITS
+from pronghorn.torchsparse.config import FETCH_ON_DEMAND, GATHER_SCATTER, IMPLICIT_GEMM, ConvConfig
 from pronghorn.torchsparse.grouping import gather_scatter, group_offsets
 from pronghorn.torchsparse.kernel_maps import (
     Geometry,
@@ -67,6 +68,15 @@ def conv3d(
 
     Source: Tang et al. (MICRO 2023), section 2; Gwak et al. (arXiv 2006.12356) for generative ones.
     """
+    kind = input.feats.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        # It would reach into the operations, too, and round what they sum up in float32.
+        with torch.autocast(kind, enabled=False):
+            return conv3d(
+                input.replace(input.feats.to(dtype)), weight.to(dtype), kernel_size,
+                None if bias is None else bias.to(dtype), stride, padding, dilation, config, transposed, generative,
+            )  # fmt: skip
     dimensions = input.coords.shape[1] - 1
     config = settings.config if config is None else config
     geometry = geometry_of(
@@ -74,10 +84,6 @@ def conv3d(
         dimensions, config.kmap_mode, config.downsample_mode,
     )  # fmt: skip
     _check_weight(input, weight, geometry, bias)
-    if torch.is_autocast_enabled(input.feats.device.type):
-        dtype = torch.get_autocast_dtype(input.feats.device.type)
-        input, weight = input.replace(input.feats.to(dtype)), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
     if geometry.volume == 1 and not geometry.strided:
         output = input.replace(_finished(input.feats @ weight.view(weight.shape[-2:]), epilogue))
     elif generative:
@@ -121,7 +127,9 @@ def _compute(
     weight = weight.view(-1, *weight.shape[-2:])
     forward, backward = _Way(found, transposed), _Way(found, not transposed)
     outputs = len(found.coords[0 if transposed else 1])
-    if config.dataflow == GATHER_SCATTER:
+    # Without a GPU implicit gemm would look for the pairs at each call; here they are kept.
+    plain = x.device.type == "cpu" and not config.ifsort and not torch.compiler.is_compiling()
+    if config.dataflow == GATHER_SCATTER or (plain and config.dataflow == IMPLICIT_GEMM):
         # Every row goes to itself by the middle of an odd kernel.
         centre = len(weight) // 2 if len(weight) % 2 and found.coords[0] is found.coords[1] else None
         groups = group_offsets(
@@ -129,8 +137,6 @@ def _compute(
         )
         return _finished(gather_scatter(x, weight, forward.pairs, found.sizes, outputs, groups, centre), epilogue)
     if config.dataflow == FETCH_ON_DEMAND and not settings.deterministic:
-        from pronghorn.kernels.fetch_on_demand import fetch_on_demand
-
         y = fetch_on_demand(x, weight, forward.pairs, found.pairs[1], outputs, tf32=settings.allow_tf32)
         return _finished(y, epilogue)
     least = -(-len(weight) // MOST_BITS)
@@ -202,5 +208,5 @@ def _check_weight(input: SparseTensor, weight: Tensor, geometry: Geometry, bias:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != input.feats.device:
             raise ValueError(f"{name}: is on {tensor.device}, the input on {input.feats.device}")
-    if weight.dtype != input.feats.dtype and not torch.is_autocast_enabled(input.feats.device.type):
+    if weight.dtype != input.feats.dtype:
         raise TypeError(f"weight: got {weight.dtype}, the input is {input.feats.dtype}")

@@ -298,6 +298,10 @@ def _kind(value: Any) -> str:
 
 
 def _refuse_negative(bounds: Tensor) -> None:
+    if torch.compiler.is_compiling():  # there are no values to look at before it runs
+        least = bounds[0, :1] if settings.allow_negative_coordinates else bounds[0]
+        torch._assert_async((least >= 0).all(), "coords: some are negative")
+        return
     if bounds[0, 0] < 0 <= bounds[1, 0]:
         raise ValueError(f"coords: a batch index is {int(bounds[0, 0])}; the first column is the batch index")
     if not settings.allow_negative_coordinates and (bounds[0] < 0).any():
@@ -322,5 +326,7 @@ def _unflatten(parts: Any, context: Any) -> SparseTensor:
 
 
 _pytree.register_pytree_node(
-    SparseTensor, _flatten, _unflatten, serialized_type_name="pronghorn.torchsparse.SparseTensor"
-)
+    SparseTensor, _flatten, _unflatten, serialized_type_name="pronghorn.torchsparse.SparseTensor",
+    to_dumpable_context=list,
+    from_dumpable_context=lambda context: tuple(part and tuple(part) for part in context),  # JSON has no tuples
+)  # fmt: skip

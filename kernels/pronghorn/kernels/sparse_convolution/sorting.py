@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels._dispatch import use_triton
-
-TILE = 128  # outputs that pass over an offset together
-MOST_BITS = 32  # offsets of a split
+from pronghorn.kernels.sparse_convolution.tiles import MOST_BITS, TILE
 
 
 class SortedMap(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pronghorn.kernels._triton import blocks, dot_type, dot_width, power_of_2
 from pronghorn.kernels.sparse_convolution.epilogue import Epilogue
-from pronghorn.kernels.sparse_convolution.sorting import TILE
+from pronghorn.kernels.sparse_convolution.tiles import TILE
 
 
 class Tile(NamedTuple):

@@ -21,12 +21,23 @@ class BatchNorm(nn.BatchNorm1d):
             ValueError: statistics of fewer than 2 sites are asked for.
         """
         check_sparse(input)
-        if len(input.feats) < 2 and (self.training or self.running_mean is None):
+        if not self.training and self.running_mean is not None:
+            return fapply(input, self._known_statistics if torch.compiler.is_compiling() else super().forward)
+        if not _at_least_two(input):
             raise ValueError(
                 f"input: got {len(input.feats)} sites, wanted at least 2 for statistics; call eval(), or leave out "
                 "batches without sites"
             )
         return fapply(input, super().forward)
+
+    def _known_statistics(self, feats: Tensor) -> Tensor:
+        """What torch's function computes, which does not compile where there may be no sites."""
+        assert self.running_mean is not None and self.running_var is not None  # noqa: S101, PT018
+        scale = (self.running_var + self.eps).rsqrt()
+        result = (feats.to(scale.dtype) - self.running_mean) * scale
+        if self.affine:
+            result = result * self.weight + self.bias
+        return result.to(feats.dtype)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -76,6 +87,13 @@ class InstanceNorm(GroupNorm):
     def extra_repr(self) -> str:
         """What tells layers apart."""
         return f"{self.num_channels}, eps={self.eps}, affine={self.affine}"
+
+
+def _at_least_two(input: SparseTensor) -> bool:
+    if torch.compiler.is_compiling():  # a number of sites that is not known yet is looked at when it runs
+        torch._check(len(input.feats) >= 2, lambda: "input: got fewer than 2 sites, wanted at least 2 for statistics")
+        return True
+    return len(input.feats) >= 2
 
 
 def _normalise(feats: Tensor, samples: Tensor, batch: int, groups: int, eps: float) -> Tensor:

@@ -1,0 +1,171 @@
+"""Compilation to one graph, autocast, and training on several processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pronghorn.torchsparse import backbones
+from pronghorn.torchsparse import nn as spnn
+from pronghorn.torchsparse.config import FETCH_ON_DEMAND, GATHER_SCATTER, ConvConfig
+from pronghorn.torchsparse.settings import settings
+from pronghorn.torchsparse.tensor import SparseTensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = (2, 16, 15, 17)
+
+
+def tensor(ranged=True, sites=300, seed=0, batch=None):
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randperm(torch.Size(SIZES).numel(), generator=generator)[:sites]
+    coords = torch.stack(torch.unravel_index(places, SIZES), dim=1).int()
+    feats = torch.randn(sites, 4, generator=generator)
+    if batch is not None:
+        feats, coords = feats[coords[:, 0] == batch], coords[coords[:, 0] == batch]
+    return SparseTensor(feats.to(DEVICE), coords.to(DEVICE), spatial_range=SIZES if ranged else None)
+
+
+def resnet():
+    """A stage like SparseResNet21D's, and its last one; narrow."""
+    return backbones.SparseResNet([(2, 8, 3, 2), (1, 8, (1, 3, 1), (1, 2, 1))])
+
+
+def blocks():
+    """The least that has a stride."""
+    return backbones.SparseResNet([(1, 8, 3, 1), (1, 8, 3, 2)])
+
+
+def unet():
+    """SparseResUNet42 with one stage down and up, narrow."""
+    return backbones.SparseResUNet(4, [8], [8])
+
+
+def model(make, train):
+    torch.manual_seed(0)
+    made = make().to(DEVICE)
+    for layer in made.modules():
+        if isinstance(layer, spnn.BatchNorm):
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+            nn.init.normal_(layer.running_mean)
+            nn.init.normal_(layer.weight)
+    return made.train(train)
+
+
+def compiled(made):
+    torch._dynamo.reset()
+    return torch.compile(made, fullgraph=True, backend="aot_eager")
+
+
+def loss_of(outputs):
+    return sum(output.feats.square().mean() for output in outputs)
+
+
+def assert_close(ours, theirs, far=1e-5):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= far * theirs.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize(
+    ("make", "ranged", "sites"), [(blocks, True, (300, 200, 1)), (blocks, False, (300, 200)), (resnet, True, (300,)),
+                                  (unet, True, (300,))]
+)  # fmt: skip
+def test_inference_is_one_graph(make, ranged, sites):
+    made = model(make, train=False)
+    run = compiled(made)
+    with torch.no_grad():
+        for seed, count in enumerate(sites):
+            wanted = made(tensor(ranged, count, seed))
+            for ours, theirs in zip(run(tensor(ranged, count, seed)), wanted, strict=True):
+                assert torch.equal(ours.coords, theirs.coords)
+                assert (ours.stride, ours.spatial_range) == (theirs.stride, theirs.spatial_range)
+                if theirs.feats.numel():
+                    assert_close(ours.feats, theirs.feats)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("make", [resnet, unet])
+def test_a_training_step_is_one_graph(make):
+    made, same = model(make, train=True), model(make, train=True)
+    loss, wanted = loss_of(compiled(made)(tensor())), loss_of(same(tensor()))
+    assert_close(loss, wanted)
+    loss.backward()
+    wanted.backward()
+    for ours, theirs in zip(made.parameters(), same.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad, 1e-4)
+    for ours, theirs in zip(made.buffers(), same.buffers(), strict=True):
+        assert_close(ours.float(), theirs.float())
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_compiled_layers_refuse_what_eager_ones_refuse():
+    run = compiled(model(blocks, train=True))
+    with pytest.raises(RuntimeError, match="fewer than 2 sites"):
+        run(tensor(sites=1))
+    layer = compiled(spnn.Conv3d(4, 4, 3).to(DEVICE))
+    x = tensor(ranged=False)
+    x.coords[3, 2] = -1
+    with pytest.raises(RuntimeError, match="coords: some are negative"):
+        layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_sorted_maps_compile():
+    torch.manual_seed(0)
+    layer = spnn.Conv3d(4, 5, 3, config=ConvConfig(ifsort=True, split_mask_num=2)).to(DEVICE)
+    x = tensor()
+    x.feats.requires_grad_()
+    ours, theirs = compiled(layer)(x).feats, layer(tensor()).feats
+    assert_close(ours, theirs)
+    ours.sum().backward()
+    assert x.feats.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dataflow", [ConvConfig(), ConvConfig(GATHER_SCATTER), ConvConfig(FETCH_ON_DEMAND)],
+                         ids=lambda config: config.dataflow)  # fmt: skip
+def test_autocast(dataflow, monkeypatch):
+    monkeypatch.setattr(settings, "config", dataflow)
+    made = model(unet, train=True)
+    x = tensor()
+    wanted = made(x)[-1]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = made(x)[-1]
+        assert made.stem[0](x).feats.dtype == torch.bfloat16
+    assert (found.feats.float() - wanted.feats).norm() <= 0.05 * wanted.feats.norm()
+    found.feats.float().square().mean().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in made.parameters())
+    assert all(parameter.grad.isfinite().all() for parameter in made.parameters())
+
+
+def test_two_processes_are_one_on_the_joint_batch(tmp_path):
+    made = model(unet, train=False)  # batch norms would have statistics of their own on each process
+    (0.5 * sum(made(tensor(batch=sample))[-1].feats.square().sum() for sample in (0, 1))).backward()
+    alone = {name: parameter.grad.cpu() for name, parameter in made.named_parameters()}
+    made.zero_grad()
+    (0.5 * made(tensor())[-1].feats.square().sum()).backward()
+    joint = {name: parameter.grad.cpu() for name, parameter in made.named_parameters()}
+    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    found = load_file(tmp_path / "gradients.safetensors")
+    for name, gradient in joint.items():
+        assert_close(alone[name], gradient, 1e-4)
+        assert_close(found[name], gradient, 1e-4)
+
+
+def train_on_one_sample(rank, folder):
+    """One of two processes: the gradients that it ends up with are those of both."""
+    torch.distributed.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    made = nn.parallel.DistributedDataParallel(model(unet, train=False))
+    made(tensor(batch=rank))[-1].feats.square().sum().backward()
+    if rank == 0:
+        gradients = {name: parameter.grad.cpu() for name, parameter in made.module.named_parameters()}
+        save_file(gradients, folder / "gradients.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    train_on_one_sample(int(sys.argv[1]), Path(sys.argv[2]))
