@@ -64,7 +64,7 @@ def conv3d(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, no strided convolution came before a transposed
-            one, or a generative one has no spatial range.
+            one, or a generative one has no spatial range. RuntimeError: a gradient is asked for beside an epilogue.
 
     Source: Tang et al. (MICRO 2023), section 2; Gwak et al. (arXiv 2006.12356) for generative ones.
     """
