@@ -68,6 +68,8 @@ def conv3d(
 
     Source: Tang et al. (MICRO 2023), section 2; Gwak et al. (arXiv 2006.12356) for generative ones.
     """
+    if epilogue is not None and torch.is_grad_enabled() and (input.feats.requires_grad or weight.requires_grad):
+        raise RuntimeError("epilogue: is for inference; a gradient was asked for")
     kind = input.feats.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -76,6 +78,7 @@ def conv3d(
             return conv3d(
                 input.replace(input.feats.to(dtype)), weight.to(dtype), kernel_size,
                 None if bias is None else bias.to(dtype), stride, padding, dilation, config, transposed, generative,
+                epilogue,
             )  # fmt: skip
     dimensions = input.coords.shape[1] - 1
     config = settings.config if config is None else config

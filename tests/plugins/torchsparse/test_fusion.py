@@ -74,3 +74,13 @@ def test_what_cannot_be_fused_is_said():
     model = lively(ts.backbones.SparseResNet21D(width_multiplier=0.25))
     with ts.fuse(model), pytest.raises(RuntimeError, match="epilogue"):
         model(tensor())
+
+
+@torch.no_grad()
+def test_autocast_keeps_the_epilogue():
+    model = lively(nn.Sequential(nn.Sequential(ts.nn.Conv3d(4, 5, 3), ts.nn.BatchNorm(5), ts.nn.ReLU())))
+    wanted = model(tensor())
+    with ts.fuse(model), torch.autocast("cpu", torch.bfloat16):
+        found = model(tensor())
+    assert found.feats.dtype == torch.bfloat16
+    torch.testing.assert_close(found.feats.float(), wanted.feats, rtol=3e-2, atol=3e-2)
