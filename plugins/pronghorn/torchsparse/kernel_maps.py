@@ -209,6 +209,9 @@ def build_kernel_map(tensor: SparseTensor, geometry: Geometry) -> KernelMap:
     found = kernel_map(
         tensor.coords, sites, _offsets(geometry, device), stride=(1, *geometry.stride), bounds=bounds, table=table
     )
+    if not geometry.strided and all(size % 2 for size in geometry.kernel_size):
+        # Every row sees itself, also where another has the same coordinates.
+        found[len(found) // 2] = torch.arange(len(sites), dtype=torch.int32, device=device)
     result = KernelMap(found, (tensor.coords, sites), tensor.stride, tensor.spatial_range)
     tensor._caches.kmaps[key] = result
     return result
@@ -263,7 +266,7 @@ def geometry_of(
     for name, given, least in (
         ("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)
     ):  # fmt: skip
-        values[name] = make_ntuple(given, dimensions)
+        values[name] = make_ntuple(given, dimensions, name=name)
         if min(values[name]) < least:
             raise ValueError(f"{name}: got {given}, wanted numbers of at least {least}")
     values["padding"] = tuple(

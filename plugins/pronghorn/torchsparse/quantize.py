@@ -55,12 +55,13 @@ def sparse_quantize(
     return given[0] if len(given) == 1 else tuple(given)
 
 
-def make_ntuple(x: int | Sequence[int] | np.ndarray | Tensor, ndim: int) -> tuple[int, ...]:
+def make_ntuple(x: int | Sequence[int] | np.ndarray | Tensor, ndim: int, *, name: str = "x") -> tuple[int, ...]:
     """One integer for each dimension.
 
     Args:
         x: an integer for all, or `ndim` of them in a list, tuple, array or tensor.
         ndim: number of dimensions.
+        name: what errors call it.
 
     Raises:
         TypeError: `x` holds anything but integers.
@@ -69,9 +70,9 @@ def make_ntuple(x: int | Sequence[int] | np.ndarray | Tensor, ndim: int) -> tupl
     given: Any = x.tolist() if isinstance(x, (np.ndarray, Tensor)) else x
     values = list(given) if isinstance(given, (list, tuple)) else [given] * ndim
     if any(isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__") for value in values):
-        raise TypeError(f"x: got {x!r}, wanted an integer or {ndim} of them")
+        raise TypeError(f"{name}: got {x!r}, wanted an integer or {ndim} of them")
     if len(values) != ndim:
-        raise ValueError(f"x: got {len(values)} numbers, {x!r}, wanted one or {ndim}")
+        raise ValueError(f"{name}: got {len(values)} numbers, {x!r}, wanted one or {ndim}")
     return tuple(operator.index(value) for value in values)
 
 

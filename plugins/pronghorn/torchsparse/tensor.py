@@ -83,7 +83,7 @@ class SparseTensor:
         _check(feats, coords)
         dimensions = coords.shape[1] - 1
         self.feats, self.coords = feats, coords
-        self.stride: Stride = make_ntuple(stride, ndim=dimensions)
+        self.stride: Stride = make_ntuple(stride, ndim=dimensions, name="stride")
         self.spatial_range: Range | None = None if spatial_range is None else tuple(int(size) for size in spatial_range)
         if self.spatial_range is not None and len(self.spatial_range) != dimensions + 1:
             raise ValueError(f"spatial_range: got {spatial_range}, wanted a batch size and {dimensions} sizes")
@@ -115,7 +115,7 @@ class SparseTensor:
 
     @s.setter
     def s(self, stride: int | Sequence[int]) -> None:
-        self.stride = make_ntuple(stride, ndim=self.coords.shape[1] - 1)
+        self.stride = make_ntuple(stride, ndim=self.coords.shape[1] - 1, name="stride")
 
     def replace(self, feats: Tensor) -> SparseTensor:
         """Other features at the same sites, with the same cache."""

@@ -12,6 +12,7 @@ from torch import nn
 from pronghorn.torchsparse import backbones
 from pronghorn.torchsparse import nn as spnn
 from pronghorn.torchsparse.config import FETCH_ON_DEMAND, GATHER_SCATTER, ConvConfig
+from pronghorn.torchsparse.fusion import fuse
 from pronghorn.torchsparse.settings import settings
 from pronghorn.torchsparse.tensor import SparseTensor
 
@@ -30,12 +31,7 @@ def tensor(ranged=True, sites=300, seed=0, batch=None):
 
 
 def resnet():
-    """A stage like SparseResNet21D's, and its last one; narrow."""
-    return backbones.SparseResNet([(2, 8, 3, 2), (1, 8, (1, 3, 1), (1, 2, 1))])
-
-
-def blocks():
-    """The least that has a stride."""
+    """SparseResNet21D with two stages of one block, narrow."""
     return backbones.SparseResNet([(1, 8, 3, 1), (1, 8, 3, 2)])
 
 
@@ -71,9 +67,8 @@ def assert_close(ours, theirs, far=1e-5):
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize(
-    ("make", "ranged", "sites"), [(blocks, True, (300, 200, 1)), (blocks, False, (300, 200)), (resnet, True, (300,)),
-                                  (unet, True, (300,))]
-)  # fmt: skip
+    ("make", "ranged", "sites"), [(resnet, True, (300, 200, 1)), (resnet, False, (300, 200)), (unet, True, (300,))]
+)
 def test_inference_is_one_graph(make, ranged, sites):
     made = model(make, train=False)
     run = compiled(made)
@@ -103,7 +98,7 @@ def test_a_training_step_is_one_graph(make):
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiled_layers_refuse_what_eager_ones_refuse():
-    run = compiled(model(blocks, train=True))
+    run = compiled(model(resnet, train=True))
     with pytest.raises(RuntimeError, match="fewer than 2 sites"):
         run(tensor(sites=1))
     layer = compiled(spnn.Conv3d(4, 4, 3).to(DEVICE))
@@ -139,6 +134,15 @@ def test_autocast(dataflow, monkeypatch):
     found.feats.float().square().mean().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in made.parameters())
     assert all(parameter.grad.isfinite().all() for parameter in made.parameters())
+
+
+def test_fused_layers_autocast():
+    made, x = model(unet, train=False), tensor()
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        wanted = made(x)[-1].feats
+        with fuse(made):
+            found = made(x)[-1].feats
+    assert (found.float() - wanted.float()).norm() <= 0.03 * wanted.float().norm()
 
 
 def test_two_processes_are_one_on_the_joint_batch(tmp_path):

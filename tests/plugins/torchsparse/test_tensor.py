@@ -85,12 +85,16 @@ def test_sites_that_are_there_twice_are_found():
     with pytest.raises(ValueError, match="coords: 1 of 3 rows are there already"):
         x.check()
     assert tensor().check().feats.shape == (40, 3)
-    # As in the docstring: each of them looks around, and the last one is found.
-    layer = spnn.Conv3d(1, 1, 3).to(DEVICE)
+
+
+@pytest.mark.parametrize("config", [ConvConfig(), ConvConfig(ifsort=True)])
+def test_of_sites_that_are_there_twice_the_last_is_found(config):
+    layer = spnn.Conv3d(1, 1, 3, config=config).to(DEVICE)
     torch.nn.init.ones_(layer.kernel)
-    x = SparseTensor(torch.tensor([[1.0], [2.0], [4.0]], device=DEVICE), sites((0, 0, 0, 0), (0, 0, 0, 0),
-                                                                               (0, 0, 0, 1)).coords)  # fmt: skip
-    assert layer(x).feats.flatten().tolist() == [6.0, 6.0, 6.0]
+    layer.kernel.data[13] = 0  # only neighbours count
+    coords = sites((0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 1)).coords
+    x = SparseTensor(torch.tensor([[1.0], [2.0], [4.0]], device=DEVICE), coords)
+    assert layer(x).feats.flatten().tolist() == [4.0, 4.0, 2.0]
 
 
 def test_negative_coordinates_are_asked_for(monkeypatch):

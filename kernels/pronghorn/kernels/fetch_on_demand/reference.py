@@ -22,9 +22,10 @@ def fetch_on_demand(
     """[outputs, output channels]; in float32 or better, and rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(outputs, weight.shape[2], dtype=wide, device=x.device)
-    for k, at in offsets(starts):
-        product = x[sources[at]].to(wide) @ weight[k].to(wide)
-        out.index_add_(0, targets[at], product if scale is None else product * scale[at, None])
+    with torch.autocast(x.device.type, enabled=False):  # sums are in `wide`, whatever is on outside
+        for k, at in offsets(starts):
+            product = x[sources[at]].to(wide) @ weight[k].to(wide)
+            out.index_add_(0, targets[at], product if scale is None else product * scale[at, None])
     return out.to(x.dtype)
 
 
@@ -34,7 +35,8 @@ def weight_gradient(
     """[offsets, input channels, output channels]; in float32 or better, and rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(len(starts) - 1, x.shape[1], grad.shape[1], dtype=wide, device=x.device)
-    for k, at in offsets(starts):
-        rows = x[sources[at]].to(wide)
-        out[k] = (rows if scale is None else rows * scale[at, None]).T @ grad[targets[at]].to(wide)
+    with torch.autocast(x.device.type, enabled=False):
+        for k, at in offsets(starts):
+            rows = x[sources[at]].to(wide)
+            out[k] = (rows if scale is None else rows * scale[at, None]).T @ grad[targets[at]].to(wide)
     return out.to(x.dtype)

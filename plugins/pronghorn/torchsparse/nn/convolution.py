@@ -53,8 +53,11 @@ class SparseConvolution(nn.Module):
                 raise ValueError(f"{name}: got {value}, wanted a positive number")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding, self.dilation = (
-            make_ntuple(value, self.ndim) for value in (kernel_size, stride, padding, dilation)
-        )
+            make_ntuple(value, self.ndim, name=name)
+            for name, value in (
+                ("kernel_size", kernel_size), ("stride", stride), ("padding", padding), ("dilation", dilation)
+            )
+        )  # fmt: skip
         self.transposed, self.generative = transposed or generative, generative
         self.config = config
         self.kernel_volume = math.prod(self.kernel_size)
