@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         get_tensor_cache_mode,
         set_tensor_cache_mode,
     )
+    from pronghorn.torchsparse.tuner import tune
 
 __all__ = [
     "ConvConfig",
@@ -52,6 +53,7 @@ __all__ = [
     "set_allow_negative_coordinates",
     "set_tensor_cache_mode",
     "settings",
+    "tune",
     "utils",
 ]
 
@@ -70,6 +72,7 @@ _ROOMS = {
     "set_allow_negative_coordinates": "settings",
     "set_tensor_cache_mode": "tensor",
     "settings": "settings",
+    "tune": "tuner",
 }
 _MODULES = {"backbones": "backbones", "convert": "convert", "nn": "nn", "utils": "collate"}
 
