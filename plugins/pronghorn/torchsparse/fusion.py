@@ -123,7 +123,7 @@ def fuse(model: nn.Module) -> Fused:
         ...     model(x)
     """
     if any(module.training for module in model.modules() if isinstance(module, BatchNorm)):
-        raise ValueError("model: is in training mode; call eval() first")
+        raise ValueError("model: is in training mode; call its eval method first")
     return Fused(model)
 
 

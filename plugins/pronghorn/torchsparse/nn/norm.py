@@ -25,7 +25,7 @@ class BatchNorm(nn.BatchNorm1d):
             return fapply(input, self._known_statistics if torch.compiler.is_compiling() else super().forward)
         if not _at_least_two(input):
             raise ValueError(
-                f"input: got {len(input.feats)} sites, wanted at least 2 for statistics; call eval(), or leave out "
+                f"input: got {len(input.feats)} sites, wanted at least 2 for statistics; evaluate, or leave out "
                 "batches without sites"
             )
         return fapply(input, super().forward)
