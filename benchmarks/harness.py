@@ -146,7 +146,9 @@ def write(topic: str, rows: list[dict[str, Any]]) -> Path:
         "driver": _driver(),
         "versions": {"python": platform.python_version(), **_versions()},
         "commit": os.environ.get("PRONGHORN_COMMIT") or _git("rev-parse", "HEAD"),
-        "dirty": os.environ.get("PRONGHORN_DIRTY", str(bool(_git("status", "--porcelain", "--", ":!benchmarks", ":!docs/assets"))))
+        "dirty": os.environ.get(
+            "PRONGHORN_DIRTY", str(bool(_git("status", "--porcelain", "--", ":!benchmarks", ":!docs/assets")))
+        )
         == "True",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "rows": rows,
