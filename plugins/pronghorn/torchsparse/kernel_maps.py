@@ -149,22 +149,23 @@ class KernelMap:
     @property
     def pairs(self) -> tuple[Tensor, Tensor]:
         """int32 [2, pairs]: input and output rows, by offset and output; int32 [volume + 1]: where offsets begin."""
-        if self._pairs is None:
-            k, output = (self.found >= 0).nonzero(as_tuple=True)
-            rows = torch.stack([self.found[k, output], output.int()])
-            counts = torch.bincount(k, minlength=len(self.found))
-            starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-            self._pairs = rows, starts, counts
-        return self._pairs[:2]
+        rows, starts, _ = self._counted()
+        return rows, starts
 
     @property
     def sizes(self) -> list[int]:
         """Pairs of each offset; waits for the GPU."""
         if self._sizes is None:
-            self.pairs  # noqa: B018 - counts them
-            assert self._pairs is not None  # noqa: S101
-            self._sizes = self._pairs[2].tolist()
+            self._sizes = self._counted()[2].tolist()
         return self._sizes
+
+    def _counted(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._pairs is None:
+            k, output = (self.found >= 0).nonzero(as_tuple=True)
+            rows = torch.stack([self.found[k, output], output.int()])
+            counts = torch.bincount(k, minlength=len(self.found))
+            self._pairs = rows, torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(), counts
+        return self._pairs
 
     @property
     def out_in_map(self) -> Tensor:
