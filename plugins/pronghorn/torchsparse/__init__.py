@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pronghorn.torchsparse import collate as utils
     from pronghorn.torchsparse.config import ConvConfig
     from pronghorn.torchsparse.fusion import fuse
+    from pronghorn.torchsparse.graphs import cuda_graph
     from pronghorn.torchsparse.operators import cat, generative_add
     from pronghorn.torchsparse.rgcn import RelationGraph, SparseRGCNConv
     from pronghorn.torchsparse.settings import (
@@ -45,6 +46,7 @@ __all__ = [
     "cat",
     "clear_global_tensor_cache",
     "convert",
+    "cuda_graph",
     "fuse",
     "generative_add",
     "get_allow_negative_coordinates",
@@ -64,6 +66,7 @@ _ROOMS = {
     "SparseRGCNConv": "rgcn",
     "SparseTensor": "tensor",
     "cat": "operators",
+    "cuda_graph": "graphs",
     "clear_global_tensor_cache": "tensor",
     "fuse": "fusion",
     "generative_add": "operators",

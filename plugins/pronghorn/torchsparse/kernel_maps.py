@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pronghorn.kernels.kernel_map import GRID, kernel_map
 from pronghorn.kernels.sparse_convolution import SortedMap, sort_map
-from pronghorn.kernels.strided_coords import strided_coords
+from pronghorn.kernels.strided_coords import strided_coords, strided_coords_within
 from pronghorn.torchsparse.quantize import make_ntuple
 from pronghorn.torchsparse.tensor import Range, SparseTensor, Stride
 
@@ -82,7 +82,7 @@ def get_kernel_offsets(
     return ((kernel_indices(sizes) - first) * torch.tensor(steps) * torch.tensor(dilations)).int().to(device)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # for ever: a CUDA graph reads them
 def _offsets(geometry: Geometry, device: torch.device) -> Tensor:
     """int32 [kernel volume, 1 + dimensions]: where the input of output 0 lies for each weight."""
     sizes, dilation = torch.tensor(geometry.kernel_size), torch.tensor(geometry.dilation)
@@ -97,7 +97,7 @@ def _offsets(geometry: Geometry, device: torch.device) -> Tensor:
     return _with_batch(first + kernel_indices(geometry.kernel_size) * dilation).to(device)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # for ever: a CUDA graph reads them
 def _reach(geometry: Geometry, device: torch.device) -> Tensor:
     """int32 [offsets, 1 + dimensions] by which an input lies from the sites that it makes."""
     if geometry.floored:
@@ -202,20 +202,30 @@ def build_kernel_map(tensor: SparseTensor, geometry: Geometry) -> KernelMap:
         return known
     device, table = tensor.coords.device, GRID if geometry.kmap_mode == "grid" else ""
     bounds = tensor.bounds()
-    sites = tensor.coords
-    if geometry.strided:
-        sites = strided_coords(
-            tensor.coords, _reach(geometry, device), stride=(1, *geometry.stride), bounds=_out_bounds(bounds, geometry)
-        )
+    sites = _sites(tensor, geometry, bounds, key) if geometry.strided else tensor.coords
+    # By the middle of an odd kernel every row sees itself, also where another has the same coordinates.
+    centred = not geometry.strided and all(size % 2 for size in geometry.kernel_size)
     found = kernel_map(
-        tensor.coords, sites, _offsets(geometry, device), stride=(1, *geometry.stride), bounds=bounds, table=table
-    )
-    if not geometry.strided and all(size % 2 for size in geometry.kernel_size):
-        # Every row sees itself, also where another has the same coordinates.
-        found[len(found) // 2] = torch.arange(len(sites), dtype=torch.int32, device=device)
+        tensor.coords, sites, _offsets(geometry, device), stride=(1, *geometry.stride), bounds=bounds, table=table,
+        own=geometry.volume // 2 if centred else -1,
+    )  # fmt: skip
     result = KernelMap(found, (tensor.coords, sites), tensor.stride, tensor.spatial_range)
     tensor._caches.kmaps[key] = result
     return result
+
+
+def _sites(tensor: SparseTensor, geometry: Geometry, bounds: Tensor, key: Any) -> Tensor:
+    """Sites of a strided convolution: as many as there are, or filled up to what a CUDA graph has room for."""
+    coords, reach = tensor.coords, _reach(geometry, tensor.coords.device)
+    stride, within = (1, *geometry.stride), _out_bounds(bounds, geometry)
+    room = tensor._caches.room
+    if room is None:
+        return strided_coords(coords, reach, stride=stride, bounds=within)
+    if key not in room.rows:
+        raise ValueError(f"a convolution of {geometry} at stride {tensor.stride} was not there in the first run")
+    sites, count = strided_coords_within(coords, reach, stride=stride, bounds=within, capacity=room.rows[key])
+    room.counts[key] = sites, count
+    return sites
 
 
 def _out_bounds(bounds: Tensor, geometry: Geometry) -> Tensor:

@@ -26,6 +26,14 @@ def batch_size(input: SparseTensor) -> int:
     return int(input.bounds()[1, 0]) + 1 if input.spatial_range is None else input.spatial_range[0]
 
 
+def samples_of(input: SparseTensor) -> tuple[Tensor, int]:
+    """Sample of each row, int64 [N], and how many they are: rows that are no sites are of one more, the last."""
+    samples, batch = input.coords[:, 0].long(), batch_size(input)
+    if not input.filled_up:
+        return samples, batch
+    return torch.where(samples < 0, batch, samples), batch + 1
+
+
 def merge_sites(coords: Tensor) -> tuple[Tensor, Tensor]:
     """Every site once.
 

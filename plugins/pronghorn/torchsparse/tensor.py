@@ -19,6 +19,21 @@ Range = tuple[int, ...]
 
 
 @dataclass
+class Room:
+    """Where tensors are filled up with rows that are no sites, to numbers that do not depend on the data.
+
+    Coordinates of such rows are -1; their features are finite, and no convolution reads them.
+
+    Attributes:
+        rows: how many sites there may be, by the key of the kernel map that makes them.
+        counts: these sites, and how many there are on the device, int32 [1], once they are known.
+    """
+
+    rows: dict[Any, int]
+    counts: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass
 class TensorCache:
     """What the layers that a tensor goes through have found out about its coordinates.
 
@@ -26,11 +41,13 @@ class TensorCache:
         cmaps: coordinates and spatial range of each stride.
         kmaps: kernel maps, by all that they depend on.
         bounds: coordinates of each stride, and the least and largest of them.
+        room: where rows are filled up, for a CUDA graph.
     """
 
     cmaps: dict[Stride, tuple[Tensor, Range | None]] = field(default_factory=dict)
     kmaps: dict[Any, Any] = field(default_factory=dict)
     bounds: dict[Stride, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    room: Room | None = None
 
 
 _global_cache: TensorCache | None = None
@@ -128,6 +145,11 @@ class SparseTensor:
         made._caches = self._caches
         made._caches.cmaps.setdefault(stride, (coords, spatial_range))
         return made
+
+    @property
+    def filled_up(self) -> bool:
+        """Whether there are rows that are no sites, with coordinates of -1: within a CUDA graph."""
+        return self._caches.room is not None
 
     def bounds(self) -> Tensor:
         """Least and largest coordinates, int64 [2, 1 + dimensions] on the CPU: of the range, or else of the data.

@@ -17,8 +17,9 @@ __all__ = ["GRID", "HASH", "kernel_map"]
 
 
 def kernel_map(
-    coords: Tensor, out_coords: Tensor, offsets: Tensor, *, stride: Sequence[int], bounds: Tensor, table: str = ""
-) -> Tensor:
+    coords: Tensor, out_coords: Tensor, offsets: Tensor, *, stride: Sequence[int], bounds: Tensor, table: str = "",
+    own: int = -1,
+) -> Tensor:  # fmt: skip
     """Row of the input that output site o finds at offset k: coords[row] = out_coords[o] * stride + offsets[k].
 
     Of rows with equal coordinates the last one is found.
@@ -32,6 +33,8 @@ def kernel_map(
             not found.
         table: what coordinates are looked up in: "grid", one entry for each place within the bounds, or "hash"; by
             default what is faster.
+        own: the offset at which an output within the bounds finds the input of its own row, whatever is there; -1 for
+            none.
 
     Returns:
         int32 [kernel volume, outputs], -1 where there is no such row.
@@ -59,7 +62,7 @@ def kernel_map(
         raise ValueError(f"stride: got {list(stride)}, wanted {dimensions} positive numbers")
     if table not in ("", GRID, HASH):
         raise ValueError(f"table: got {table!r}, accepted are {GRID!r} and {HASH!r}")
-    result: Tensor = torch.ops.pronghorn.kernel_map(coords, out_coords, offsets, list(stride), bounds, table)
+    result: Tensor = torch.ops.pronghorn.kernel_map(coords, out_coords, offsets, list(stride), bounds, table, own)
     return result
 
 
@@ -69,7 +72,7 @@ def _check_integers(name: str, tensor: Tensor) -> None:
 
 
 def _kernel_map(
-    coords: Tensor, out_coords: Tensor, offsets: Tensor, stride: list[int], bounds: Tensor, table: str
+    coords: Tensor, out_coords: Tensor, offsets: Tensor, stride: list[int], bounds: Tensor, table: str, own: int
 ) -> Tensor:
     if not coords.shape[0] or not out_coords.shape[0]:
         return offsets.new_full((offsets.shape[0], out_coords.shape[0]), -1)
@@ -78,8 +81,8 @@ def _kernel_map(
     if use_triton("kernel_map", coords):
         from pronghorn.kernels.kernel_map import triton
 
-        return triton.kernel_map(coords, out_coords, offsets, stride, box, table)
-    return reference.kernel_map(coords, out_coords, offsets, stride, box, table)
+        return triton.kernel_map(coords, out_coords, offsets, stride, box, table, own)
+    return reference.kernel_map(coords, out_coords, offsets, stride, box, table, own)
 
 
 define(

@@ -10,16 +10,19 @@ from torch import Tensor
 from pronghorn.kernels.kernel_map.keys import GRID, Box
 
 
-def kernel_map(coords: Tensor, out_coords: Tensor, offsets: Tensor, stride: list[int], box: Box, table: str) -> Tensor:
+def kernel_map(
+    coords: Tensor, out_coords: Tensor, offsets: Tensor, stride: list[int], box: Box, table: str, own: int
+) -> Tensor:
     """int32 [kernel volume, outputs]."""
     keys, inside = places(coords, box)
     rows = torch.arange(len(keys), device=keys.device)[inside]
     find = _grid(keys[inside], rows, box) if table == GRID else _sorted(keys[inside], rows)
     scaled = out_coords.long() * torch.tensor(stride, device=coords.device)
     found = []
-    for offset in offsets.long():
+    for k, offset in enumerate(offsets.long()):
         wanted, there = places(scaled + offset, box)
-        found.append(torch.where(there, find(torch.where(there, wanted, 0)), -1))
+        row = torch.arange(len(wanted), device=wanted.device) if k == own else find(torch.where(there, wanted, 0))
+        found.append(torch.where(there, row, -1))
     return torch.stack(found).int() if found else offsets.new_empty(0, len(out_coords))
 
 

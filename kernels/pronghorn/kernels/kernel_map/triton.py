@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels._launch import Launcher
 from pronghorn.kernels._triton import blocks, power_of_2
 from pronghorn.kernels.kernel_map.keys import GRID, MOST_DIMENSIONS, Box
 
@@ -25,7 +26,8 @@ def _mixed(key):
     return key ^ (key >> 31)
 
 
-@triton.jit(do_not_specialize=["rows", *[name for name in NUMBERS if not name.startswith("stride")]])
+@Launcher
+@triton.jit(do_not_specialize=["capacity", "rows", *[name for name in NUMBERS if not name.startswith("stride")]])
 def _fill(
     coords, keys, values, capacity, rows,
     low0, low1, low2, low3, low4, size0, size1, size2, size3, size4, step0, step1, step2, step3, step4,
@@ -54,9 +56,10 @@ def _fill(
         tl.atomic_max(values + tl.where(inside, place, 0), row, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", *NUMBERS])
+@Launcher
+@triton.jit(do_not_specialize=["capacity", "rows", "own", *NUMBERS])
 def _look_up(
-    out_coords, offsets, keys, values, found, capacity, rows,
+    out_coords, offsets, keys, values, found, capacity, rows, own,
     low0, low1, low2, low3, low4, size0, size1, size2, size3, size4, step0, step1, step2, step3, step4,
     stride0, stride1, stride2, stride3, stride4,
     DIMENSIONS: tl.constexpr, HASHED: tl.constexpr, ROWS: tl.constexpr,
@@ -72,7 +75,9 @@ def _look_up(
         shifted = site * strides[d] + tl.load(offsets + k * DIMENSIONS + d).to(tl.int64) - lows[d]
         inside = inside & (shifted >= 0) & (shifted < sizes[d])
         place += shifted * steps[d]
-    if HASHED:
+    if k == own:
+        result = tl.where(inside, row, -1)
+    elif HASHED:
         result = tl.full([ROWS], -1, tl.int32)
         slot = (_mixed(place) & (capacity - 1)).to(tl.int64)
         while tl.max(inside.to(tl.int32), axis=0) > 0:
@@ -86,7 +91,9 @@ def _look_up(
     tl.store(found + k.to(tl.int64) * rows + row, result, mask=there)
 
 
-def kernel_map(coords: Tensor, out_coords: Tensor, offsets: Tensor, stride: list[int], box: Box, table: str) -> Tensor:
+def kernel_map(
+    coords: Tensor, out_coords: Tensor, offsets: Tensor, stride: list[int], box: Box, table: str, own: int
+) -> Tensor:
     """int32 [kernel volume, outputs]."""
     rows, dimensions = coords.shape
     hashed = table != GRID
@@ -95,11 +102,13 @@ def kernel_map(coords: Tensor, out_coords: Tensor, offsets: Tensor, stride: list
     keys = torch.full((capacity,), -1, dtype=torch.int64, device=coords.device) if hashed else values
     numbers = padded(box.lower, 0), padded(box.sizes, 1), padded(box.steps, 0)
     limits = [number for kind in numbers for number in kind]
-    _fill[(blocks(rows, ROWS),)](coords.contiguous(), keys, values, capacity, rows, *limits, dimensions, hashed, ROWS)
+    coords, out_coords, offsets = coords.contiguous(), out_coords.contiguous(), offsets.contiguous()
+    how = dimensions, hashed, ROWS
+    _fill((blocks(rows, ROWS), 1, 1), (coords, keys, values), (capacity, rows, *limits), how)
     found = torch.empty(len(offsets), len(out_coords), dtype=torch.int32, device=coords.device)
-    _look_up[(blocks(len(out_coords), ROWS), len(offsets))](
-        out_coords.contiguous(), offsets.contiguous(), keys, values, found, capacity, len(out_coords), *limits,
-        *padded(stride, 1), dimensions, hashed, ROWS,
+    _look_up(
+        (blocks(len(out_coords), ROWS), len(offsets), 1), (out_coords, offsets, keys, values, found),
+        (capacity, len(out_coords), own, *limits, *padded(stride, 1)), how,
     )  # fmt: skip
     return found
 

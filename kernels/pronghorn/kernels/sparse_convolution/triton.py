@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels._launch import Launcher
 from pronghorn.kernels._triton import blocks, dot_type, dot_width, power_of_2
 from pronghorn.kernels.sparse_convolution.epilogue import Epilogue
 from pronghorn.kernels.sparse_convolution.tiles import TILE
@@ -39,11 +40,12 @@ GRADIENT = Tile(64, 64, 64, 4, 3)  # rows summed at a time, output and input cha
 GRADIENT_BLOCKS = 1056
 
 
-@triton.jit(do_not_specialize=["outputs", "tiles"])
+@Launcher
+@triton.jit(do_not_specialize=["outputs", "tiles", "volume"])
 def _multiply(
     x, weight, kernel_map, order, active, counts, out, scale, shift, residual, outputs, tiles, volume,
-    weight_offset, weight_in, weight_out,
-    IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr, SORTED: tl.constexpr, SPLITS: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    WIDTH: tl.constexpr, SORTED: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TILE: tl.constexpr,
     SCALED: tl.constexpr, SHIFTED: tl.constexpr, ADDED: tl.constexpr, RELU: tl.constexpr,
     DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -52,6 +54,8 @@ def _multiply(
     row, n = tile * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < outputs
     CHUNKS: tl.constexpr = (IN + INNER - 1) // INNER
+    WEIGHT_IN: tl.constexpr = 1 if TRANSPOSED else OUT
+    WEIGHT_OUT: tl.constexpr = IN if TRANSPOSED else 1
     count = volume
     actives = active + (split * tiles + tile * ROWS // TILE) * WIDTH
     if SORTED:
@@ -67,7 +71,7 @@ def _multiply(
             x + i.to(tl.int64)[:, None] * IN + c[None, :], mask=(i >= 0)[:, None] & (c < IN)[None, :], other=0.0
         )
         b = tl.load(
-            weight + k.to(tl.int64) * weight_offset + c[:, None] * weight_in + n[None, :] * weight_out,
+            weight + k.to(tl.int64) * (IN * OUT) + c[:, None] * WEIGHT_IN + n[None, :] * WEIGHT_OUT,
             mask=(c < IN)[:, None] & (n < OUT)[None, :], other=0.0,
         )  # fmt: skip
         sum = tl.dot(a.to(DOT_TYPE), b.to(DOT_TYPE), sum, input_precision=PRECISION)
@@ -93,6 +97,7 @@ def _multiply(
     )
 
 
+@Launcher
 @triton.jit(do_not_specialize=["outputs", "stretch"])
 def _weight_gradient(
     x, grad, kernel_map, order, out, outputs, stretch,
@@ -122,7 +127,8 @@ def _weight_gradient(
     tl.store(out + (at + c[:, None]) * OUT + n[None, :], sum, mask=(c < IN)[:, None] & (n < OUT)[None, :])
 
 
-@triton.jit(do_not_specialize=["outputs"])
+@Launcher
+@triton.jit(do_not_specialize=["outputs", "volume"])
 def _bitmasks(kernel_map, masks, outputs, volume, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     row, split = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     mask = tl.zeros([ROWS], tl.int32)
@@ -133,7 +139,8 @@ def _bitmasks(kernel_map, masks, outputs, volume, WIDTH: tl.constexpr, ROWS: tl.
     tl.store(masks + split * outputs + row, mask, mask=row < outputs)
 
 
-@triton.jit(do_not_specialize=["outputs"])
+@Launcher
+@triton.jit(do_not_specialize=["outputs", "volume"])
 def _permute(kernel_map, order, columns, shorter_order, outputs, volume, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     inside, split = row < outputs, k // WIDTH
@@ -150,6 +157,7 @@ def _either(a, b):
     return a | b
 
 
+@Launcher
 @triton.jit(do_not_specialize=["outputs"])
 def _tile_lists(masks, active, counts, outputs, WIDTH: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr):
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -173,8 +181,10 @@ def in_order(kernel_map: Tensor, masks: Tensor, order: Tensor, width: int) -> tu
         new(volume, outputs), new(splits, outputs), new(splits, tiles, width), new(splits, tiles)
     )  # fmt: skip
     # Also of a split that has no offset: 4 offsets in 3 splits are 2, 2 and none.
-    _permute[(tiles, splits * width)](kernel_map, order, columns, shorter, outputs, volume, width, TILE, num_warps=4)
-    _tile_lists[(tiles, splits)](masks, active, counts, outputs, width, power_of_2(width), TILE, num_warps=1)
+    _permute(
+        (tiles, splits * width, 1), (kernel_map, order, columns, shorter), (outputs, volume), (width, TILE), num_warps=4
+    )
+    _tile_lists((tiles, splits, 1), (masks, active, counts), (outputs,), (width, power_of_2(width), TILE), num_warps=1)
     return columns, shorter, active, counts
 
 
@@ -192,11 +202,15 @@ def sparse_convolution(
     scale, shift, residual, relu = epilogue if epilogue is not None and splits == 1 else NOTHING
     residual = None if residual is None else residual.contiguous()
     given = [out if tensor is None else tensor for tensor in (scale, shift, residual)]  # what is not read is `out`
-    _multiply[(blocks(outputs, tile.rows), blocks(columns, tile.columns), splits)](
-        x, weight, kernel_map, order, active, counts, out, *given, outputs, counts.shape[-1], volume,
-        *weight.stride(), channels, columns, width, len(tables) > 1, splits,
-        tile.rows, tile.columns, tile.inner, TILE, scale is not None, shift is not None, residual is not None, relu,
-        dot_type(x.dtype), _precision(x.dtype, tf32),
+    transposed = not weight.is_contiguous()
+    if transposed and not weight.transpose(1, 2).is_contiguous():
+        weight, transposed = weight.contiguous(), False
+    _multiply(
+        (blocks(outputs, tile.rows), blocks(columns, tile.columns), splits),
+        (x, weight, kernel_map, order, active, counts, out, *given), (outputs, counts.shape[-1], volume),
+        (channels, columns, transposed, width, len(tables) > 1, splits, tile.rows, tile.columns, tile.inner, TILE,
+         scale is not None, shift is not None, residual is not None, relu, dot_type(x.dtype),
+         _precision(x.dtype, tf32)),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits == 1:
@@ -227,9 +241,10 @@ def weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor], tf32: boo
     parts = max(1, min(GRADIENT_BLOCKS // (volume * tiles), blocks(outputs, 4 * tile.rows)))
     stretch = blocks(blocks(outputs, parts), tile.rows) * tile.rows
     out = torch.empty(parts, volume, channels, columns, dtype=torch.float32, device=x.device)
-    _weight_gradient[(volume, tiles, parts)](
-        x, grad, kernel_map, order, out, outputs, stretch, channels, columns, width, len(tables) > 1,
-        tile.rows, tile.columns, tile.inner, dot_type(x.dtype), _precision(x.dtype, tf32),
+    _weight_gradient(
+        (volume, tiles, parts), (x, grad, kernel_map, order, out), (outputs, stretch),
+        (channels, columns, width, len(tables) > 1, tile.rows, tile.columns, tile.inner, dot_type(x.dtype),
+         _precision(x.dtype, tf32)),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out.sum(dim=0).to(x.dtype)
@@ -239,7 +254,7 @@ def bitmasks(kernel_map: Tensor, splits: int, width: int) -> Tensor:
     """int32 [splits, outputs]."""
     volume, outputs = kernel_map.shape
     masks = torch.empty(splits, outputs, dtype=torch.int32, device=kernel_map.device)
-    _bitmasks[(blocks(outputs, TILE), splits)](kernel_map, masks, outputs, volume, width, TILE, num_warps=4)
+    _bitmasks((blocks(outputs, TILE), splits, 1), (kernel_map, masks), (outputs, volume), (width, TILE), num_warps=4)
     return masks
 
 

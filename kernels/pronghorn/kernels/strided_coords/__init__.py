@@ -14,7 +14,7 @@ from pronghorn.kernels._library import define
 from pronghorn.kernels.kernel_map.keys import Box
 from pronghorn.kernels.strided_coords import reference
 
-__all__ = ["coords_bounds", "strided_coords"]
+__all__ = ["coords_bounds", "strided_coords", "strided_coords_within"]
 
 
 def coords_bounds(coords: Tensor) -> Tensor:
@@ -54,6 +54,41 @@ def strided_coords(coords: Tensor, offsets: Tensor, *, stride: Sequence[int], bo
 
     Source: Yan et al., SECOND (Sensors 2018), section 3.2.
     """
+    _check(coords, offsets, stride, bounds)
+    result: Tensor = torch.ops.pronghorn.strided_coords(coords, offsets, list(stride), bounds)
+    return result
+
+
+def strided_coords_within(
+    coords: Tensor, offsets: Tensor, *, stride: Sequence[int], bounds: Tensor, capacity: int
+) -> tuple[Tensor, Tensor]:
+    """`strided_coords` without waiting, for CUDA graphs: of as many rows as there may be.
+
+    Args:
+        coords: as there; rows outside of what the bounds allow, such as -1, reach nothing.
+        offsets: as there.
+        stride: as there.
+        bounds: as there.
+        capacity: rows of the result.
+
+    Returns:
+        int32 [capacity, dimensions], -1 behind the sites there are; and their number, int32 [1]. Where it is larger
+        than the capacity, the last sites are left out.
+
+    Raises:
+        ValueError, TypeError: as there; or there are more places within the bounds than are marked (2^28).
+    """
+    _check(coords, offsets, stride, bounds)
+    places = Box.of(bounds).places
+    if places > reference.MOST_MARKS:
+        raise ValueError(f"bounds: hold {places} places, a fixed capacity takes up to {reference.MOST_MARKS}")
+    result: tuple[Tensor, Tensor] = torch.ops.pronghorn.strided_coords_within(
+        coords, offsets, list(stride), bounds, capacity
+    )
+    return result
+
+
+def _check(coords: Tensor, offsets: Tensor, stride: Sequence[int], bounds: Tensor) -> None:
     check_tensor("coords", coords, dim=2)
     check_tensor("offsets", offsets, dim=2, like=coords)
     check_shape("offsets", offsets, (offsets.shape[0], coords.shape[1]))
@@ -64,8 +99,6 @@ def strided_coords(coords: Tensor, offsets: Tensor, *, stride: Sequence[int], bo
             raise TypeError(f"{name}: got {tensor.dtype}, wanted torch.int32")
     if len(stride) != coords.shape[1] or min(stride) < 1:
         raise ValueError(f"stride: got {list(stride)}, wanted {coords.shape[1]} positive numbers")
-    result: Tensor = torch.ops.pronghorn.strided_coords(coords, offsets, list(stride), bounds)
-    return result
 
 
 def _coords_bounds(coords: Tensor) -> Tensor:
@@ -85,9 +118,30 @@ def _strided_coords(coords: Tensor, offsets: Tensor, stride: list[int], bounds: 
     return reference.strided_coords(coords, offsets, stride, box)
 
 
+def _strided_coords_within(
+    coords: Tensor, offsets: Tensor, stride: list[int], bounds: Tensor, capacity: int
+) -> tuple[Tensor, Tensor]:
+    box = Box.of(bounds)
+    if not box.places or not coords.shape[0]:
+        return coords.new_full((capacity, coords.shape[1]), -1), coords.new_zeros(1)
+    if use_triton("strided_coords", coords):
+        from pronghorn.kernels.strided_coords import triton
+
+        return triton.strided_coords_within(coords, offsets, stride, box, capacity)
+    found = reference.strided_coords(coords, offsets, stride, box)
+    rows = torch.nn.functional.pad(found[:capacity], (0, 0, 0, max(0, capacity - len(found))), value=-1)
+    return rows, coords.new_tensor([len(found)])
+
+
 def _of_any_number(coords: Tensor, *_: Any) -> Tensor:
     return coords.new_empty((torch.library.get_ctx().new_dynamic_size(), coords.shape[1]))
 
 
 define("coords_bounds", _coords_bounds, lambda coords: torch.empty(2, coords.shape[1], dtype=torch.int64))
 define("strided_coords", _strided_coords, _of_any_number)
+define(
+    "strided_coords_within", _strided_coords_within,
+    lambda coords, offsets, stride, bounds, capacity: (
+        coords.new_empty((capacity, coords.shape[1])), coords.new_empty(1)
+    ),
+)  # fmt: skip

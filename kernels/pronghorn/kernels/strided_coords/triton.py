@@ -7,14 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels._launch import Launcher
 from pronghorn.kernels._triton import blocks
 from pronghorn.kernels.kernel_map.keys import Box
 from pronghorn.kernels.kernel_map.triton import NUMBERS, padded
 
 ROWS = 128
+PLACES = 1024  # that a block counts
 LIMITS = [name for name in NUMBERS if not name.startswith("stride")]
 
 
+@Launcher
 @triton.jit(do_not_specialize=["rows", *NUMBERS])
 def _mark(
     coords, offsets, marks, rows,
@@ -38,32 +41,71 @@ def _mark(
     tl.store(marks + place, 1, mask=reaches)
 
 
+@Launcher
+@triton.jit
+def _count(marks, counts, PLACES: tl.constexpr):
+    block = tl.program_id(0)
+    there = tl.load(marks + block * PLACES + tl.arange(0, PLACES))
+    tl.store(counts + block, tl.sum(there.to(tl.int32), axis=0))
+
+
+@Launcher
 @triton.jit(do_not_specialize=["rows", *LIMITS])
-def _site(
-    places, coords, rows,
+def _write(
+    marks, ends, coords, rows,
     low0, low1, low2, low3, low4, size0, size1, size2, size3, size4, step0, step1, step2, step3, step4,
-    DIMENSIONS: tl.constexpr, ROWS: tl.constexpr,
+    DIMENSIONS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     lows, sizes = (low0, low1, low2, low3, low4), (size0, size1, size2, size3, size4)
     steps = (step0, step1, step2, step3, step4)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place = tl.load(places + row, mask=row < rows, other=0)
+    block = tl.program_id(0)
+    before = tl.load(ends + block - 1, mask=block > 0, other=0)
+    if before == tl.load(ends + block):
+        return
+    place = block * PLACES + tl.arange(0, PLACES)
+    there = tl.load(marks + place).to(tl.int32)
+    row = before + tl.cumsum(there, axis=0) - 1
+    kept = (there == 1) & (row < rows)
     for d in tl.static_range(DIMENSIONS):
-        site = (place // steps[d]) % sizes[d] + lows[d]
-        tl.store(coords + row.to(tl.int64) * DIMENSIONS + d, site.to(tl.int32), mask=row < rows)
+        site = (place // steps[d]) % sizes[d] + lows[d]  # all in 32 bits, which count the marks there may be
+        tl.store(coords + row.to(tl.int64) * DIMENSIONS + d, site.to(tl.int32), mask=kept)
 
 
 def strided_coords(coords: Tensor, offsets: Tensor, stride: list[int], box: Box) -> Tensor:
     """int32 [outputs, dimensions], in lexicographic order."""
+    marks, ends = _marked(coords, offsets, stride, box)
+    found = torch.empty(int(ends[-1]), coords.shape[1], dtype=torch.int32, device=coords.device)
+    return _written(marks, ends, found, box)
+
+
+def strided_coords_within(
+    coords: Tensor, offsets: Tensor, stride: list[int], box: Box, capacity: int
+) -> tuple[Tensor, Tensor]:
+    """int32 [capacity, dimensions], and how many there are, int32 [1]."""
+    marks, ends = _marked(coords, offsets, stride, box)
+    found = torch.full((capacity, coords.shape[1]), -1, dtype=torch.int32, device=coords.device)
+    return _written(marks, ends, found, box), ends[-1:].clone()
+
+
+def _marked(coords: Tensor, offsets: Tensor, stride: list[int], box: Box) -> tuple[Tensor, Tensor]:
+    """Marks of places, filled up to whole blocks, and how many there are up to the end of each."""
     rows, dimensions = coords.shape
-    marks = torch.zeros(box.places, dtype=torch.int8, device=coords.device)
-    numbers = padded(box.lower, 0), padded(box.sizes, 1), padded(box.steps, 0), padded(stride, 1)
-    _mark[(blocks(rows, ROWS), len(offsets))](
-        coords.contiguous(), offsets.contiguous(), marks, rows, *[n for kind in numbers for n in kind], dimensions, ROWS
-    )
-    places = marks.nonzero()
-    found = torch.empty(len(places), dimensions, dtype=torch.int32, device=coords.device)
-    if len(places):
-        limits = [n for kind in numbers[:3] for n in kind]
-        _site[(blocks(len(places), ROWS),)](places, found, len(places), *limits, dimensions, ROWS)
+    marks = torch.zeros(blocks(box.places, PLACES) * PLACES, dtype=torch.int8, device=coords.device)
+    _mark(
+        (blocks(rows, ROWS), len(offsets), 1), (coords.contiguous(), offsets.contiguous(), marks),
+        (rows, *_limits(box), *padded(stride, 1)), (dimensions, ROWS),
+    )  # fmt: skip
+    counts = torch.empty(len(marks) // PLACES, dtype=torch.int32, device=coords.device)
+    _count((len(counts), 1, 1), (marks, counts), (), (PLACES,))
+    return marks, counts.cumsum(0, dtype=torch.int32)
+
+
+def _written(marks: Tensor, ends: Tensor, found: Tensor, box: Box) -> Tensor:
+    rows, dimensions = found.shape
+    if rows:
+        _write((len(ends), 1, 1), (marks, ends, found), (rows, *_limits(box)), (dimensions, PLACES))
     return found
+
+
+def _limits(box: Box) -> list[int]:
+    return [*padded(box.lower, 0), *padded(box.sizes, 1), *padded(box.steps, 0)]

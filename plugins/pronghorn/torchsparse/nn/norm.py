@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pronghorn.torchsparse.nn.activation import fapply
-from pronghorn.torchsparse.samples import batch_size, check_sparse, count_rows, sum_rows
+from pronghorn.torchsparse.samples import check_sparse, count_rows, samples_of, sum_rows
 from pronghorn.torchsparse.tensor import SparseTensor
 
 
@@ -23,6 +23,8 @@ class BatchNorm(nn.BatchNorm1d):
         check_sparse(input)
         if not self.training and self.running_mean is not None:
             return fapply(input, self._known_statistics if torch.compiler.is_compiling() else super().forward)
+        if input.filled_up:
+            return fapply(input, self._of_sites, input.coords[:, :1] >= 0)
         if not _at_least_two(input):
             raise ValueError(
                 f"input: got {len(input.feats)} sites, wanted at least 2 for statistics; evaluate, or leave out "
@@ -39,6 +41,25 @@ class BatchNorm(nn.BatchNorm1d):
             result = result * self.weight + self.bias
         return result.to(feats.dtype)
 
+    def _of_sites(self, feats: Tensor, there: Tensor) -> Tensor:
+        """With the statistics of the rows that are sites; the others become, and pass on, zeros."""
+        count = there.sum()
+        values = feats.to(torch.promote_types(feats.dtype, torch.float32))
+        mean = (values * there).sum(dim=0) / count
+        centred = (values - mean) * there
+        variance = centred.square().sum(dim=0) / count
+        if self.training and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                assert self.num_batches_tracked is not None  # noqa: S101 - there with the others
+                self.num_batches_tracked.add_(1)
+                share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+                self.running_mean += (mean - self.running_mean) * share
+                self.running_var += (variance * count / (count - 1) - self.running_var) * share
+        scale = (variance + self.eps).rsqrt()
+        if self.affine:
+            return (centred * (scale * self.weight) + self.bias * there).to(feats.dtype)
+        return (centred * scale).to(feats.dtype)
+
 
 class GroupNorm(nn.GroupNorm):
     """`torch.nn.GroupNorm` over the sites of each sample by itself.
@@ -50,7 +71,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, input: SparseTensor) -> SparseTensor:  # type: ignore[override]
-        """The same sites with other features, in the dtype of the input; waits for the GPU as `batch_size` does.
+        """The same sites with other features, in the dtype of the input; waits for the GPU where there is no range.
 
         Raises:
             TypeError: no SparseTensor.
@@ -59,8 +80,8 @@ class GroupNorm(nn.GroupNorm):
         check_sparse(input)
         if input.feats.shape[1] != self.num_channels:
             raise ValueError(f"input: got {input.feats.shape[1]} channels, wanted {self.num_channels}")
-        samples = input.coords[:, 0].long()
-        normalised = _normalise(input.feats, samples, batch_size(input), self.num_groups, self.eps)
+        samples, count = samples_of(input)
+        normalised = _normalise(input.feats, samples, count, self.num_groups, self.eps)
         if self.weight is not None:
             normalised = normalised * self.weight
         if self.bias is not None:

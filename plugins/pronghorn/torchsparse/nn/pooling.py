@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pronghorn.torchsparse.samples import batch_size, check_sparse, count_rows, sum_rows
+from pronghorn.torchsparse.samples import batch_size, check_sparse, count_rows, samples_of, sum_rows
 from pronghorn.torchsparse.tensor import SparseTensor
 
 
@@ -22,9 +22,9 @@ def global_avg_pool(input: SparseTensor) -> Tensor:
         TypeError: no SparseTensor.
     """
     check_sparse(input)
-    samples, batch = input.coords[:, 0].long(), batch_size(input)
-    counts = count_rows(samples, batch).clamp_(min=1)[:, None]
-    return (sum_rows(input.feats, samples, batch) / counts).to(input.feats.dtype)
+    samples, count = samples_of(input)
+    counts = count_rows(samples, count).clamp_(min=1)[:, None]
+    return (sum_rows(input.feats, samples, count) / counts).to(input.feats.dtype)[: batch_size(input)]
 
 
 def global_max_pool(input: SparseTensor) -> Tensor:
@@ -42,9 +42,10 @@ def global_max_pool(input: SparseTensor) -> Tensor:
     """
     check_sparse(input)
     feats = input.feats
-    samples = input.coords[:, :1].long().expand_as(feats)
-    empty = feats.new_zeros(batch_size(input), feats.shape[1])
-    return empty.scatter_reduce(0, samples, feats, "amax", include_self=False)
+    samples, count = samples_of(input)
+    empty = feats.new_zeros(count, feats.shape[1])
+    largest = empty.scatter_reduce(0, samples[:, None].expand_as(feats), feats, "amax", include_self=False)
+    return largest[: batch_size(input)]
 
 
 class GlobalAvgPool(nn.Module):

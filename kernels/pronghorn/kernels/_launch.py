@@ -1,0 +1,61 @@
+"""Launches Triton kernels where the host's time counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pronghorn.kernels._dispatch import interpreting
+
+ALIGNMENT = 16  # bytes: what Triton compiles a kernel for, where every tensor begins at a multiple of it
+LARGEST, SMALLEST = (1 << 31) - 1, -(1 << 31)
+
+
+class Launcher:
+    """Launches a kernel; what it compiled for a kind of arguments is kept, and launched without looking these through.
+
+    Triton's own launch examines every argument, which takes longer than a small kernel runs.
+
+    Args:
+        kernel: a function of `triton.jit`, of tensors, then numbers that it does not specialise on, then constants.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(
+        self, grid: tuple[int, int, int], tensors: Sequence[Tensor], numbers: Sequence[int],
+        constants: tuple[Any, ...], **options: int,
+    ) -> None:  # fmt: skip
+        """Launch on the current stream.
+
+        Args:
+            grid: blocks.
+            tensors: all on the current device.
+            numbers: whole.
+            constants: hashable.
+            options: num_warps, num_stages.
+        """
+        wide = tuple(not SMALLEST <= n <= LARGEST for n in numbers) if _any_wide(numbers) else ()
+        key = (
+            constants, tuple(options.values()), wide, tensors[0].device.index,
+            tuple([tensor.dtype for tensor in tensors]),
+        )  # fmt: skip
+        compiled = self._compiled.get(key)
+        aligned = True
+        for tensor in tensors:
+            if tensor.data_ptr() % ALIGNMENT:
+                aligned = False
+        if compiled is not None and aligned:
+            compiled[grid](*tensors, *numbers, *constants)
+            return
+        compiled = self.kernel[grid](*tensors, *numbers, *constants, **options)
+        if aligned and not interpreting():
+            self._compiled[key] = compiled
+
+
+def _any_wide(numbers: Sequence[int]) -> bool:
+    return bool(numbers) and (max(numbers) > LARGEST or min(numbers) < SMALLEST)
