@@ -39,16 +39,14 @@ class Launcher:
             constants: hashable.
             options: num_warps, num_stages.
         """
-        wide = tuple(not SMALLEST <= n <= LARGEST for n in numbers) if _any_wide(numbers) else ()
-        key = (
-            constants, tuple(options.values()), wide, tensors[0].device.index,
-            tuple([tensor.dtype for tensor in tensors]),
-        )  # fmt: skip
-        compiled = self._compiled.get(key)
-        aligned = True
+        dtypes, places = [], 0
         for tensor in tensors:
-            if tensor.data_ptr() % ALIGNMENT:
-                aligned = False
+            dtypes.append(tensor.dtype)
+            places |= tensor.data_ptr()
+        aligned = not places % ALIGNMENT
+        wide = tuple([not SMALLEST <= n <= LARGEST for n in numbers]) if _any_wide(numbers) else ()
+        key = constants, tuple(options.values()), wide, tensors[0].get_device(), *dtypes
+        compiled = self._compiled.get(key)
         if compiled is not None and aligned:
             compiled[grid](*tensors, *numbers, *constants)
             return

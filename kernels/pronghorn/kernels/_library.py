@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
-def define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+
+def define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function one operation, `torch.ops.pronghorn.<name>`, on every device.
+
+    What is returned calls the operation where something is there to see it, as a compiler or a fake tensor, and else
+    the function itself: the dispatcher takes longer than some of them.
 
     Gradients are added by a `torch.autograd.Function` around it, which costs a tenth of what registering them does:
     launching a small kernel takes less time than that.
@@ -24,3 +29,10 @@ def define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "default", function)
     torch.library.register_fake(qualified, fake)
+    operation = getattr(torch.ops.pronghorn, name)
+
+    def call(*arguments: Any) -> Any:
+        seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(arguments[0]) not in PLAIN
+        return operation(*arguments) if seen else function(*arguments)
+
+    return call

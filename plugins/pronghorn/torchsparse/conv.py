@@ -83,8 +83,8 @@ def conv3d(
     dimensions = input.coords.shape[1] - 1
     config = settings.config if config is None else config
     geometry = geometry_of(
-        *(value if isinstance(value, int) else tuple(value) for value in (kernel_size, stride, padding, dilation)),
-        dimensions, config.kmap_mode, config.downsample_mode,
+        _hashable(kernel_size), _hashable(stride), _hashable(padding), _hashable(dilation), dimensions,
+        config.kmap_mode, config.downsample_mode,
     )  # fmt: skip
     _check_weight(input, weight, geometry, bias)
     if geometry.volume == 1 and not geometry.strided:
@@ -98,11 +98,18 @@ def conv3d(
     else:
         found = build_kernel_map(input, geometry)
         feats = _compute(input.feats, weight, found, config, epilogue, transposed=False)
-        to = tuple(a * b for a, b in zip(input.stride, geometry.stride, strict=True))
-        output = input._at(feats, found.coords[1], to, out_spatial_range(input.spatial_range, geometry))
+        if geometry.strided:
+            to = tuple(a * b for a, b in zip(input.stride, geometry.stride, strict=True))
+            output = input._at(feats, found.coords[1], to, out_spatial_range(input.spatial_range, geometry))
+        else:
+            output = input.replace(feats)
     if bias is not None:
         output.feats = output.feats + bias
     return output
+
+
+def _hashable(numbers: Numbers) -> int | tuple[int, ...]:
+    return numbers if isinstance(numbers, int) else tuple(numbers)
 
 
 @dataclass(frozen=True)
@@ -127,14 +134,14 @@ class _Way:
 def _compute(
     x: Tensor, weight: Tensor, found: KernelMap, config: ConvConfig, epilogue: Epilogue | None, *, transposed: bool
 ) -> Tensor:
-    weight = weight.view(-1, *weight.shape[-2:])
+    weight = weight[None] if weight.dim() == 2 else weight
     forward, backward = _Way(found, transposed), _Way(found, not transposed)
-    outputs = len(found.coords[0 if transposed else 1])
+    volume, outputs = weight.shape[0], found.coords[0 if transposed else 1].shape[0]
     # Without a GPU implicit gemm would look for the pairs at each call; here they are kept.
     plain = x.device.type == "cpu" and not config.ifsort and not torch.compiler.is_compiling()
     if config.dataflow == GATHER_SCATTER or (plain and config.dataflow == IMPLICIT_GEMM):
         # Every row goes to itself by the middle of an odd kernel.
-        centre = len(weight) // 2 if len(weight) % 2 and found.coords[0] is found.coords[1] else None
+        centre = volume // 2 if volume % 2 and found.coords[0] is found.coords[1] else None
         groups = group_offsets(
             found.sizes, epsilon=config.epsilon, mm_thresh=config.mm_thresh, without_centre=centre is not None
         )
@@ -142,9 +149,9 @@ def _compute(
     if config.dataflow == FETCH_ON_DEMAND and not settings.deterministic:
         y = fetch_on_demand(x, weight, forward.pairs, found.pairs[1], outputs, tf32=settings.allow_tf32)
         return _finished(y, epilogue)
-    least = -(-len(weight) // MOST_BITS)
-    splits = min(max(config.split_mask_num, least), len(weight)) if config.ifsort else None
-    splits_bwd = min(max(config.split_mask_num_bwd, least), len(weight)) if config.ifsort else None
+    least = -(-volume // MOST_BITS)
+    splits = min(max(config.split_mask_num, least), volume) if config.ifsort else None
+    splits_bwd = min(max(config.split_mask_num_bwd, least), volume) if config.ifsort else None
     trains = torch.is_grad_enabled() and x.requires_grad
     return sparse_convolution(
         x, weight, forward.table(splits), backward.table(splits_bwd) if trains else None, tf32=settings.allow_tf32,

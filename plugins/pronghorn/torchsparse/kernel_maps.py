@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class Geometry(NamedTuple):
     @property
     def volume(self) -> int:
         """Number of offsets."""
-        return int(torch.Size(self.kernel_size).numel())
+        return math.prod(self.kernel_size)
 
     @property
     def strided(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,8 +159,7 @@ class SparseTensor:
             ValueError: coordinates are negative, and that is not allowed.
         """
         if self.spatial_range is not None:
-            sizes = torch.tensor(self.spatial_range)
-            return torch.stack([torch.zeros_like(sizes), sizes - 1])
+            return _bounds_of(self.spatial_range)
         coords, known = self._caches.bounds.get(self.stride, (None, None))
         if known is None or coords is not self.coords:
             known = coords_bounds(self.coords)
@@ -317,6 +317,13 @@ def _check(feats: Tensor, coords: Tensor) -> None:
 
 def _kind(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+@functools.lru_cache(maxsize=256)
+def _bounds_of(spatial_range: Range) -> Tensor:
+    """Nobody writes to it."""
+    sizes = torch.tensor(spatial_range)
+    return torch.stack([torch.zeros_like(sizes), sizes - 1])
 
 
 def _refuse_negative(bounds: Tensor) -> None:

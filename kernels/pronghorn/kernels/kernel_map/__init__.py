@@ -62,7 +62,7 @@ def kernel_map(
         raise ValueError(f"stride: got {list(stride)}, wanted {dimensions} positive numbers")
     if table not in ("", GRID, HASH):
         raise ValueError(f"table: got {table!r}, accepted are {GRID!r} and {HASH!r}")
-    result: Tensor = torch.ops.pronghorn.kernel_map(coords, out_coords, offsets, list(stride), bounds, table, own)
+    result: Tensor = _operation(coords, out_coords, offsets, list(stride), bounds, table, own)
     return result
 
 
@@ -85,7 +85,7 @@ def _kernel_map(
     return reference.kernel_map(coords, out_coords, offsets, stride, box, table, own)
 
 
-define(
+_operation = define(
     "kernel_map", _kernel_map,
     lambda coords, out_coords, offsets, *_: offsets.new_empty((offsets.shape[0], out_coords.shape[0])),
 )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,26 +37,41 @@ class Box:
             ValueError: there are more places than an int64 counts.
         """
         lower, upper = bounds.tolist()
-        box = cls(tuple(lower), tuple(upper))
+        box = _box(tuple(lower), tuple(upper))
         if box.places > MOST_PLACES:
             raise ValueError(f"bounds: {box.lower} to {box.upper} hold more than 2^62 places; coordinates overflow")
         return box
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """Places of each dimension."""
         return tuple(max(0, high - low + 1) for low, high in zip(self.lower, self.upper, strict=True))
 
-    @property
+    @functools.cached_property
     def places(self) -> int:
         """Places in all."""
         return math.prod(self.sizes)
 
-    @property
+    @functools.cached_property
     def steps(self) -> tuple[int, ...]:
         """How many places are between neighbours of each dimension; the last dimension's lie side by side."""
         sizes = self.sizes
         return tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
+
+    @functools.cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """Lower ends, sizes and steps, as many of each as there may be dimensions."""
+        return (*padded(self.lower, 0), *padded(self.sizes, 1), *padded(self.steps, 0))
+
+
+@functools.lru_cache(maxsize=1024)
+def _box(lower: tuple[int, ...], upper: tuple[int, ...]) -> Box:
+    return Box(lower, upper)
+
+
+def padded(numbers: Sequence[int], fill: int) -> list[int]:
+    """As many as there may be dimensions."""
+    return [*numbers, *[fill] * (MOST_DIMENSIONS - len(numbers))]
 
 
 def choose_table(box: Box, coords: Tensor, asked: str) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pronghorn.kernels._launch import Launcher
 from pronghorn.kernels._triton import blocks, power_of_2
-from pronghorn.kernels.kernel_map.keys import GRID, MOST_DIMENSIONS, Box
+from pronghorn.kernels.kernel_map.keys import GRID, MOST_DIMENSIONS, Box, padded
 
 ROWS = 128
 EMPTY = tl.constexpr(-1)
@@ -95,24 +95,17 @@ def kernel_map(
     coords: Tensor, out_coords: Tensor, offsets: Tensor, stride: list[int], box: Box, table: str, own: int
 ) -> Tensor:
     """int32 [kernel volume, outputs]."""
-    rows, dimensions = coords.shape
+    (rows, dimensions), outputs = coords.shape, out_coords.shape[0]
     hashed = table != GRID
     capacity = max(512, power_of_2(SLOTS_FOR_EACH_ROW * rows)) if hashed else box.places
     values = torch.full((capacity,), -1, dtype=torch.int32, device=coords.device)
     keys = torch.full((capacity,), -1, dtype=torch.int64, device=coords.device) if hashed else values
-    numbers = padded(box.lower, 0), padded(box.sizes, 1), padded(box.steps, 0)
-    limits = [number for kind in numbers for number in kind]
     coords, out_coords, offsets = coords.contiguous(), out_coords.contiguous(), offsets.contiguous()
     how = dimensions, hashed, ROWS
-    _fill((blocks(rows, ROWS), 1, 1), (coords, keys, values), (capacity, rows, *limits), how)
-    found = torch.empty(len(offsets), len(out_coords), dtype=torch.int32, device=coords.device)
+    _fill((blocks(rows, ROWS), 1, 1), (coords, keys, values), (capacity, rows, *box.numbers), how)
+    found = torch.empty(offsets.shape[0], outputs, dtype=torch.int32, device=coords.device)
     _look_up(
-        (blocks(len(out_coords), ROWS), len(offsets), 1), (out_coords, offsets, keys, values, found),
-        (capacity, len(out_coords), own, *limits, *padded(stride, 1)), how,
+        (blocks(outputs, ROWS), offsets.shape[0], 1), (out_coords, offsets, keys, values, found),
+        (capacity, outputs, own, *box.numbers, *padded(stride, 1)), how,
     )  # fmt: skip
     return found
-
-
-def padded(numbers: list[int] | tuple[int, ...], fill: int) -> list[int]:
-    """As many as there may be dimensions."""
-    return [*numbers, *[fill] * (MOST_DIMENSIONS - len(numbers))]

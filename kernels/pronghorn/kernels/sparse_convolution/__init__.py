@@ -66,7 +66,7 @@ def sparse_convolution(
     else:
         if epilogue is not None:
             _check_epilogue(epilogue, (tables[0][0].shape[1], weight.shape[2]), x)
-        result = torch.ops.pronghorn.sparse_convolution(x, weight, tables[0], tf32, *(epilogue or ()))
+        result = _operation(x, weight, tables[0], tf32, *(epilogue or ()))
     return result
 
 
@@ -115,11 +115,11 @@ def _weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor], tf32: bo
     return reference.weight_gradient(x, grad, tables)
 
 
-define(
+_operation = define(
     "sparse_convolution", _forward,
     lambda x, weight, tables, *_: x.new_empty((tables[0].shape[1], weight.shape[2])),
 )  # fmt: skip
-define(
+_gradient_operation = define(
     "sparse_convolution_weight_gradient", _weight_gradient,
     lambda x, grad, tables, tf32: x.new_empty((tables[0].shape[0], x.shape[1], grad.shape[1])),
 )  # fmt: skip
@@ -132,7 +132,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, tf32: bool, count: int, *maps: Tensor) -> Tensor:
         ctx.tf32, ctx.count = tf32, count
         ctx.save_for_backward(x, weight, *maps)
-        result: Tensor = torch.ops.pronghorn.sparse_convolution(x, weight, list(maps[:count]), tf32)
+        result: Tensor = _operation(x, weight, list(maps[:count]), tf32)
         return result
 
     @staticmethod
@@ -145,7 +145,7 @@ class _Differentiable(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if not transposed:
                 raise RuntimeError("transposed_map: the gradient of x was asked for, and there is none")
-            of_x = torch.ops.pronghorn.sparse_convolution(grad, weight.transpose(1, 2), transposed, ctx.tf32)
+            of_x = _operation(grad, weight.transpose(1, 2), transposed, ctx.tf32)
         if ctx.needs_input_grad[1]:
-            of_weight = torch.ops.pronghorn.sparse_convolution_weight_gradient(x, grad, tables, ctx.tf32)
+            of_weight = _gradient_operation(x, grad, tables, ctx.tf32)
         return of_x, of_weight, None, None, *[None] * len(maps)

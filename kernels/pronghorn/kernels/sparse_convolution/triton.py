@@ -198,7 +198,8 @@ def sparse_convolution(
     _, channels, columns = weight.shape
     tile = choose_tile(outputs, channels, columns, splits)
     dtype = x.dtype if splits == 1 else torch.float32
-    out = torch.empty(splits, outputs, columns, dtype=dtype, device=x.device)
+    shape = (outputs, columns) if splits == 1 else (splits, outputs, columns)
+    out = torch.empty(shape, dtype=dtype, device=x.device)
     scale, shift, residual, relu = epilogue if epilogue is not None and splits == 1 else NOTHING
     residual = None if residual is None else residual.contiguous()
     given = [out if tensor is None else tensor for tensor in (scale, shift, residual)]  # what is not read is `out`
@@ -214,7 +215,7 @@ def sparse_convolution(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits == 1:
-        return out[0]
+        return out
     sums = out.sum(dim=0)
     return (sums if epilogue is None else epilogue(sums)).to(x.dtype)
 

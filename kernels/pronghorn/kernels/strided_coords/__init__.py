@@ -32,7 +32,7 @@ def coords_bounds(coords: Tensor) -> Tensor:
     check_tensor("coords", coords, dim=2)
     if coords.dtype != torch.int32:
         raise TypeError(f"coords: got {coords.dtype}, wanted torch.int32")
-    result: Tensor = torch.ops.pronghorn.coords_bounds(coords)
+    result: Tensor = _coords_bounds_operation(coords)
     return result
 
 
@@ -55,7 +55,7 @@ def strided_coords(coords: Tensor, offsets: Tensor, *, stride: Sequence[int], bo
     Source: Yan et al., SECOND (Sensors 2018), section 3.2.
     """
     _check(coords, offsets, stride, bounds)
-    result: Tensor = torch.ops.pronghorn.strided_coords(coords, offsets, list(stride), bounds)
+    result: Tensor = _strided_coords_operation(coords, offsets, list(stride), bounds)
     return result
 
 
@@ -82,9 +82,7 @@ def strided_coords_within(
     places = Box.of(bounds).places
     if places > reference.MOST_MARKS:
         raise ValueError(f"bounds: hold {places} places, a fixed capacity takes up to {reference.MOST_MARKS}")
-    result: tuple[Tensor, Tensor] = torch.ops.pronghorn.strided_coords_within(
-        coords, offsets, list(stride), bounds, capacity
-    )
+    result: tuple[Tensor, Tensor] = _strided_coords_within_operation(coords, offsets, list(stride), bounds, capacity)
     return result
 
 
@@ -137,9 +135,11 @@ def _of_any_number(coords: Tensor, *_: Any) -> Tensor:
     return coords.new_empty((torch.library.get_ctx().new_dynamic_size(), coords.shape[1]))
 
 
-define("coords_bounds", _coords_bounds, lambda coords: torch.empty(2, coords.shape[1], dtype=torch.int64))
-define("strided_coords", _strided_coords, _of_any_number)
-define(
+_coords_bounds_operation = define(
+    "coords_bounds", _coords_bounds, lambda coords: torch.empty(2, coords.shape[1], dtype=torch.int64)
+)
+_strided_coords_operation = define("strided_coords", _strided_coords, _of_any_number)
+_strided_coords_within_operation = define(
     "strided_coords_within", _strided_coords_within,
     lambda coords, offsets, stride, bounds, capacity: (
         coords.new_empty((capacity, coords.shape[1])), coords.new_empty(1)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pronghorn.kernels._launch import Launcher
 from pronghorn.kernels._triton import blocks
-from pronghorn.kernels.kernel_map.keys import Box
-from pronghorn.kernels.kernel_map.triton import NUMBERS, padded
+from pronghorn.kernels.kernel_map.keys import Box, padded
+from pronghorn.kernels.kernel_map.triton import NUMBERS
 
 ROWS = 128
 PLACES = 1024  # that a block counts
@@ -93,7 +93,7 @@ def _marked(coords: Tensor, offsets: Tensor, stride: list[int], box: Box) -> tup
     marks = torch.zeros(blocks(box.places, PLACES) * PLACES, dtype=torch.int8, device=coords.device)
     _mark(
         (blocks(rows, ROWS), len(offsets), 1), (coords.contiguous(), offsets.contiguous(), marks),
-        (rows, *_limits(box), *padded(stride, 1)), (dimensions, ROWS),
+        (rows, *box.numbers, *padded(stride, 1)), (dimensions, ROWS),
     )  # fmt: skip
     counts = torch.empty(len(marks) // PLACES, dtype=torch.int32, device=coords.device)
     _count((len(counts), 1, 1), (marks, counts), (), (PLACES,))
@@ -103,9 +103,5 @@ def _marked(coords: Tensor, offsets: Tensor, stride: list[int], box: Box) -> tup
 def _written(marks: Tensor, ends: Tensor, found: Tensor, box: Box) -> Tensor:
     rows, dimensions = found.shape
     if rows:
-        _write((len(ends), 1, 1), (marks, ends, found), (rows, *_limits(box)), (dimensions, PLACES))
+        _write((len(ends), 1, 1), (marks, ends, found), (rows, *box.numbers), (dimensions, PLACES))
     return found
-
-
-def _limits(box: Box) -> list[int]:
-    return [*padded(box.lower, 0), *padded(box.sizes, 1), *padded(box.steps, 0)]
