@@ -1,7 +1,7 @@
 """Sparse convolution on synthetic LiDAR scans against SpConv 2 and spconv-triton: networks, layers, maps.
 
 One description of each network is built from the layers of each library. All compute in fp16 and build their kernel
-maps anew for every scan. A library that is not installed is left out.
+maps anew for every scan; ours as a CUDA graph, and layer by layer. A library that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ SCANS = {"40K": (1, 0.15), "100K": (1, 0.05), "10 sweeps": (10, 0.1)}
 REACH = {("inference", "SpConv 2"): 1.7, ("inference", "spconv-triton"): 1.3,
          ("training", "SpConv 2"): 1.3, ("training", "spconv-triton"): 1.2}  # fmt: skip
 REPEATS, WARM_UP = 20, 5
+EAGER = "ours, layer by layer"
 
 
 class Ours:
-    """Layers of this library."""
+    """Layers of this library; networks of them run as CUDA graphs, or layer by layer.
 
-    def __init__(self, config: ts.ConvConfig | None = None) -> None:
-        self.config = config
+    Args:
+        graphed: whether they run as CUDA graphs.
+    """
+
+    def __init__(self, *, graphed: bool = True) -> None:
+        self.graphed = graphed
 
     def tensor(self, feats: Tensor, coords: Tensor, sizes: tuple[int, ...]) -> Any:
         """A sparse tensor."""
@@ -41,7 +46,7 @@ class Ours:
         self, a: int, b: int, size: Any, stride: Any, key: str, *, up: bool = False, padding: Any = 0
     ) -> nn.Module:
         """Convolution, batch norm, ReLU."""
-        layer = ts.nn.Conv3d(a, b, size, stride=stride, padding=padding, transposed=up, config=self.config)
+        layer = ts.nn.Conv3d(a, b, size, stride=stride, padding=padding, transposed=up)
         return nn.Sequential(layer, ts.nn.BatchNorm(b), ts.nn.ReLU(True))
 
     def residual(self, a: int, b: int, key: str) -> nn.Module:
@@ -225,12 +230,12 @@ def inference(
     dtype = torch.half if where.type == "cuda" else torch.float32
     model = make(of).to(where, dtype).eval()
     feats = feats.to(dtype)
-    fused = ts.fuse(model) if isinstance(of, Ours) else None
+    run: Callable[[Any], Any] = model
+    if isinstance(of, Ours):
+        ts.fuse(model)
+        run = ts.cuda_graph(model) if of.graphed else model
     with torch.no_grad():
-        result = seconds(lambda: model(of.tensor(feats, coords, sizes)))
-    if fused is not None:
-        fused.restore()
-    return result
+        return seconds(lambda: run(of.tensor(feats, coords, sizes)))
 
 
 def training(of: Any, make: Callable[[Any], nn.Module], data: tuple[Any, ...], where: torch.device) -> dict[str, float]:
@@ -239,11 +244,12 @@ def training(of: Any, make: Callable[[Any], nn.Module], data: tuple[Any, ...], w
     torch.manual_seed(0)
     model = make(of).to(where).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    run = ts.cuda_graph(model) if isinstance(of, Ours) and of.graphed else model
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(where.type, torch.half if where.type == "cuda" else torch.bfloat16):
-            out = of.features(model(of.tensor(feats, coords, sizes)))
+            out = of.features(run(of.tensor(feats, coords, sizes)))
         out.float().square().mean().backward()
         optimizer.step()
 
@@ -251,11 +257,11 @@ def training(of: Any, make: Callable[[Any], nn.Module], data: tuple[Any, ...], w
 
 
 def layers_and_maps(libraries: dict[str, Any], where: torch.device) -> list[dict[str, Any]]:
-    """Single layers with their map at hand, and the time to build one."""
+    """Single layers with their map at hand, called or captured, and the time to build one."""
     _, coords, sizes = voxels("40K", 1, where)
     rows, built = [], {}
     for channels in (32, 64, 128):
-        times = {}
+        times, captured = {}, {}
         x = torch.randn(len(coords), channels, device=where).half()
         for name, of in libraries.items():
             layer = of.conv(channels, channels, 3, 1, "s0")[0].to(where).half()
@@ -264,10 +270,15 @@ def layers_and_maps(libraries: dict[str, Any], where: torch.device) -> list[dict
                 again = layer(first)
                 again = first if isinstance(of, Ours) else again.replace_feature(x)
                 times[name] = measure(lambda layer=layer, again=again: layer(again), graphed=False)
+                try:
+                    captured[name] = measure(lambda layer=layer, again=again: layer(again))
+                except RuntimeError as error:
+                    sys.stdout.write(f"{name} cannot be captured: {str(error)[:200]}\n")
                 fresh = seconds(lambda of=of, x=x, layer=layer: layer(of.tensor(x, coords, sizes)))
                 kept = seconds(lambda layer=layer, again=again: layer(again))
                 built[name] = {key: fresh[key] - kept[key] for key in fresh}
-        rows += _against(f"submanifold layer, {channels} channels", f"{len(coords)} voxels, 3x3x3", times, 1.0)
+        what, shape = f"submanifold layer, {channels} channels", f"{len(coords)} voxels, 3x3x3"
+        rows += _against(what, shape, times, 1.0) + _against(f"{what}, captured", shape, captured, 1.0)
     return [*rows, *_against("kernel map", f"{len(coords)} voxels, 3x3x3", built, 3.0)]
 
 
@@ -280,13 +291,14 @@ def _against(what: str, shape: str, times: dict[str, dict[str, float]], reach: f
 def main() -> None:
     """Measure and write the results."""
     where = device()
-    libraries: dict[str, Any] = {"ours": Ours()}
+    libraries: dict[str, Any] = {"ours": Ours(), EAGER: Ours(graphed=False)}
     for name, module in PEERS.items():
         try:
             libraries[name] = Theirs(module)
         except ImportError as error:
             sys.stdout.write(f"{name} is left out: {error}\n")
-    rows = layers_and_maps(libraries, where) if where.type == "cuda" else []
+    single = {name: of for name, of in libraries.items() if name != EAGER}
+    rows = layers_and_maps(single, where) if where.type == "cuda" else []
     wanted = [word for word in sys.argv[1:] if word in SCANS] or list(SCANS)
     for kind, batch, run in (("inference", 1, inference), ("training", 2, training)):
         for scan_name in wanted:
@@ -301,10 +313,11 @@ def main() -> None:
                 medians = {name: f"{time['p50'] * 1e3:.2f} ms" for name, time in times.items()}
                 sys.stdout.write(f"{kind} {network} {scan_name} {len(data[1])}: {medians}\n")
                 sys.stdout.flush()
+                eager, shape = times.pop(EAGER), f"{scan_name}, {len(data[1])} voxels"
+                ours = times.pop("ours")
                 for name, theirs in times.items():
-                    if name != "ours":
-                        rows.append(row(f"{network}, {kind}", name, f"{len(data[1])} voxels", times["ours"], theirs,
-                                        reach=REACH[kind, name]))  # fmt: skip
+                    rows.append(row(f"{network}, {kind}", name, shape, ours, theirs, reach=REACH[kind, name]))
+                    rows.append(row(f"{network}, {kind}, layer by layer", name, shape, eager, theirs))
             write("torchsparse", rows)  # a peer may take minutes to tune itself: what is there stays
 
 
