@@ -17,8 +17,8 @@ import torch
 from harness import device, measure, row, write
 from torch import Tensor, nn
 
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.rgcn import RelationGraph, SparseRGCNConv
-from pronghorn.torchsparse.settings import settings
 
 WIDTH = 64
 LAYERS = 2

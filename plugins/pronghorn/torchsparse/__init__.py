@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from pronghorn.torchsparse import backbones, convert, nn
     from pronghorn.torchsparse import collate as utils
     from pronghorn.torchsparse.config import ConvConfig
-    from pronghorn.torchsparse.fusion import fuse
-    from pronghorn.torchsparse.graphs import cuda_graph
-    from pronghorn.torchsparse.operators import cat, generative_add
-    from pronghorn.torchsparse.rgcn import RelationGraph, SparseRGCNConv
-    from pronghorn.torchsparse.settings import (
+    from pronghorn.torchsparse.defaults import (
         get_allow_negative_coordinates,
         set_allow_negative_coordinates,
         settings,
     )
+    from pronghorn.torchsparse.fusion import fuse
+    from pronghorn.torchsparse.graphs import cuda_graph
+    from pronghorn.torchsparse.operators import cat, generative_add
+    from pronghorn.torchsparse.rgcn import RelationGraph, SparseRGCNConv
     from pronghorn.torchsparse.tensor import (
         PointTensor,
         SparseTensor,
@@ -70,11 +70,11 @@ _ROOMS = {
     "clear_global_tensor_cache": "tensor",
     "fuse": "fusion",
     "generative_add": "operators",
-    "get_allow_negative_coordinates": "settings",
+    "get_allow_negative_coordinates": "defaults",
     "get_tensor_cache_mode": "tensor",
-    "set_allow_negative_coordinates": "settings",
+    "set_allow_negative_coordinates": "defaults",
     "set_tensor_cache_mode": "tensor",
-    "settings": "settings",
+    "settings": "defaults",
     "tune": "tuner",
 }
 _MODULES = {"backbones": "backbones", "convert": "convert", "nn": "nn", "utils": "collate"}

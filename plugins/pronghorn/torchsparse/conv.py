@@ -13,6 +13,7 @@ from pronghorn.kernels.kernel_map import kernel_map
 from pronghorn.kernels.sparse_convolution import Epilogue, SortedMap, sparse_convolution
 from pronghorn.kernels.sparse_convolution.tiles import MOST_BITS
 from pronghorn.torchsparse.config import FETCH_ON_DEMAND, GATHER_SCATTER, IMPLICIT_GEMM, ConvConfig
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.grouping import gather_scatter, group_offsets
 from pronghorn.torchsparse.kernel_maps import (
     Geometry,
@@ -22,7 +23,6 @@ from pronghorn.torchsparse.kernel_maps import (
     get_kernel_offsets,
     out_spatial_range,
 )
-from pronghorn.torchsparse.settings import settings
 from pronghorn.torchsparse.tensor import SparseTensor
 
 Numbers = int | Sequence[int]

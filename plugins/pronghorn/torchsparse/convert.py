@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from pronghorn.torchsparse.config import ConvConfig
 from pronghorn.torchsparse.conv import conv3d
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.kernel_maps import kernel_indices
 from pronghorn.torchsparse.nn.convolution import SparseConvolution
 from pronghorn.torchsparse.quantize import make_ntuple
-from pronghorn.torchsparse.settings import settings
 from pronghorn.torchsparse.tensor import SparseTensor, Stride, TensorCache
 
 logger = logging.getLogger(__name__)

@@ -16,6 +16,10 @@ from pronghorn.torchsparse.samples import check_sparse
 from pronghorn.torchsparse.tensor import Range, Room, SparseTensor, Stride, TensorCache
 
 STEP = 128  # rows: numbers are rounded up to multiples of it
+AFTERWARDS = (
+    "layers that wait for the GPU, as bird's-eye views, crops, generative convolutions and dataflows other than "
+    "implicit_gemm do, come after a graph"
+)
 Sizes = dict[Any, int]  # of sites, by the key of the kernel map that makes them; None for the input
 
 
@@ -138,7 +142,7 @@ class _FilledUp(nn.Module):
         for leaf in leaves:
             if _is_sparse(leaf):
                 if id(leaf.coords) not in keys:
-                    raise ValueError("model: gives a tensor whose sites no convolution made")
+                    raise ValueError(f"model: gives sites that no convolution in it made; {AFTERWARDS}")
                 place = len(outputs)
                 self.leaves.append(_Sites(place, place + 1, keys[id(leaf.coords)], leaf.stride, leaf.spatial_range))
                 outputs += [leaf.feats, leaf.coords]
@@ -167,10 +171,7 @@ class _Recording:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                raise RuntimeError(
-                    "model: cannot be recorded as a CUDA graph. Layers that wait for the GPU, as bird's-eye views, "
-                    "crops, generative convolutions and dataflows other than implicit_gemm do, come after it"
-                ) from error
+                raise RuntimeError(f"model: cannot be recorded as a CUDA graph; {AFTERWARDS}") from error
 
     def __call__(self, input: SparseTensor) -> tuple[Any, Sizes]:
         """The model's result, or how many sites there are where there was too little room."""

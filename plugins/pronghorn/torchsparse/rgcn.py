@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pronghorn.kernels.fetch_on_demand import fetch_on_demand
-from pronghorn.torchsparse.settings import settings
+from pronghorn.torchsparse.defaults import settings
 
 MEAN, SUM = "mean", "sum"
 AGGREGATIONS = {"mean": MEAN, "sum": SUM, "add": SUM}

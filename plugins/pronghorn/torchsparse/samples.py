@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.torchsparse.settings import settings
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.tensor import SparseTensor
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from pronghorn.kernels.strided_coords import coords_bounds
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.quantize import make_ntuple
-from pronghorn.torchsparse.settings import settings
 
 Stride = tuple[int, ...]
 Range = tuple[int, ...]

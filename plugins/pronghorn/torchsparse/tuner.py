@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,11 +17,14 @@ from torch import nn
 from tqdm import tqdm
 
 from pronghorn.torchsparse.config import DATAFLOWS, FETCH_ON_DEMAND, GATHER_SCATTER, IMPLICIT_GEMM, ConvConfig
+from pronghorn.torchsparse.defaults import settings
+from pronghorn.torchsparse.fusion import FusedConvolution
+from pronghorn.torchsparse.graphs import cuda_graph
 from pronghorn.torchsparse.nn.convolution import SparseConvolution
-from pronghorn.torchsparse.settings import settings
 from pronghorn.torchsparse.tensor import SparseTensor, TensorCache
 
 SPLITS = (1, 2, 3, 4)
+TYPICAL_SPLITS = 3
 EPSILONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 THRESHOLDS = (0, *range(5000, 25001, 2500))
 WARM_UP = 10  # runs before the first that is timed
@@ -37,7 +40,9 @@ def tune(
     n_samples: int = 10,
     collect_fn: Callable[[Any], Any] = lambda batch: batch,
     dataflow_range: Sequence[str] = (IMPLICIT_GEMM,),
+    dataflow_prune: bool = False,
     tune_with_bwd: bool = False,
+    graph: bool = False,
     cache: str | Path | None = None,
     force_retune: bool = False,
     verbose: bool = True,
@@ -54,7 +59,11 @@ def tune(
         n_samples: how many of them to try.
         collect_fn: makes the model's input of a sample.
         dataflow_range: dataflows to try.
+        dataflow_prune: of each group, try one or two candidates of each dataflow first, and the others of the fastest
+            dataflow only.
         tune_with_bwd: time training steps: forward and backward splits are chosen by their own times.
+        graph: time the model as it runs by `cuda_graph`, for which every candidate is recorded: on a GPU that the host
+            keeps waiting, nothing else tells how long the GPU takes.
         cache: a JSON file, by GPU and dtype. What it holds of this model is taken over, and what is found added.
         force_retune: try again, whatever the file holds.
         verbose: show progress.
@@ -82,8 +91,8 @@ def tune(
     if all(group in known for group in names.values()):
         found = {_text(group): ConvConfig.from_dict(known[_text(group)]) for group in groups}
     else:
-        run = _Run(model, samples, tune_with_bwd)
-        found = _search(run, groups, list(dataflow_range), verbose)
+        run = _Run(model, samples, tune_with_bwd, graph)
+        found = _search(run, groups, list(dataflow_range), verbose, dataflow_prune)
         _save(cache, where, found)
     _set(model, {name: found[group] for name, group in names.items()})
     return {name: found[group] for name, group in names.items()}
@@ -109,13 +118,15 @@ def candidates(dataflows: Sequence[str], *, backward: bool) -> list[ConvConfig]:
 class _Run:
     """The model on the samples, timed."""
 
-    def __init__(self, model: nn.Module, samples: list[Any], backward: bool) -> None:
-        self.model, self.samples, self.backward = model, samples, backward
+    def __init__(self, model: nn.Module, samples: list[Any], backward: bool, graph: bool = False) -> None:
+        self.model, self.samples, self.backward, self.graph = model, samples, backward, graph
+        self.forward: Callable[[Any], Any] = model
         self.warm = False
 
     def __call__(self, configs: dict[str, ConvConfig]) -> Times:
         """Seconds forward and backward on each sample, with these configurations of layers."""
         _set(self.model, configs)
+        self.forward = cuda_graph(self.model) if self.graph else self.model
         for _ in range(1 if self.warm else WARM_UP):  # the first run of a configuration compiles
             self._once(self.samples[0])
         self.warm = True
@@ -125,7 +136,7 @@ class _Run:
         with torch.set_grad_enabled(self.backward):
             given = torch.utils._pytree.tree_map(_forgotten, sample, is_leaf=_is_sparse)
             start = _now()
-            output = self.model(given)
+            output = self.forward(given)
             middle = _now()
             if self.backward:
                 parts = [part.feats for part in _tensors(output) if part.feats.requires_grad]
@@ -134,15 +145,17 @@ class _Run:
         return middle - start, _now() - middle
 
 
-def _search(run: _Run, groups: dict[Group, list[str]], dataflows: list[str], verbose: bool) -> dict[str, ConvConfig]:
+def _search(
+    run: _Run, groups: dict[Group, list[str]], dataflows: list[str], verbose: bool, prune: bool
+) -> dict[str, ConvConfig]:
     tried = candidates(dataflows, backward=run.backward)
     default = {name: settings.config for layers in groups.values() for name in layers}
     chosen = dict(default)
     found = {}
     with tqdm(total=len(groups) * len(tried), desc="tuning", disable=not verbose) as bar:
         for group, layers in groups.items():
-            times = {}
-            for config in tried:
+            times: dict[ConvConfig, Times] = {}
+            for config in _worth_trying(tried, times, prune):
                 times[config] = run({**chosen, **dict.fromkeys(layers, config)})
                 bar.update()
             found[_text(group)] = _fastest(times)
@@ -150,6 +163,19 @@ def _search(run: _Run, groups: dict[Group, list[str]], dataflows: list[str], ver
     if _total(run(chosen)) >= _total(run(default)):
         return dict.fromkeys(found, settings.config)
     return found
+
+
+def _worth_trying(tried: list[ConvConfig], times: dict[ConvConfig, Times], prune: bool) -> Iterator[ConvConfig]:
+    """All, or what is typical of each dataflow, and then the others of the one whose `times` are best."""
+    if not prune:
+        yield from tried
+        return
+    for dataflow in {config.dataflow: None for config in tried}:
+        of_it = [config for config in tried if config.dataflow == dataflow]
+        yield of_it[0]
+        yield from [config for config in of_it[1:] if config.ifsort and config.split_mask_num == TYPICAL_SPLITS]
+    best = min(times, key=lambda config: _total(times[config])).dataflow
+    yield from [config for config in tried if config.dataflow == best and config not in times]
 
 
 def _fastest(times: dict[ConvConfig, Times]) -> ConvConfig:
@@ -186,10 +212,15 @@ def _groups(model: nn.Module, sample: Any) -> dict[Group, list[str]]:
         if name not in groups.setdefault(group, []):
             groups[group].append(name)
 
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseConvolution)}
+    layers: dict[str, tuple[nn.Module, SparseConvolution]] = {}  # what is called, and the convolution
+    for name, module in model.named_modules():
+        if isinstance(module, FusedConvolution):
+            layers[f"{name}.conv"] = module, module.conv
+        elif isinstance(module, SparseConvolution):
+            layers.setdefault(name, (module, module))
     hooks = [
-        layer.register_forward_pre_hook(lambda layer, given, name=name: record(name, layer, given[0]))
-        for name, layer in layers.items()
+        called.register_forward_pre_hook(lambda _, given, name=name, layer=layer: record(name, layer, given[0]))
+        for name, (called, layer) in layers.items()
     ]
     try:
         with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor
 from pronghorn.kernels.sparse_convolution.sorting import bitmasks, reduced
 from pronghorn.torchsparse import backbones
 from pronghorn.torchsparse import nn as spnn
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.grouping import group_offsets
 from pronghorn.torchsparse.hashing import spcount, sphash
 from pronghorn.torchsparse.kernel_maps import (
@@ -24,7 +25,6 @@ from pronghorn.torchsparse.kernel_maps import (
     out_spatial_range,
 )
 from pronghorn.torchsparse.quantize import sparse_quantize
-from pronghorn.torchsparse.settings import settings
 from pronghorn.torchsparse.tensor import SparseTensor
 from pronghorn.torchsparse.voxelize import calc_ti_weights, spdevoxelize, spvoxelize
 from pronghorn.verification import Check

@@ -12,8 +12,8 @@ from torch import nn
 from pronghorn.torchsparse import backbones
 from pronghorn.torchsparse import nn as spnn
 from pronghorn.torchsparse.config import FETCH_ON_DEMAND, GATHER_SCATTER, ConvConfig
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.fusion import fuse
-from pronghorn.torchsparse.settings import settings
 from pronghorn.torchsparse.tensor import SparseTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,6 +38,11 @@ def resnet():
 def unet():
     """SparseResUNet42 with one stage down and up, narrow."""
     return backbones.SparseResUNet(4, [8], [8])
+
+
+@pytest.fixture(autouse=True)
+def without_tf32(monkeypatch):
+    monkeypatch.setattr(settings, "allow_tf32", False)
 
 
 def model(make, train):

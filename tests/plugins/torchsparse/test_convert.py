@@ -15,7 +15,7 @@ from torch import nn
 from pronghorn.torchsparse import convert
 from pronghorn.torchsparse import nn as spnn
 from pronghorn.torchsparse.config import ConvConfig
-from pronghorn.torchsparse.settings import settings
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.tensor import SparseTensor, set_tensor_cache_mode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.nn.bev import (
     ToBEVConvolution,
     ToBEVHeightCompression,
@@ -11,7 +12,6 @@ from pronghorn.torchsparse.nn.bev import (
     ToDenseBEVConvolution,
 )
 from pronghorn.torchsparse.nn.crop import SparseCrop, spcrop
-from pronghorn.torchsparse.settings import settings
 from pronghorn.torchsparse.tensor import SparseTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

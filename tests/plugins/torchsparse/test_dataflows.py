@@ -7,8 +7,8 @@ import torch
 
 from pronghorn.torchsparse import nn as spnn
 from pronghorn.torchsparse.config import DATAFLOWS, FETCH_ON_DEMAND, GATHER_SCATTER, IMPLICIT_GEMM, ConvConfig
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.nn.functional import conv3d
-from pronghorn.torchsparse.settings import settings
 from pronghorn.torchsparse.tensor import SparseTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

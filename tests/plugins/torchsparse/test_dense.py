@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional
 
 from pronghorn.torchsparse import nn as spnn
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.kernel_maps import kernel_indices
 from pronghorn.torchsparse.nn.functional import conv3d
-from pronghorn.torchsparse.settings import settings
 from pronghorn.torchsparse.tensor import SparseTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

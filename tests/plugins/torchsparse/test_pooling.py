@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.nn.pooling import GlobalAvgPool, GlobalMaxPool, global_avg_pool, global_max_pool
-from pronghorn.torchsparse.settings import settings
 from pronghorn.torchsparse.tensor import SparseTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

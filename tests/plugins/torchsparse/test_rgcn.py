@@ -4,8 +4,8 @@ import pytest
 import torch
 from tests.kernels.harness import backend
 
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.rgcn import RelationGraph, SparseRGCNConv
-from pronghorn.torchsparse.settings import settings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NODES, RELATIONS, IN, OUT = 12, 5, 6, 4

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import pkgutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils import _pytree
 import pronghorn.torchsparse as ts
 from pronghorn.torchsparse import nn as spnn
 from pronghorn.torchsparse.config import ConvConfig
-from pronghorn.torchsparse.settings import settings
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.tensor import (
     PointTensor,
     SparseTensor,
@@ -331,3 +332,8 @@ def test_points():
     assert not x.detach().F.requires_grad
     with pytest.raises(ValueError, match=r"feats, coords: got \(5, 3\) and \(4, 4\), wanted as many rows of each"):
         PointTensor(feats, coords[:4])
+
+
+def test_no_module_hides_what_the_package_gives():
+    modules = {module.name for module in pkgutil.iter_modules(ts.__path__)}
+    assert {name for name in ts.__all__ if name in modules} == {"backbones", "convert", "nn"}

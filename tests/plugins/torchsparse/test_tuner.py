@@ -72,6 +72,16 @@ def test_the_fastest_is_found_and_kept(dataflow, clock, tmp_path):
     assert set(ts.tune(again, [tensor()], cache=cache, force_retune=True, verbose=False).values()) == {ts.ConvConfig()}
 
 
+def test_a_fused_model_is_tuned_too(clock):
+    model = nn.Sequential(ts.nn.Conv3d(4, 4, 3), ts.nn.BatchNorm(4), ts.nn.ReLU()).eval()
+    outer = nn.Sequential(model)
+    clock["seconds"] = lambda config: (0.5 if config.ifsort else 1.0, 0.0)
+    with ts.fuse(outer), torch.no_grad():
+        found = ts.tune(outer, [tensor()], verbose=False)
+    assert list(found) == ["0.0.conv"]
+    assert model[0].config.ifsort
+
+
 def test_what_is_not_faster_in_the_end_is_not_taken(clock):
     calls = []
 
@@ -92,9 +102,28 @@ def test_training_chooses_both_splits(clock):
     assert {(c.ifsort, c.split_mask_num, c.split_mask_num_bwd) for c in found.values()} == {(True, 2, 4)}
 
 
-def test_it_really_measures():
+def test_pruning_leaves_out_what_a_slow_dataflow_could_be(clock):
+    tried = set()
+
+    def seconds(config):
+        tried.add(config)
+        return (0.5 if config.dataflow == "gather_scatter" else 1.0, 0.0)
+
+    clock["seconds"] = seconds
+    flows = ["implicit_gemm", "fetch_on_demand", "gather_scatter"]
+    found = ts.tune(network(), [tensor()], dataflow_range=flows, dataflow_prune=True, verbose=False)
+    assert {config.dataflow for config in found.values()} == {"gather_scatter"}
+    every = tuner.candidates(flows, backward=False)
+    assert {c for c in every if c.dataflow != "gather_scatter"} - tried == {
+        c for c in every if c.ifsort and c.split_mask_num != 3
+    }
+    assert {c for c in every if c.dataflow == "gather_scatter"} <= tried
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_it_really_measures(graph):
     model = network()
-    found = ts.tune(model, [tensor()], n_samples=1, tune_with_bwd=True, verbose=False)
+    found = ts.tune(model, [tensor()], n_samples=1, tune_with_bwd=True, graph=graph, verbose=False)
     assert set(found) == {"0", "1", "3", "4", "5"}
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels._library import define
 from pronghorn.kernels.sparse_convolution.tiles import MOST_BITS, TILE
 
 
@@ -43,19 +44,34 @@ def sort_map(kernel_map: Tensor, *, splits: int = 1) -> SortedMap:
     least = -(-volume // MOST_BITS)
     if not least <= splits <= max(volume, 1):
         raise ValueError(f"splits: got {splits}, wanted {least} to {max(volume, 1)} for a kernel volume of {volume}")
+    return SortedMap(*_operation(kernel_map, splits))
+
+
+def _sort_map(kernel_map: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width = -(-kernel_map.shape[0] // splits)
     masks = bitmasks(kernel_map, splits)
     masks, order = masks.sort(dim=1, descending=True, stable=True)
-    width = -(-volume // splits)
     if _triton(kernel_map):
         from pronghorn.kernels.sparse_convolution import triton
 
-        return SortedMap(*triton.in_order(kernel_map, masks, order, width))
+        return triton.in_order(kernel_map, masks, order, width)
     columns = torch.cat([
         part.gather(1, order[split].expand(len(part), -1))
         for split, part in enumerate(kernel_map.split(width))
     ])  # fmt: skip
     active, counts = _active(reduced(masks, TILE), width)
-    return SortedMap(columns, order.int(), active, counts)
+    return columns, order.int(), active, counts
+
+
+def _shapes(kernel_map: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (volume, outputs), tiles = kernel_map.shape, -(-kernel_map.shape[1] // TILE)
+    return (
+        kernel_map.new_empty(volume, outputs), kernel_map.new_empty(splits, outputs),
+        kernel_map.new_empty(splits, tiles, -(-volume // splits)), kernel_map.new_empty(splits, tiles),
+    )  # fmt: skip
+
+
+_operation = define("sort_map", _sort_map, _shapes)
 
 
 def _triton(kernel_map: Tensor) -> bool:

@@ -2,12 +2,7 @@
 
 from pronghorn.torchsparse.config import ConvConfig
 from pronghorn.torchsparse.conv import conv3d
-from pronghorn.torchsparse.hashing import spcount, sphash, sphashquery
-from pronghorn.torchsparse.kernel_maps import build_kernel_map, get_kernel_offsets, transpose_kernel_map
-from pronghorn.torchsparse.nn.activation import leaky_relu, relu, silu
-from pronghorn.torchsparse.nn.crop import spcrop
-from pronghorn.torchsparse.nn.pooling import global_avg_pool, global_max_pool
-from pronghorn.torchsparse.settings import (
+from pronghorn.torchsparse.defaults import (
     get_conv_mode,
     get_downsample_mode,
     get_global_config,
@@ -17,6 +12,11 @@ from pronghorn.torchsparse.settings import (
     set_global_config,
     set_kmap_mode,
 )
+from pronghorn.torchsparse.hashing import spcount, sphash, sphashquery
+from pronghorn.torchsparse.kernel_maps import build_kernel_map, get_kernel_offsets, transpose_kernel_map
+from pronghorn.torchsparse.nn.activation import leaky_relu, relu, silu
+from pronghorn.torchsparse.nn.crop import spcrop
+from pronghorn.torchsparse.nn.pooling import global_avg_pool, global_max_pool
 from pronghorn.torchsparse.voxelize import calc_ti_weights, spdevoxelize, spvoxelize
 
 __all__ = [
