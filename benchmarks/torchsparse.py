@@ -321,7 +321,7 @@ def _against(what: str, shape: str, times: dict[str, dict[str, float]], reach: f
 
 
 def main() -> None:
-    """Measure and write the results."""
+    """Measure and write the results, after each of them: the one peer takes many minutes to tune itself."""
     where = device()
     libraries: dict[str, Any] = {"ours": Ours(), EAGER: Ours(graphed=False)}
     for name, module in PEERS.items():
@@ -329,30 +329,35 @@ def main() -> None:
             libraries[name] = Theirs(module)
         except ImportError as error:
             sys.stdout.write(f"{name} is left out: {error}\n")
-    single = {name: of for name, of in libraries.items() if name != EAGER}
-    rows = layers_and_maps(single, where) if where.type == "cuda" else []
-    if where.type == "cuda":
-        rows += [tuned(network, "40K", where) for network in ("MinkUNet 1x", "CenterPoint")]
+    rows: list[dict[str, Any]] = []
     wanted = [word for word in sys.argv[1:] if word in SCANS] or list(SCANS)
-    for kind, batch, run in (("inference", 1, inference), ("training", 2, training)):
-        for scan_name in wanted:
-            data = voxels(scan_name, batch, where)
-            for network, make in NETWORKS.items():
-                times = {}
-                for name, of in libraries.items():
+    times: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
+    kinds = {"inference": (1, inference), "training": (2, training)}
+    for name, of in libraries.items():
+        for kind, (batch, run) in kinds.items():
+            for scan_name in wanted:
+                data = voxels(scan_name, batch, where)
+                shape = f"{scan_name}, {len(data[1])} voxels"
+                for network, make in NETWORKS.items():
                     try:
-                        times[name] = run(of, make, data, where)
+                        found = run(of, make, data, where)
                     except Exception as error:  # noqa: BLE001 - a peer that fails is said so
-                        sys.stdout.write(f"{name}, {network}, {kind}: {type(error).__name__}: {str(error)[:200]}\n")
-                medians = {name: f"{time['p50'] * 1e3:.2f} ms" for name, time in times.items()}
-                sys.stdout.write(f"{kind} {network} {scan_name} {len(data[1])}: {medians}\n")
-                sys.stdout.flush()
-                eager, shape = times.pop(EAGER), f"{scan_name}, {len(data[1])} voxels"
-                ours = times.pop("ours")
-                for name, theirs in times.items():
-                    rows.append(row(f"{network}, {kind}", name, shape, ours, theirs, reach=REACH[kind, name]))
-                    rows.append(row(f"{network}, {kind}, layer by layer", name, shape, eager, theirs))
-            write("torchsparse", rows)  # a peer may take minutes to tune itself: what is there stays
+                        text = f"{type(error).__name__}: {str(error)[:200]}"
+                        sys.stdout.write(f"{name}, {network}, {kind}: {text}\n")
+                        continue
+                    sys.stdout.write(f"{kind} {network} {shape} {name}: {found['p50'] * 1e3:.2f} ms\n")
+                    sys.stdout.flush()
+                    known = times.setdefault((kind, scan_name, network), {})
+                    known[name] = found
+                    if name in PEERS:
+                        rows.append(row(f"{network}, {kind}", name, shape, known["ours"], found,
+                                        reach=REACH[kind, name]))  # fmt: skip
+                        rows.append(row(f"{network}, {kind}, layer by layer", name, shape, known[EAGER], found))
+                        write("torchsparse", rows)
+        if name == EAGER and where.type == "cuda":
+            rows += [tuned(network, wanted[0], where) for network in ("MinkUNet 1x", "CenterPoint")]
+            rows += layers_and_maps({name: of for name, of in libraries.items() if name != EAGER}, where)
+            write("torchsparse", rows)
 
 
 if __name__ == "__main__":
