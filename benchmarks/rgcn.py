@@ -25,7 +25,8 @@ LAYERS = 2
 REACH = 2.6
 PEERS = ("RGCNConv", "FastRGCNConv")
 PRECISIONS = {"fp32": (torch.float32, False), "tf32": (torch.float32, True), "fp16": (torch.float16, False)}
-TOLERANCE = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-2}  # largest difference, relative to the largest number
+# Largest difference, relative to the largest number; of the peer it is, that adds up in 16 bits where we do in 32.
+TOLERANCE = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 3e-2}
 
 
 class Graph(NamedTuple):

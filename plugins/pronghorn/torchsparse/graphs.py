@@ -132,11 +132,11 @@ class _FilledUp(nn.Module):
         """Outputs, their coordinates, and at last how many sites there are by `keys`, int32 [keys]."""
         _copy(self.statistics, self.statistics_before)
         x = SparseTensor(feats, coords, self.stride, self.spatial_range)
-        room = Room({key: rows for key, rows in self.rows.items() if key is not None})
+        room = Room(self.rows, {None: (coords, (coords[:, 0] >= 0).sum(dtype=torch.int32)[None])})
         x._caches = TensorCache({x.stride: (coords, x.spatial_range)}, room=room)
         leaves, self.tree = tree_flatten(self.model(x), is_leaf=_is_sparse)
         self.keys = list(room.counts)
-        keys = {id(sites): key for key, (sites, _) in room.counts.items()} | {id(coords): None}
+        keys = {id(sites): key for key, (sites, _) in room.counts.items()}
         outputs: list[Tensor] = []
         self.leaves: list[Any] = []
         for leaf in leaves:
@@ -151,8 +151,7 @@ class _FilledUp(nn.Module):
                 outputs.append(leaf)
             else:
                 raise TypeError(f"model: gives a {type(leaf).__name__}, wanted tensors")
-        counts = [count for _, count in room.counts.values()]
-        return *outputs, torch.cat(counts) if counts else coords.new_empty(0)
+        return *outputs, torch.cat([count for _, count in room.counts.values()])
 
 
 class _Recording:
@@ -180,12 +179,12 @@ class _Recording:
                 if parameter.grad is not None:
                     parameter.grad = parameter.grad.clone()  # it may lie where the next backward writes
         *tensors, counts = self._run(*self._filled(input))
-        found = dict(zip(self._filled_up.keys, counts.tolist(), strict=True)) if len(counts) else {}
+        found = dict(zip(self._filled_up.keys, counts.tolist(), strict=True))
         short = {key: count for key, count in found.items() if count > self.rows[key]}
         if short:
             _copy(self._filled_up.statistics_before, self._filled_up.statistics)
             return None, short
-        return self._result(tensors, {None: len(input.feats), **found}), {}
+        return self._result(tensors, found), {}
 
     def _filled(self, input: SparseTensor) -> tuple[Tensor, Tensor]:
         more = (0, 0, 0, self.rows[None] - len(input.feats))

@@ -27,7 +27,7 @@ class Room:
 
     Attributes:
         rows: how many sites there may be, by the key of the kernel map that makes them.
-        counts: these sites, and how many there are on the device, int32 [1], once they are known.
+        counts: these sites, and how many there are on the device, int32 [1], once they are known; None is the input.
     """
 
     rows: dict[Any, int]
@@ -151,6 +151,19 @@ class SparseTensor:
     def filled_up(self) -> bool:
         """Whether there are rows that are no sites, with coordinates of -1: within a CUDA graph."""
         return self._caches.room is not None
+
+    def count(self) -> Tensor:
+        """How many of the rows are sites, int32 [1] on the device.
+
+        Raises:
+            ValueError: rows are filled up, and these were not counted.
+        """
+        if self._caches.room is None:
+            return torch.tensor([self.coords.shape[0]], dtype=torch.int32, device=self.coords.device)
+        for sites, count in self._caches.room.counts.values():
+            if sites is self.coords:
+                return count
+        raise ValueError("sites that no convolution made cannot be counted within a CUDA graph")
 
     def bounds(self) -> Tensor:
         """Least and largest coordinates, int64 [2, 1 + dimensions] on the CPU: of the range, or else of the data.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pronghorn.kernels.batch_norm import batch_norm
 from pronghorn.torchsparse.nn.activation import fapply
 from pronghorn.torchsparse.samples import check_sparse, count_rows, samples_of, sum_rows
 from pronghorn.torchsparse.tensor import SparseTensor
@@ -24,7 +25,7 @@ class BatchNorm(nn.BatchNorm1d):
         if not self.training and self.running_mean is not None:
             return fapply(input, self._known_statistics if torch.compiler.is_compiling() else super().forward)
         if input.filled_up:
-            return fapply(input, self._of_sites, input.coords[:, :1] >= 0)
+            return fapply(input, self._of_sites, input.count())
         if not _at_least_two(input):
             raise ValueError(
                 f"input: got {len(input.feats)} sites, wanted at least 2 for statistics; evaluate, or leave out "
@@ -41,13 +42,9 @@ class BatchNorm(nn.BatchNorm1d):
             result = result * self.weight + self.bias
         return result.to(feats.dtype)
 
-    def _of_sites(self, feats: Tensor, there: Tensor) -> Tensor:
+    def _of_sites(self, feats: Tensor, count: Tensor) -> Tensor:
         """With the statistics of the rows that are sites; the others become, and pass on, zeros."""
-        count = there.sum()
-        values = feats.to(torch.promote_types(feats.dtype, torch.float32))
-        mean = (values * there).sum(dim=0) / count
-        centred = (values - mean) * there
-        variance = centred.square().sum(dim=0) / count
+        y, mean, variance = batch_norm(feats, count, self.weight, self.bias, eps=self.eps)
         if self.training and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 assert self.num_batches_tracked is not None  # noqa: S101 - there with the others
@@ -55,10 +52,7 @@ class BatchNorm(nn.BatchNorm1d):
                 share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
                 self.running_mean += (mean - self.running_mean) * share
                 self.running_var += (variance * count / (count - 1) - self.running_var) * share
-        scale = (variance + self.eps).rsqrt()
-        if self.affine:
-            return (centred * (scale * self.weight) + self.bias * there).to(feats.dtype)
-        return (centred * scale).to(feats.dtype)
+        return y
 
 
 class GroupNorm(nn.GroupNorm):
