@@ -5,8 +5,8 @@ import torch
 from tests.kernels.harness import DEVICE, backend
 
 from pronghorn.kernels._operation import relative_error
-from pronghorn.kernels.sparse_convolution import Epilogue, sort_map, sparse_convolution
-from pronghorn.kernels.sparse_convolution.cases import OPERATION
+from pronghorn.kernels.sparse_convolution import CountedMap, Epilogue, sort_map, sparse_convolution
+from pronghorn.kernels.sparse_convolution.cases import OPERATION, transposed
 from pronghorn.kernels.sparse_convolution.sorting import bitmasks, reduced
 from pronghorn.kernels.sparse_convolution.tiles import TILE
 
@@ -73,6 +73,34 @@ def test_an_epilogue_is_what_comes_after(parts, splits, which):
         plain = sparse_convolution(**arguments)
         found = sparse_convolution(**arguments, epilogue=Epilogue(**given))
     assert relative_error(found, Epilogue(**given)(plain)) < 1e-6
+
+
+@pytest.mark.parametrize("which", ["reference", "triton"])
+@pytest.mark.parametrize("count", [260, 128, 3, 0])
+def test_a_counted_map_is_the_map(count, which):
+    """Of a map whose last outputs are none; tiles of them alone are not computed."""
+    arguments = example(channels=17)
+    found, there = arguments["kernel_map"].clone(), torch.tensor([count], dtype=torch.int32, device=DEVICE)
+    found[:, count:] = -1
+    back = transposed(found, found.shape[1])
+    results = []
+    for maps in ((found, back), (CountedMap(found, there), CountedMap(back, there.new_tensor([260])))):
+        given = [arguments[name].clone().requires_grad_() for name in ("x", "weight")]
+        with backend(which):
+            y = sparse_convolution(*given, *maps)
+            y.square().sum().backward()
+        results.append([y, *[tensor.grad for tensor in given]])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_count_is_what_the_kernel_computes():
+    arguments = example()
+    found, count = arguments["kernel_map"], torch.tensor([1], dtype=torch.int32, device=DEVICE)
+    with backend("triton"):
+        y = sparse_convolution(arguments["x"], arguments["weight"], CountedMap(found, count))
+    assert y[:10].abs().sum() > 0
+    assert not y[-10:].any()
 
 
 def test_bad_input_is_named():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pronghorn.kernels.fetch_on_demand import fetch_on_demand
 from pronghorn.kernels.kernel_map import kernel_map
-from pronghorn.kernels.sparse_convolution import Epilogue, SortedMap, sparse_convolution
+from pronghorn.kernels.sparse_convolution import CountedMap, Epilogue, SortedMap, sparse_convolution
 from pronghorn.kernels.sparse_convolution.tiles import MOST_BITS
 from pronghorn.torchsparse.config import FETCH_ON_DEMAND, GATHER_SCATTER, IMPLICIT_GEMM, ConvConfig
 from pronghorn.torchsparse.defaults import settings
@@ -119,12 +119,10 @@ class _Way:
     found: KernelMap
     transposed: bool
 
-    @property
-    def plain(self) -> Tensor:
-        return self.found.transposed if self.transposed else self.found.found
-
-    def table(self, splits: int | None) -> Tensor | SortedMap:
-        return self.plain if splits is None else self.found.sorted(splits, transposed=self.transposed)
+    def table(self, splits: int | None) -> Tensor | SortedMap | CountedMap:
+        if splits is None:
+            return self.found.table(transposed=self.transposed)
+        return self.found.sorted(splits, transposed=self.transposed)
 
     @property
     def pairs(self) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels.kernel_map import GRID, kernel_map
-from pronghorn.kernels.sparse_convolution import SortedMap, sort_map
+from pronghorn.kernels.sparse_convolution import CountedMap, SortedMap, sort_map
 from pronghorn.kernels.strided_coords import strided_coords, strided_coords_within
 from pronghorn.torchsparse.quantize import make_ntuple
 from pronghorn.torchsparse.tensor import Range, SparseTensor, Stride
@@ -120,12 +120,14 @@ class KernelMap:
         coords: of the inputs and of the outputs.
         stride: of the tensor that goes in.
         spatial_range: of the tensor that goes in.
+        counts: of inputs and outputs, where rows are filled up: how many of them are sites, int32 [1].
     """
 
     found: Tensor
     coords: tuple[Tensor, Tensor]
     stride: Stride
     spatial_range: Range | None
+    counts: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def __post_init__(self) -> None:
         self._transposed: Tensor | None = None
@@ -139,6 +141,11 @@ class KernelMap:
         if self._transposed is None:
             self._transposed = transpose_kernel_map(self.found, len(self.coords[0]))
         return self._transposed
+
+    def table(self, *, transposed: bool = False) -> Tensor | CountedMap:
+        """The map, or its transpose, as convolution takes it."""
+        plain, count = (self.transposed, self.counts[0]) if transposed else (self.found, self.counts[1])
+        return plain if count is None else CountedMap(plain, count)
 
     def sorted(self, splits: int, *, transposed: bool = False) -> SortedMap:
         """The map, or its transpose, with outputs sorted by the offsets that they have."""
@@ -211,6 +218,8 @@ def build_kernel_map(tensor: SparseTensor, geometry: Geometry) -> KernelMap:
         own=geometry.volume // 2 if centred else -1,
     )  # fmt: skip
     result = KernelMap(found, (tensor.coords, sites), tensor.stride, tensor.spatial_range)
+    if tensor._caches.room is not None:
+        result.counts = tensor._caches.room.count_of(tensor.coords), tensor._caches.room.count_of(sites)
     tensor._caches.kmaps[key] = result
     return result
 

@@ -33,6 +33,10 @@ class Room:
     rows: dict[Any, int]
     counts: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    def count_of(self, coords: Tensor) -> Tensor | None:
+        """How many of these rows are sites, where that is known."""
+        return next((count for sites, count in self.counts.values() if sites is coords), None)
+
 
 @dataclass
 class TensorCache:
@@ -160,10 +164,10 @@ class SparseTensor:
         """
         if self._caches.room is None:
             return torch.tensor([self.coords.shape[0]], dtype=torch.int32, device=self.coords.device)
-        for sites, count in self._caches.room.counts.values():
-            if sites is self.coords:
-                return count
-        raise ValueError("sites that no convolution made cannot be counted within a CUDA graph")
+        count = self._caches.room.count_of(self.coords)
+        if count is None:
+            raise ValueError("sites that no convolution made cannot be counted within a CUDA graph")
+        return count
 
     def bounds(self) -> Tensor:
         """Least and largest coordinates, int64 [2, 1 + dimensions] on the CPU: of the range, or else of the data.

@@ -14,16 +14,16 @@ from pronghorn.kernels._dispatch import use_triton
 from pronghorn.kernels._library import define
 from pronghorn.kernels.sparse_convolution import reference
 from pronghorn.kernels.sparse_convolution.epilogue import Epilogue
-from pronghorn.kernels.sparse_convolution.sorting import SortedMap, sort_map
+from pronghorn.kernels.sparse_convolution.sorting import CountedMap, SortedMap, sort_map
 
-__all__ = ["Epilogue", "SortedMap", "sort_map", "sparse_convolution"]
+__all__ = ["CountedMap", "Epilogue", "SortedMap", "sort_map", "sparse_convolution"]
 
 
 def sparse_convolution(
     x: Tensor,
     weight: Tensor,
-    kernel_map: Tensor | SortedMap,
-    transposed_map: Tensor | SortedMap | None = None,
+    kernel_map: Tensor | SortedMap | CountedMap,
+    transposed_map: Tensor | SortedMap | CountedMap | None = None,
     *,
     tf32: bool = False,
     epilogue: Epilogue | None = None,
@@ -36,7 +36,7 @@ def sparse_convolution(
         x: [inputs, input channels] in fp16, bf16 or fp32 (fp64 in the reference).
         weight: [kernel volume, input channels, output channels] in the dtype of `x`.
         kernel_map: int32 [kernel volume, outputs], -1 where there is no row, or the same sorted by `sort_map`, so that
-            tiles of outputs can pass over offsets.
+            tiles of outputs can pass over offsets, or one that tells how many outputs have any.
         transposed_map: int32 [kernel volume, inputs] with the outputs of each input, likewise; wanted for the gradient
             of `x` alone.
         tf32: multiply float32 in the tensor cores' 10-bit mantissa, on a GPU.
@@ -80,10 +80,10 @@ def _check_epilogue(epilogue: Epilogue, shape: tuple[int, int], x: Tensor) -> No
             check_shape(f"epilogue.{name}", tensor, wanted)
 
 
-def _tables(name: str, of: Tensor | SortedMap | None, volume: int, x: Tensor) -> list[Tensor]:
+def _tables(name: str, of: Tensor | SortedMap | CountedMap | None, volume: int, x: Tensor) -> list[Tensor]:
     if of is None:
         return []
-    tables = list(of) if isinstance(of, SortedMap) else [of]
+    tables = [of] if isinstance(of, Tensor) else list(of)
     check_tensor(name, tables[0], dim=2, floating=False, like=x)
     check_shape(name, tables[0], (volume, tables[0].shape[1]))
     if tables[0].dtype != torch.int32:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels.sparse_convolution.epilogue import Epilogue
+from pronghorn.kernels.sparse_convolution.tiles import is_sorted
 
 
 def pairs(tables: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each offset the input rows, and the output rows that they go to."""
-    kernel_map, *order = tables
+    kernel_map, *order = tables if is_sorted(tables) else tables[:1]
     offsets_of_split = order[1].shape[2] if order else 1
     for k, rows in enumerate(kernel_map):
         at = (rows >= 0).nonzero()[:, 0]

@@ -28,6 +28,18 @@ class SortedMap(NamedTuple):
     counts: Tensor
 
 
+class CountedMap(NamedTuple):
+    """A kernel map whose last outputs are none: tiles of them are passed over.
+
+    Attributes:
+        kernel_map: int32 [kernel volume, outputs].
+        outputs: int32 [1]: those from this number on have -1 at every offset.
+    """
+
+    kernel_map: Tensor
+    outputs: Tensor
+
+
 def sort_map(kernel_map: Tensor, *, splits: int = 1) -> SortedMap:
     """Sort outputs by the bits of the offsets that they have, descending as signed numbers.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pronghorn.kernels._launch import Launcher
 from pronghorn.kernels._triton import blocks, dot_type, dot_width, power_of_2
 from pronghorn.kernels.sparse_convolution.epilogue import Epilogue
-from pronghorn.kernels.sparse_convolution.tiles import TILE
+from pronghorn.kernels.sparse_convolution.tiles import TILE, is_sorted
 
 
 class Tile(NamedTuple):
@@ -49,7 +49,7 @@ GRADIENT_BLOCKS = 1056
 def _multiply(
     x, weight, kernel_map, order, active, counts, out, scale, shift, residual, outputs, tiles, volume,
     IN: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr,
-    WIDTH: tl.constexpr, SORTED: tl.constexpr, SPLITS: tl.constexpr,
+    WIDTH: tl.constexpr, SORTED: tl.constexpr, COUNTED: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TILE: tl.constexpr,
     SCALED: tl.constexpr, SHIFTED: tl.constexpr, ADDED: tl.constexpr, RELU: tl.constexpr,
     DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -64,6 +64,8 @@ def _multiply(
     actives = active + (split * tiles + tile * ROWS // TILE) * WIDTH
     if SORTED:
         count = tl.load(counts + split * tiles + tile * ROWS // TILE)
+    elif COUNTED:
+        count = tl.where(tile * ROWS < tl.load(counts), volume, 0)
     sum = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(count * CHUNKS):
         k = step // CHUNKS
@@ -104,8 +106,8 @@ def _multiply(
 @Launcher
 @triton.jit(do_not_specialize=["outputs", "stretch"])
 def _weight_gradient(
-    x, grad, kernel_map, order, out, outputs, stretch,
-    IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr, SORTED: tl.constexpr,
+    x, grad, kernel_map, order, counts, out, outputs, stretch,
+    IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr, SORTED: tl.constexpr, COUNTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
     DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -114,8 +116,10 @@ def _weight_gradient(
     c = (tl.program_id(1) // BLOCKS) * INNER + tl.arange(0, INNER)
     n = (tl.program_id(1) % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
     sum = tl.zeros([INNER, COLUMNS], tl.float32)
-    start = part * stretch
-    for first in range(start, tl.minimum(start + stretch, outputs), ROWS):
+    start, end = part * stretch, outputs
+    if COUNTED:
+        end = tl.minimum(outputs, tl.load(counts))
+    for first in range(start, tl.minimum(start + stretch, end), ROWS):
         row = first + tl.arange(0, ROWS)
         i = tl.load(kernel_map + k.to(tl.int64) * outputs + row, mask=row < outputs, other=-1)
         there = i >= 0
@@ -198,9 +202,10 @@ def sparse_convolution(
     """[outputs, output channels]."""
     x = x.contiguous()
     kernel_map, order, active, counts, splits, width = _unpacked(tables)
+    in_order = is_sorted(tables)
     volume, outputs = kernel_map.shape
     _, channels, columns = weight.shape
-    tile = choose_tile(outputs, channels, columns, splits, len(tables) > 1, x.itemsize)
+    tile = choose_tile(outputs, channels, columns, splits, in_order, x.itemsize)
     dtype = x.dtype if splits == 1 else torch.float32
     shape = (outputs, columns) if splits == 1 else (splits, outputs, columns)
     out = torch.empty(shape, dtype=dtype, device=x.device)
@@ -213,8 +218,8 @@ def sparse_convolution(
     _multiply(
         (blocks(outputs, tile.rows), blocks(columns, tile.columns), splits),
         (x, weight, kernel_map, order, active, counts, out, *given), (outputs, counts.shape[-1], volume),
-        (channels, columns, transposed, width, len(tables) > 1, splits, tile.rows, tile.columns, tile.inner, TILE,
-         scale is not None, shift is not None, residual is not None, relu, dot_type(x.dtype),
+        (channels, columns, transposed, width, in_order, len(tables) > 1, splits, tile.rows, tile.columns, tile.inner,
+         TILE, scale is not None, shift is not None, residual is not None, relu, dot_type(x.dtype),
          _precision(x.dtype, tf32)),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -244,7 +249,7 @@ def choose_tile(outputs: int, channels: int, columns: int, splits: int, in_order
 def weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor], tf32: bool) -> Tensor:
     """[kernel volume, input channels, output channels]; rows are summed in parts, and these in a fixed order."""
     x, grad = x.contiguous(), grad.contiguous()
-    kernel_map, order, _, _, _, width = _unpacked(tables)
+    kernel_map, order, _, counts, _, width = _unpacked(tables)
     (volume, outputs), channels, columns = kernel_map.shape, x.shape[1], grad.shape[1]
     tile = GRADIENT._replace(
         columns=min(GRADIENT.columns, dot_width(columns)), inner=min(GRADIENT.inner, dot_width(channels))
@@ -254,9 +259,9 @@ def weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor], tf32: boo
     stretch = blocks(blocks(outputs, parts), tile.rows) * tile.rows
     out = torch.empty(parts, volume, channels, columns, dtype=torch.float32, device=x.device)
     _weight_gradient(
-        (volume, tiles, parts), (x, grad, kernel_map, order, out), (outputs, stretch),
-        (channels, columns, width, len(tables) > 1, tile.rows, tile.columns, tile.inner, dot_type(x.dtype),
-         _precision(x.dtype, tf32)),
+        (volume, tiles, parts), (x, grad, kernel_map, order, counts, out), (outputs, stretch),
+        (channels, columns, width, is_sorted(tables), len(tables) > 1, tile.rows, tile.columns, tile.inner,
+         dot_type(x.dtype), _precision(x.dtype, tf32)),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out.sum(dim=0).to(x.dtype)
@@ -271,10 +276,13 @@ def bitmasks(kernel_map: Tensor, splits: int, width: int) -> Tensor:
 
 
 def _unpacked(tables: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
-    """Map, order, active offsets, their counts, splits and offsets of a split; of an unsorted map, itself for all."""
+    """Map, order, active offsets, their counts, splits and offsets of a split; of an unsorted map, itself for all.
+
+    Of a counted map, the counts are the count.
+    """
     kernel_map = tables[0].contiguous()
-    if len(tables) == 1:
-        return kernel_map, kernel_map, kernel_map, kernel_map, 1, 1
+    if not is_sorted(tables):
+        return kernel_map, kernel_map, kernel_map, tables[-1], 1, 1
     order, active, counts = tables[1:]
     return kernel_map, order, active, counts, active.shape[0], active.shape[2]
 
