@@ -88,8 +88,9 @@ def cuda_graph(model: nn.Module, *, slack: float = 0.25) -> CudaGraph:
 
     Args:
         model: takes a SparseTensor with a spatial range, whose features and coordinates alone vary from call to call.
-            It computes by "implicit_gemm", and nothing in it waits for the GPU: bird's-eye views, crops, and generative
-            convolutions come after it. It may be fused, before this.
+            What it gives for sites must be in sparse tensors. It computes by "implicit_gemm", and nothing in it waits
+            for the GPU: bird's-eye views, crops, and generative convolutions come after it. It may be fused, before
+            this.
         slack: how many more sites than those of the first scan there is room for, as a share.
 
     Returns:
@@ -147,6 +148,11 @@ class _FilledUp(nn.Module):
                 self.leaves.append(_Sites(place, place + 1, keys[id(leaf.coords)], leaf.stride, leaf.spatial_range))
                 outputs += [leaf.feats, leaf.coords]
             elif isinstance(leaf, Tensor):
+                if leaf.dim() and leaf.shape[0] in self.rows.values():
+                    raise ValueError(
+                        f"model: gives a tensor {tuple(leaf.shape)} with a row for every site that there is room for; "
+                        "wanted a SparseTensor of it, as by x.replace(feats), which is cut to the sites there are"
+                    )
                 self.leaves.append(len(outputs))
                 outputs.append(leaf)
             else:

@@ -164,6 +164,13 @@ def test_bad_input():
     with pytest.raises(TypeError, match="int"):
         ts.cuda_graph(Numbered())(tensor())
 
+    class Loose(nn.Module):
+        def forward(self, x):
+            return x.feats * 2
+
+    with pytest.raises(ValueError, match="SparseTensor of it"):
+        ts.cuda_graph(Loose())(tensor())
+
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
 def test_what_waits_for_the_gpu_is_refused():
