@@ -18,7 +18,7 @@ METHODS = sorted(
 )
 
 
-LAYERS = ("torchsparse",)  # methods made of torch modules, which are registered nowhere
+LAYERS = ("dcae", "torchsparse")  # methods made of modules, which are registered nowhere
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,212 @@
+"""diffusers' `AutoencoderDC` with official weights in and out, and with adaptive latent channels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC as DiffusersAutoencoderDC
+from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from pronghorn.dcae.config import DCAEConfig, published
+from pronghorn.dcae.convert import to_diffusers, to_efficientvit
+
+WEIGHTS = "model.safetensors"
+PER_STAGE = (
+    "encoder_block_types", "decoder_block_types", "decoder_norm_types", "decoder_act_fns",
+)  # what diffusers also takes as one name for all stages  # fmt: skip
+
+
+class AutoencoderDC(DiffusersAutoencoderDC):
+    """A deep compression autoencoder, loaded and saved as diffusers' own, which also loads what this one saves.
+
+    Args:
+        in_channels: see `DCAEConfig`, as for all others; where that has a name for each stage, one stands for all.
+        latent_channels: see there.
+        attention_head_dim: see there.
+        encoder_block_types: see there.
+        decoder_block_types: see there.
+        encoder_block_out_channels: see there.
+        decoder_block_out_channels: see there.
+        encoder_layers_per_block: see there.
+        decoder_layers_per_block: see there.
+        encoder_qkv_multiscales: see there.
+        decoder_qkv_multiscales: see there.
+        upsample_block_type: see there.
+        downsample_block_type: see there.
+        decoder_norm_types: see there.
+        decoder_act_fns: see there.
+        encoder_out_shortcut: see there.
+        decoder_in_shortcut: see there.
+        decoder_conv_act_fn: see there.
+        scaling_factor: see there.
+        latent_channels_list: see there.
+
+    Raises:
+        ValueError: as `DCAEConfig` does.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        latent_channels: int = 32,
+        attention_head_dim: int = 32,
+        encoder_block_types: str | tuple[str, ...] = "ResBlock",
+        decoder_block_types: str | tuple[str, ...] = "ResBlock",
+        encoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024),
+        decoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024),
+        encoder_layers_per_block: tuple[int, ...] = (2, 2, 2, 3, 3, 3),
+        decoder_layers_per_block: tuple[int, ...] = (3, 3, 3, 3, 3, 3),
+        encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,)),
+        decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,)),
+        upsample_block_type: str = "pixel_shuffle",
+        downsample_block_type: str = "pixel_unshuffle",
+        decoder_norm_types: str | tuple[str, ...] = "rms_norm",
+        decoder_act_fns: str | tuple[str, ...] = "silu",
+        encoder_out_shortcut: bool = True,
+        decoder_in_shortcut: bool = True,
+        decoder_conv_act_fn: str = "relu",
+        scaling_factor: float = 1.0,
+        latent_channels_list: tuple[int, ...] = (),
+    ) -> None:
+        values = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        stages = len(encoder_block_out_channels)
+        for name in PER_STAGE:
+            values[name] = (values[name],) * stages if isinstance(values[name], str) else values[name]
+        self.architecture = DCAEConfig.from_dict(values)
+        super().__init__(**{name: value for name, value in values.items() if name != "latent_channels_list"})
+
+    @classmethod
+    def from_published(cls, name: str) -> AutoencoderDC:
+        """A model of a published architecture, with random weights.
+
+        Args:
+            name: see `published`.
+
+        Raises:
+            ValueError: there is no such model.
+        """
+        return cls(**published(name).to_dict())
+
+    @classmethod
+    def from_efficientvit(cls, path: str | Path, *, config: DCAEConfig | str | None = None) -> AutoencoderDC:
+        """Load weights in the official names.
+
+        Args:
+            path: a folder with `config.json` ({"model_name": …}) and `model.safetensors`; or a `.safetensors` file, or
+                a `.pt` or `.pth` file with {"state_dict": …}, which need a configuration.
+            config: the architecture, or the name of a published one; by default what the folder says.
+
+        Raises:
+            ValueError: there is no configuration, the file is of another kind, or weights are missing, left over or of
+                another shape. FileNotFoundError: there is no such file.
+        """
+        path = Path(path)
+        if config is None:
+            named = path / "config.json"
+            if not named.is_file():
+                raise ValueError(f"config: got None, and there is no {named} that names the model")
+            config = str(json.loads(named.read_text()).get("model_name"))
+        model = cls(**(published(config) if isinstance(config, str) else config).to_dict())
+        state = to_diffusers(_read(path / WEIGHTS if path.is_dir() else path))
+        _check_weights(state, model.state_dict())
+        model.load_state_dict(state)
+        return model
+
+    def save_efficientvit(self, folder: str | Path, *, model_name: str) -> None:
+        """Write what `from_efficientvit` reads.
+
+        Args:
+            folder: is made where it is not there.
+            model_name: what the official code knows the architecture as.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = to_efficientvit(self.state_dict(), self.architecture)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+        (folder / "config.json").write_text(json.dumps({"model_name": model_name}) + "\n")
+
+    def encode(
+        self, x: Tensor, return_dict: bool = True, *, latent_channels: int | None = None
+    ) -> EncoderOutput | tuple[Tensor]:
+        """Latents of images.
+
+        Args:
+            x: [batch, 3, height, width] from -1 to 1, both divisible by `spatial_compression_ratio`.
+            return_dict: give an `EncoderOutput` rather than a tuple.
+            latent_channels: give so many of the first channels, of an adaptive model; by default all.
+
+        Returns:
+            `latent` [batch, latent channels, height / ratio, width / ratio], not scaled.
+
+        Raises:
+            ValueError: the shape or the number of channels does not fit.
+        """
+        ratio = self.spatial_compression_ratio
+        wanted = f"wanted [batch, {self.architecture.in_channels}, height, width] with multiples of {ratio}"
+        if x.dim() != 4 or x.shape[1] != self.architecture.in_channels or x.shape[2] % ratio or x.shape[3] % ratio:
+            raise ValueError(f"x: got {tuple(x.shape)}, {wanted}")
+        count = self._checked_channels("latent_channels", latent_channels)
+        latent = super().encode(x, return_dict=False)[0][:, :count]
+        return EncoderOutput(latent=latent) if return_dict else (latent,)
+
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Images of latents.
+
+        Args:
+            z: [batch, latent channels, height, width], not scaled; of an adaptive model also the first channels alone.
+            return_dict: give a `DecoderOutput` rather than a tuple.
+
+        Returns:
+            `sample` [batch, 3, height * ratio, width * ratio], about from -1 to 1.
+
+        Raises:
+            ValueError: the shape or the number of channels does not fit.
+        """
+        if z.dim() != 4:
+            raise ValueError(f"z: got {tuple(z.shape)}, wanted [batch, channels, height, width]")
+        missing = self.architecture.latent_channels - self._checked_channels("z", z.shape[1])
+        if missing:
+            # Its first layer is linear, and nothing else reads the latent: zeros are as if they were not there.
+            z = functional.pad(z, (0, 0, 0, 0, 0, missing))
+        sample = super().decode(z, return_dict=False)[0]
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _checked_channels(self, name: str, count: int | None) -> int:
+        most = self.architecture.latent_channels
+        if count is None or count == most:
+            return most
+        shortcut = self.architecture.encoder_out_shortcut or self.architecture.decoder_in_shortcut
+        if shortcut or not 1 <= count < most:
+            accepted = f"{most}" if shortcut else f"1 to {most}, trained {self.architecture.latent_channels_list}"
+            raise ValueError(f"{name}: got {count} latent channels, accepted are {accepted}")
+        return count
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix not in (".pt", ".pth"):
+        raise ValueError(f"path: got {path}, accepted are a folder, .safetensors, .pt and .pth")
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Tensor] = content.get("state_dict", content)
+    return state
+
+
+def _check_weights(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """As `load_state_dict` does, but a ValueError that also tells shapes."""
+    missing, left = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    other = [f"{name}: {tuple(state[name].shape)} for {tuple(wanted[name].shape)}"
+             for name in sorted(set(state) & set(wanted)) if state[name].shape != wanted[name].shape]  # fmt: skip
+    if missing or left or other:
+        raise ValueError(
+            f"weights: {len(missing)} are missing ({missing[:2]}), {len(left)} left over ({left[:2]}), "
+            f"{len(other)} of another shape ({other[:2]})"
+        )

@@ -1,0 +1,198 @@
+"""UViT: a transformer on latents with skips like a U-Net's, for class-conditional diffusion; also what USiT is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Blocks, channels and heads of the published sizes.
+SIZES = {"S": (12, 512, 8), "H": (28, 1152, 16), "2B": (28, 2048, 32)}
+
+
+class UViT2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """Noise, or a velocity, of latents at a time and of a class.
+
+    Parameters have the official code's names.
+
+    Args:
+        sample_size: height and width of a latent.
+        patch_size: places of a token's edge.
+        in_channels: of a latent.
+        hidden_size: channels of a token.
+        depth: number of blocks; 2 · (depth // 2) + 1 are made.
+        num_attention_heads: of each block.
+        num_classes: the label `num_classes` is that of no class, which guidance needs.
+
+    Raises:
+        ValueError: sizes do not divide.
+
+    Source: Bao et al., All are Worth Words (arXiv 2209.12152); Chen et al. (arXiv 2410.10733), section 4, for its use
+    on deep latents.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 16,
+        patch_size: int = 1,
+        in_channels: int = 32,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_attention_heads: int = 16,
+        num_classes: int = 1000,
+    ) -> None:
+        super().__init__()
+        for name, many, few in (("patch_size", sample_size, patch_size),
+                                ("num_attention_heads", hidden_size, num_attention_heads)):  # fmt: skip
+            if few < 1 or many % few:
+                raise ValueError(f"{name}: got {few}, wanted a divisor of {many}")
+        self.sample_size, self.patch_size, self.num_classes = sample_size, patch_size, num_classes
+        self.in_channels, self.hidden_size = in_channels, hidden_size
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Any = None  # diffusers sets it when checkpointing is turned on
+        tokens = 2 + (sample_size // patch_size) ** 2
+        self.patch_embed = _Patches(in_channels, hidden_size, patch_size)
+        self.label_emb = _Labels(num_classes + 1, hidden_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, hidden_size))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        heads, half = num_attention_heads, depth // 2
+        self.in_blocks = nn.ModuleList(_Block(hidden_size, heads) for _ in range(half))
+        self.mid_block = _Block(hidden_size, heads)
+        self.out_blocks = nn.ModuleList(_Block(hidden_size, heads, skip=True) for _ in range(half))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.decoder_pred = nn.Linear(hidden_size, patch_size**2 * in_channels)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """What the model was trained to predict.
+
+        Args:
+            sample: [batch, in_channels, sample_size, sample_size].
+            timestep: [batch] or one number, in the unit of the training.
+            class_labels: int64 [batch], from 0 to `num_classes`, which is none.
+            return_dict: give a `Transformer2DModelOutput` rather than a tuple.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        batch, size = len(sample), self.sample_size
+        if sample.shape[1:] != (self.in_channels, size, size):
+            raise ValueError(f"sample: got {tuple(sample.shape)}, wanted [batch, {self.in_channels}, {size}, {size}]")
+        if class_labels.shape != (batch,):
+            raise ValueError(f"class_labels: got {tuple(class_labels.shape)}, wanted ({batch},)")
+        times = torch.as_tensor(timestep, device=sample.device).expand(batch)
+        time = get_timestep_embedding(times, self.hidden_size, flip_sin_to_cos=True, downscale_freq_shift=0)
+        label = self.label_emb(class_labels)
+        x = torch.cat([label[:, None], time.to(label.dtype)[:, None], self.patch_embed(sample)], dim=1) + self.pos_embed
+        skips = []
+        for block in self.in_blocks:
+            x = self._run(block, x)
+            skips.append(x)
+        x = self._run(self.mid_block, x)
+        for block in self.out_blocks:
+            x = self._run(block, x, skips.pop())
+        patches = self.decoder_pred(self.norm(x))[:, 2:]
+        across, edge = size // self.patch_size, self.patch_size
+        found = patches.view(batch, across, across, edge, edge, -1).permute(0, 5, 1, 3, 2, 4).reshape(sample.shape)
+        return Transformer2DModelOutput(sample=found) if return_dict else (found,)
+
+    def _run(self, block: nn.Module, *given: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            recomputed: Tensor = self._gradient_checkpointing_func(block, *given)
+            return recomputed
+        result: Tensor = block(*given)
+        return result
+
+
+def guided(model: UViT2DModel, sample: Tensor, timestep: Tensor | float, class_labels: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: what no class gives, and `scale` times how the class differs from it.
+
+    Args:
+        model: the denoiser.
+        sample: [batch, channels, height, width].
+        timestep: as the model takes it.
+        class_labels: int64 [batch].
+        scale: 1 is the class alone.
+
+    Source: Ho and Salimans (arXiv 2207.12598).
+    """
+    none = torch.full_like(class_labels, model.num_classes)
+    times = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+    both = model(sample.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([class_labels, none])).sample
+    of_class, of_none = both.chunk(2)
+    return of_none + scale * (of_class - of_none)
+
+
+class _Patches(nn.Module):
+    def __init__(self, channels: int, hidden_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.proj(x)
+        return y.flatten(2).transpose(1, 2)
+
+
+class _Labels(nn.Module):
+    def __init__(self, labels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(labels, hidden_size)
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        found: Tensor = self.embedding_table(labels)
+        return found
+
+
+class _Attention(nn.Module):
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(size, 3 * size, bias=False)
+        self.proj = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        found: Tensor = self.proj(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return found
+
+
+class _Perceptron(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(functional.gelu(self.fc1(x)))
+        return y
+
+
+class _Block(nn.Module):
+    """Attention and a perceptron, each after a norm; before them a skip is joined."""
+
+    def __init__(self, size: int, heads: int, *, skip: bool = False) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.attn, self.mlp = _Attention(size, heads), _Perceptron(size)
+        self.skip_linear = nn.Linear(2 * size, size) if skip else None
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if self.skip_linear is not None and skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=2))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))

@@ -1,0 +1,123 @@
+"""The autoencoder: loaded and saved in both formats, adaptive channels, and what is refused."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pronghorn.dcae import CONFIGURATIONS, AutoencoderDC, DCAEConfig, to_diffusers, to_efficientvit
+from pronghorn.dcae.shortcuts import averaged, duplicated
+
+SMALL = {
+    "attention_head_dim": 8, "latent_channels": 8, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (16, 16),
+    "decoder_block_out_channels": (16, 16), "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1),
+    "encoder_qkv_multiscales": ((), (5,)), "decoder_qkv_multiscales": ((), (5,)),
+    "decoder_norm_types": ("batch_norm", "rms_norm"), "decoder_act_fns": ("relu", "silu"),
+}  # fmt: skip
+ADAPTIVE = {**SMALL, "encoder_out_shortcut": False, "decoder_in_shortcut": False, "latent_channels_list": (2, 4, 8)}
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    return AutoencoderDC(**DCAEConfig(**{**SMALL, **changes}).to_dict()).eval()
+
+
+@pytest.fixture
+def image():
+    return torch.rand(2, 3, 12, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@torch.no_grad()
+def test_diffusers_loads_what_we_save_and_we_what_it_saves(tmp_path, image):
+    ours = small()
+    ours.save_pretrained(tmp_path / "ours")
+    stock = diffusers.AutoencoderDC.from_pretrained(tmp_path / "ours")
+    stock.save_pretrained(tmp_path / "stock")
+    again = AutoencoderDC.from_pretrained(tmp_path / "stock")
+    wanted = ours.decode(ours.encode(image).latent).sample
+    for model in (stock, again):
+        assert torch.equal(model.eval()(image).sample, wanted)
+    assert again.architecture == ours.architecture
+    assert AutoencoderDC.from_pretrained(tmp_path / "ours").config.latent_channels_list == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"downsample_block_type": "conv", "upsample_block_type": "interpolate"},
+                                     {"encoder_layers_per_block": (0, 1)}, ADAPTIVE])  # fmt: skip
+def test_official_names_and_back(changes):
+    model = small(**changes)
+    state = model.state_dict()
+    official = to_efficientvit(state, model.architecture)
+    back = to_diffusers(official)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    assert not any("blocks" in name for name in official)
+
+
+@torch.no_grad()
+def test_official_folders_and_files(tmp_path, image, monkeypatch):
+    model = small(**ADAPTIVE)
+    monkeypatch.setitem(CONFIGURATIONS, "tiny", model.architecture)
+    model.save_efficientvit(tmp_path / "folder", model_name="tiny")
+    assert json.loads((tmp_path / "folder" / "config.json").read_text()) == {"model_name": "tiny"}
+    state = to_efficientvit(model.state_dict(), model.architecture)
+    save_file(state, tmp_path / "weights.safetensors")
+    torch.save({"state_dict": state}, tmp_path / "weights.pt")
+    for path, config in (("folder", None), ("weights.safetensors", "tiny"), ("weights.pt", model.architecture)):
+        again = AutoencoderDC.from_efficientvit(tmp_path / path, config=config).eval()
+        assert torch.equal(again.encode(image).latent, model.encode(image).latent)
+    with pytest.raises(ValueError, match="config: got None"):
+        AutoencoderDC.from_efficientvit(tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="accepted are a folder"):
+        AutoencoderDC.from_efficientvit(tmp_path / "weights.npz", config="tiny")
+    other = DCAEConfig(**{**ADAPTIVE, "latent_channels": 4, "latent_channels_list": ()})
+    with pytest.raises(ValueError, match=r"0 are missing .* 3 of another shape"):
+        AutoencoderDC.from_efficientvit(tmp_path / "weights.pt", config=other)
+    del state["decoder.project_out.op_list.0.weight"]
+    save_file(state, tmp_path / "cut.safetensors")
+    with pytest.raises(ValueError, match=r"1 are missing \(\['decoder.norm_out.weight'\]\)"):
+        AutoencoderDC.from_efficientvit(tmp_path / "cut.safetensors", config="tiny")
+    with pytest.raises(ValueError, match="no weight of a deep compression autoencoder"):
+        to_diffusers({"encoder.something": torch.zeros(1)})
+
+
+@torch.no_grad()
+def test_fewer_channels_are_the_first_ones(image):
+    model = small(**ADAPTIVE)
+    latent = model.encode(image).latent
+    few = model.encode(image, latent_channels=4).latent
+    assert torch.equal(few, latent[:, :4])
+    masked = latent.clone()
+    masked[:, 4:] = 0
+    torch.testing.assert_close(model.decode(few).sample, model.decode(masked).sample)
+    with pytest.raises(ValueError, match="latent_channels: got 9"):
+        model.encode(image, latent_channels=9)
+    with pytest.raises(ValueError, match="accepted are 8"):
+        small().decode(few)
+
+
+def test_bad_shapes_are_named(image):
+    model = small()
+    for wrong in (image[:, :2], image[:, :, :11], image[0]):
+        with pytest.raises(ValueError, match=r"x: got .* multiples of 2"):
+            model.encode(wrong)
+    with pytest.raises(ValueError, match="z: got 3 latent channels"):
+        model.decode(torch.zeros(1, 3, 2, 2))
+    with pytest.raises(ValueError, match="z: got"):
+        model.decode(torch.zeros(8, 2, 2))
+
+
+def test_shortcuts():
+    x = torch.arange(2 * 4 * 4 * 6.0).view(2, 4, 4, 6)
+    assert torch.equal(averaged(x, 16, 2), torch.nn.functional.pixel_unshuffle(x, 2))
+    pairs = averaged(x, 8, 2)  # horizontal neighbours
+    assert torch.equal(pairs[:, 0], (x[:, 0, ::2, ::2] + x[:, 0, ::2, 1::2]) / 2)
+    assert torch.equal(duplicated(x, 8, 1)[:, 1], x[:, 0])
+    constant = torch.ones(1, 4, 4, 4) * 3
+    assert torch.equal(duplicated(averaged(constant, 8, 2), 4, 2), constant)
+    with pytest.raises(ValueError, match="divisor of 16"):
+        averaged(x, 5, 2)
+    with pytest.raises(ValueError, match="multiple of the input's 4"):
+        duplicated(x, 3, 1)
