@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pronghorn.dcae.config import CONFIGURATIONS, DCAEConfig, published
     from pronghorn.dcae.convert import to_diffusers, to_efficientvit
-    from pronghorn.dcae.diffusers import AutoencoderDC, UViT2DModel
+    from pronghorn.dcae.diffusers import AutoencoderDC, UViT2DModel, accelerate_dcae
 
 __all__ = [
     "CONFIGURATIONS",
     "AutoencoderDC",
     "DCAEConfig",
     "UViT2DModel",
+    "accelerate_dcae",
     "published",
     "to_diffusers",
     "to_efficientvit",
@@ -34,6 +35,7 @@ _ROOMS = {
     "CONFIGURATIONS": "config",
     "DCAEConfig": "config",
     "UViT2DModel": "diffusers",
+    "accelerate_dcae": "diffusers",
     "published": "config",
     "to_diffusers": "convert",
     "to_efficientvit": "convert",

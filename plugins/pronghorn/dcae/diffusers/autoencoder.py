@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from pronghorn.dcae.config import DCAEConfig, published
 from pronghorn.dcae.convert import to_diffusers, to_efficientvit
+from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
 
 WEIGHTS = "model.safetensors"
 PER_STAGE = (
@@ -51,6 +52,10 @@ class AutoencoderDC(DiffusersAutoencoderDC):
     Raises:
         ValueError: as `DCAEConfig` does.
     """
+
+    # After `enable_tiling`, tiles are exact.
+    tiled_encode = encode_in_tiles  # type: ignore[assignment]
+    tiled_decode = decode_in_tiles  # type: ignore[assignment]
 
     @register_to_config
     def __init__(

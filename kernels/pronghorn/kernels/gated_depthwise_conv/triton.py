@@ -1,0 +1,135 @@
+# Triton adds tuples up, and does not unpack them; as they grow, so does their type.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated"
+"""Triton kernel for the gated depthwise convolution: a program goes down the rows of some columns, for some channels.
+
+What takes it longest is the SiLU of its input, so an input is activated as few times as may be: a row, once read,
+goes to the sums of the three output rows that it borders on, which are kept; and COLUMNS adjacent outputs share their
+inputs, which are separate values of one thread.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pronghorn.kernels._launch import Launcher
+from pronghorn.kernels._memory import channels_inside, dense
+from pronghorn.kernels._triton import blocks, power_of_2
+from pronghorn.kernels.gated_depthwise_conv.reference import halved
+
+COLUMNS = 4  # outputs that share inputs
+ELEMENTS = 256  # of a tile: groups of columns, by channels
+MOST_CHANNELS = {True: 64, False: 8}  # of a tile, where they are adjacent or not
+MOST_ROWS, FEWEST_ROWS = 32, 4  # of a program
+BUSY = 1056  # programs that keep a GPU busy
+WARPS = 4
+
+
+@triton.jit
+def _silu(x):
+    return x / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _taps(weight, channel, there):
+    """The nine weights of channels, row by row."""
+    taps = ()
+    for tap in tl.static_range(9):
+        taps = taps + (tl.load(weight + channel * 9 + tap, mask=there, other=0.0).to(tl.float32)[None, :],)
+    return taps
+
+
+@triton.jit
+def _advance(row_start, column, step, real, width, taps, above, below, COLUMNS: tl.constexpr):
+    """Add an input row to the sums of the output rows above it, at it, and below it: the first of them is done."""
+    inputs = ()
+    for j in tl.static_range(COLUMNS + 2):
+        x = column + (j - 1)
+        inside = real[None, :] & ((x >= 0) & (x < width))[:, None]
+        inputs = inputs + (_silu(tl.load(row_start + x[:, None] * step, mask=inside, other=0.0).to(tl.float32)),)
+    done, at, begun = (), (), ()
+    for j in tl.static_range(COLUMNS):
+        a, b, c = inputs[j], inputs[j + 1], inputs[j + 2]
+        done = done + (above[j] + a * taps[6] + b * taps[7] + c * taps[8],)
+        at = at + (below[j] + a * taps[3] + b * taps[4] + c * taps[5],)
+        begun = begun + (a * taps[0] + b * taps[1] + c * taps[2],)
+    return done, at, begun
+
+
+@Launcher
+@triton.jit(do_not_specialize=["height", "width", "rows"])
+def _gated(
+    x, weight, bias, out, height, width, rows,
+    BIASED: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows of GROUPS * COLUMNS columns and TILE of the CHANNELS output channels; ADJACENT: channels are, not pixels."""
+    TILES: tl.constexpr = (CHANNELS + TILE - 1) // TILE
+    across, down = tl.cdiv(width, GROUPS * COLUMNS), tl.cdiv(height, rows)
+    place = tl.program_id(0)
+    channel = (place % TILES) * TILE + tl.arange(0, TILE)
+    place = place // TILES
+    column = (place % across) * (GROUPS * COLUMNS) + tl.arange(0, GROUPS) * COLUMNS
+    place = place // across
+    first, image = (place % down) * rows, (place // down).to(tl.int64)
+    real = channel < CHANNELS
+    image_size = height.to(tl.int64) * width
+    if ADJACENT:
+        step, out_step, plane = 2 * CHANNELS, CHANNELS, 1
+    else:
+        step, out_step, plane = 1, 1, image_size
+    values = x + image * image_size * (2 * CHANNELS) + (channel * plane)[None, :]
+    gates = values + CHANNELS * plane
+    out += image * image_size * CHANNELS + (channel * plane)[None, :]
+    value_taps, gate_taps = _taps(weight, channel, real), _taps(weight, channel + CHANNELS, real)
+    zero = tl.zeros([GROUPS, TILE], tl.float32)
+    value_above, value_at, gate_above, gate_at = (), (), (), ()
+    for _ in tl.static_range(COLUMNS):
+        value_above, value_at = value_above + (zero,), value_at + (zero,)
+        gate_above, gate_at = gate_above + (zero,), gate_at + (zero,)
+    value_level, gate_level = zero, zero
+    if BIASED:
+        value_level += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+        gate_level += tl.load(bias + CHANNELS + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+    for i in range(rows + 2):
+        row = first + i - 1
+        there = tl.where((row >= 0) & (row < height), width, 0)  # columns that are: outside of the image none
+        start = row.to(tl.int64) * width * step
+        value_done, value_above, value_at = _advance(
+            values + start, column, step, real, there, value_taps, value_above, value_at, COLUMNS
+        )
+        gate_done, gate_above, gate_at = _advance(
+            gates + start, column, step, real, there, gate_taps, gate_above, gate_at, COLUMNS
+        )
+        # The two first rows only begin sums.
+        there = tl.where((row > first) & (row <= height), width, 0)
+        start = (row - 1).to(tl.int64) * width * out_step
+        for j in tl.static_range(COLUMNS):
+            result = (value_done[j] + value_level) * _silu(gate_done[j] + gate_level)
+            x_out = column + j
+            tl.store(
+                out + start + x_out[:, None] * out_step, result.to(out.dtype.element_ty),
+                mask=real[None, :] & (x_out < there)[:, None],
+            )  # fmt: skip
+
+
+def gated_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[batch, channels, height, width]."""
+    x = dense(x)
+    batch, doubled, height, width = x.shape
+    channels, adjacent = doubled // 2, channels_inside(x)
+    out = halved(x)
+    tile = min(MOST_CHANNELS[adjacent], power_of_2(channels))
+    groups = min(ELEMENTS // tile, power_of_2(blocks(width, COLUMNS)))
+    columns = batch * blocks(channels, tile) * blocks(width, groups * COLUMNS)
+    rows = MOST_ROWS
+    while rows > FEWEST_ROWS and columns * blocks(height, rows) < BUSY:
+        rows //= 2
+    _gated(
+        (columns * blocks(height, rows), 1, 1),
+        (x, weight.contiguous(), x if bias is None else bias.contiguous(), out), (height, width, rows),
+        (bias is not None, channels, adjacent, groups, tile, COLUMNS), num_warps=WARPS,
+    )  # fmt: skip
+    return out

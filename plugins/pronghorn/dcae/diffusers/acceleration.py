@@ -1,0 +1,168 @@
+"""A stock autoencoder in its fast form: fused attention, norms and gates, folded batch norms, channels last."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC, Decoder, EfficientViTBlock, ResBlock
+from diffusers.models.normalization import RMSNorm
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pronghorn.dcae.diffusers.attention import (
+    attention_output,
+    gated,
+    normed,
+    qkv_weight,
+    queries_keys_values,
+)
+from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
+from pronghorn.kernels.channel_rms_norm import channel_rms_norm
+from pronghorn.kernels.relu_linear_attention import relu_linear_attention
+
+ACTIVATIONS = {nn.SiLU: "silu", nn.ReLU: "relu"}
+
+
+class Accelerated:
+    """An autoencoder in its fast form; `restore` (or the end of a `with` block) gives the old one back."""
+
+    def __init__(self, vae: Any, channels_last: bool) -> None:
+        self.vae = vae
+        self._channels_last = channels_last
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        self._visit(vae)
+        if not self._replaced:
+            raise ValueError("vae: is in its fast form already")
+        for name, exact in (("tiled_encode", encode_in_tiles), ("tiled_decode", decode_in_tiles)):
+            setattr(vae, name, partial(exact, vae))
+        if channels_last:
+            self.vae.to(memory_format=torch.channels_last)
+
+    def _visit(self, module: nn.Module) -> None:
+        for name, child in list(module.named_children()):
+            if type(child) is EfficientViTBlock:
+                self._replace(module, name, FastEfficientViTBlock(child))
+            elif type(child) is ResBlock:
+                self._replace(module, name, FastResBlock(child))
+            else:
+                self._visit(child)
+        if type(module) is Decoder and isinstance(module.norm_out, RMSNorm) and type(module.conv_act) in ACTIVATIONS:
+            self._replace(module, "norm_out", _NormOut(module.norm_out, ACTIVATIONS[type(module.conv_act)]))
+            self._replace(module, "conv_act", nn.Identity())
+
+    def _replace(self, module: nn.Module, name: str, by: nn.Module) -> None:
+        self._replaced.append((module, name, module.get_submodule(name)))
+        setattr(module, name, by.train(module.training))
+
+    def restore(self) -> None:
+        """Put the autoencoder's own modules back."""
+        for module, name, own in reversed(self._replaced):
+            setattr(module, name, own)
+        if self._replaced:
+            del self.vae.tiled_encode, self.vae.tiled_decode
+        self._replaced = []
+        if self._channels_last:
+            self.vae.to(memory_format=torch.contiguous_format)
+
+    def __enter__(self) -> Accelerated:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+
+def accelerate_dcae(vae: AutoencoderDC, *, channels_last: bool = True) -> Accelerated:
+    """Bring an autoencoder into its fast form for inference, in place; in a pipeline, too.
+
+    Queries, keys and values become one convolution, attention and the gated depthwise convolution one kernel each, a
+    norm one kernel together with the sum or activation after it, and a batch norm part of the convolution before it.
+    After `vae.enable_tiling()`, tiles are exact and of any size.
+    Names of weights stay, so it can be saved as it is; weights are read now, and what is loaded later is not seen.
+
+    Args:
+        vae: diffusers' `AutoencoderDC`, or ours, in evaluation mode and in the dtype that it will run in.
+        channels_last: also let a pixel's channels lie side by side, as convolutions on a GPU want them.
+
+    Returns:
+        The handle of the autoencoder, also a context manager.
+
+    Raises:
+        TypeError: no `AutoencoderDC`. ValueError: it is in training mode, or fast already.
+
+    Example:
+        >>> with accelerate_dcae(pipe.vae):
+        ...     image = pipe(prompt).images[0]
+    """
+    if not isinstance(vae, AutoencoderDC):
+        raise TypeError(f"vae: got {type(vae).__name__}, wanted an AutoencoderDC")
+    if vae.training:
+        raise ValueError("vae: is in training mode; call its eval method first")
+    return Accelerated(vae, channels_last)
+
+
+class FastResBlock(nn.Module):
+    """A residual block whose norm is one with the sum after it, or folded into the convolution before it."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, block: ResBlock) -> None:
+        super().__init__()
+        self.conv1, self.nonlinearity, self.conv2, self.norm = block.conv1, block.nonlinearity, block.conv2, block.norm
+        weight, bias = _folded(block.conv2, block.norm) if isinstance(block.norm, nn.BatchNorm2d) else (None, None)
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block of features [batch, channels, height, width]."""
+        y = self.nonlinearity(self.conv1(x))
+        if self.weight is not None:
+            return functional.conv2d(y, self.weight, self.bias, padding=1) + x
+        return normed(self.conv2(y), self.norm, x)
+
+
+class FastEfficientViTBlock(nn.Module):
+    """Linear attention and a gated convolution, each with its norm and sum in one kernel."""
+
+    qkv: Tensor
+
+    def __init__(self, block: EfficientViTBlock) -> None:
+        super().__init__()
+        self.attn, self.conv_out = block.attn, block.conv_out
+        self.register_buffer("qkv", qkv_weight(self.attn).detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block of features [batch, channels, height, width]."""
+        q, k, v = queries_keys_values(self.attn, x, self.qkv)
+        x = attention_output(self.attn, relu_linear_attention(q, k, v, eps=self.attn.eps), x)
+        return gated(self.conv_out, x)
+
+
+class _NormOut(nn.Module):
+    """The decoder's last norm with the activation after it; the decoder hands it channels last."""
+
+    def __init__(self, norm: RMSNorm, activation: str) -> None:
+        super().__init__()
+        self.weight: Any = norm.weight
+        self.bias = norm.bias
+        self.eps, self.activation = norm.eps, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = channel_rms_norm(x.movedim(-1, 1), self.weight, self.bias, eps=self.eps, activation=self.activation)
+        return y.movedim(1, -1)
+
+
+@torch.no_grad()
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution and the batch norm after it."""
+    assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101, PT018 - a decoder's have them
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    shift = shift if norm.bias is None else shift + norm.bias.double()
+    weight = conv.weight.double() * scale[:, None, None, None]
+    if conv.bias is not None:
+        shift = shift + conv.bias.double() * scale
+    return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)

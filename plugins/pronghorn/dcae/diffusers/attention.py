@@ -1,0 +1,62 @@
+"""The two halves of an EfficientViT block, with the kernels of this library; also of a part of an image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.sana_transformer import GLUMBConv
+from torch import Tensor
+from torch.nn import functional
+
+from pronghorn.kernels.channel_rms_norm import channel_rms_norm
+from pronghorn.kernels.gated_depthwise_conv import gated_depthwise_conv
+
+
+def qkv_weight(attn: SanaMultiscaleLinearAttention) -> Tensor:
+    """Weight of the convolution that makes queries, keys and values, [3 * inner, channels, 1, 1]."""
+    return torch.cat([layer.weight for layer in (attn.to_q, attn.to_k, attn.to_v)])[:, :, None, None]
+
+
+def queries_keys_values(attn: SanaMultiscaleLinearAttention, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Of features [batch, channels, height, width], each [batch, heads, places, head_dim]."""
+    qkv = functional.conv2d(x, weight)
+    scales = [qkv, *[scale(qkv) for scale in attn.to_qkv_multiscale]]
+    # Each head's channels are its queries, then its keys, then its values.
+    heads = torch.cat(scales, dim=1).flatten(2).unflatten(1, (-1, 3, attn.attention_head_dim))
+    return tuple(part.transpose(2, 3) for part in heads.unbind(2))
+
+
+def attention_output(attn: SanaMultiscaleLinearAttention, y: Tensor, x: Tensor) -> Tensor:
+    """What follows attention: projection, norm and sum.
+
+    Args:
+        attn: the module.
+        y: [batch, heads, places, head_dim], what was attended.
+        x: [batch, channels, height, width], what went in.
+    """
+    y = y.transpose(2, 3).flatten(1, 2).unflatten(2, tuple(x.shape[2:]))
+    y = functional.conv2d(y, attn.to_out.weight[:, :, None, None])
+    residual = x if attn.residual_connection else None
+    if isinstance(attn.norm_out, RMSNorm):
+        return normed(y, attn.norm_out, residual)
+    y = attn.norm_out(y)
+    return y if residual is None else y + residual
+
+
+def gated(glu: GLUMBConv, x: Tensor) -> Tensor:
+    """The gated convolution, with its norm and sum in one kernel."""
+    y = glu.conv_inverted(x)
+    y = glu.conv_point(gated_depthwise_conv(y, glu.conv_depth.weight, glu.conv_depth.bias))
+    residual = x if glu.residual_connection else None
+    if glu.norm is not None:
+        return normed(y, glu.norm, residual)
+    return y if residual is None else y + residual
+
+
+def normed(x: Tensor, norm: Any, residual: Tensor | None) -> Tensor:
+    """A norm over channels, and a sum."""
+    y: Tensor = channel_rms_norm(x, norm.weight, norm.bias, eps=norm.eps, residual=residual)
+    return y

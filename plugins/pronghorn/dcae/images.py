@@ -1,0 +1,68 @@
+"""Images from folders, as tensors from -1 to 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Image files of a folder and of those in it, in order.
+
+    Raises:
+        ValueError: there are none.
+    """
+    folder = Path(folder)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ValueError(f"{folder}: has no images; accepted are {', '.join(SUFFIXES)}")
+    return found
+
+
+def load_image(path: str | Path, *, size: int | None = None, multiple: int = 1) -> Tensor:
+    """An image as float32 [3, height, width] from -1 to 1.
+
+    Args:
+        path: of the file.
+        size: edge of the square from its middle, after the image was made so small that its shorter edge is as long; by
+            default it stays as it is. Halved by box filter as long as it is twice as large, and then bicubic: how the
+            official code prepares images.
+        multiple: cut right and below to multiples of this.
+
+    Raises:
+        ValueError: the file is no image, or smaller than `multiple`.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+    if size is not None:
+        image = _square(image, size)
+    width, height = (edge // multiple * multiple for edge in image.size)
+    if not width or not height:
+        raise ValueError(f"{path}: is {image.size[0]} x {image.size[1]}, wanted at least {multiple} pixels each")
+    pixels = torch.from_numpy(np.array(image.crop((0, 0, width, height))))
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """An image of [3, height, width] from -1 to 1; what is beyond is cut."""
+    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = (round(edge * scale) for edge in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))

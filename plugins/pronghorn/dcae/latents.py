@@ -1,0 +1,116 @@
+"""Latents of a data set: how large they are, and all of them as files, for training diffusion on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pronghorn.dcae.images import find_images, load_image
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """How latents are distributed.
+
+    Attributes:
+        scaling_factor: 1 / the root of their mean square, what diffusion multiplies them with.
+        mean: of each channel.
+        std: of each channel; (z - mean) / std is another way to scale.
+        count: numbers of a channel that were seen.
+    """
+
+    scaling_factor: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    count: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def latent_statistics(latents: Iterable[Tensor]) -> LatentStatistics:
+    """Statistics of latents [batch, channels, height, width], summed up in float64.
+
+    Raises:
+        ValueError: there are none, channels differ, or a number is not finite.
+    """
+    total = square = None
+    count = 0
+    for latent in latents:
+        values = latent.detach().double().movedim(1, 0).flatten(1)
+        if not values.isfinite().all():
+            raise ValueError("latents: some numbers are not finite")
+        if total is not None and len(values) != len(total):
+            raise ValueError(f"latents: got {len(values)} channels, the ones before had {len(total)}")
+        sums, squares = values.sum(dim=1), values.square().sum(dim=1)
+        total, square = (sums, squares) if total is None or square is None else (total + sums, square + squares)
+        count += values.shape[1]
+    if total is None or square is None or not count:
+        raise ValueError("latents: there are none")
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(0).sqrt()
+    scale = float((square.sum() / (count * len(square))).rsqrt())
+    return LatentStatistics(scale, tuple(mean.tolist()), tuple(std.tolist()), count)
+
+
+@torch.no_grad()
+def dump_latents(
+    vae: Any, images: str | Path, folder: str | Path, *, size: int, scaling_factor: float | None = None,
+    batch_size: int = 8, verbose: bool = True,
+) -> int:  # fmt: skip
+    """Write each image's latent, times the scaling factor, as `.npy` in the same folders as the images.
+
+    What is there already is passed over, and files appear whole: a run that was broken off goes on where it was.
+
+    Args:
+        vae: an `AutoencoderDC` in evaluation mode.
+        images: a folder of images, in folders by class, say.
+        folder: where latents go: [channels, size / ratio, size / ratio], float32.
+        size: edge of the square that is cut from each image's middle.
+        scaling_factor: what latents are multiplied with; by default the autoencoder's own.
+        batch_size: images at a time.
+        verbose: show progress.
+
+    Returns:
+        How many were written.
+
+    Raises:
+        ValueError: there are no images, one cannot be read, the autoencoder's ratio does not divide the size, or it has
+            no scaling factor and none is given.
+    """
+    ratio = int(vae.spatial_compression_ratio)
+    if size < 1 or size % ratio:
+        raise ValueError(f"size: got {size}, wanted a multiple of {ratio}")
+    images, folder = Path(images), Path(folder)
+    scale = vae.config.scaling_factor if scaling_factor is None else scaling_factor
+    if scaling_factor is None and scale == 1:
+        raise ValueError("scaling_factor: got None, and the autoencoder has none; estimate it by latent_statistics")
+    first = next(vae.parameters())
+    targets = {path: (folder / path.relative_to(images)).with_suffix(".npy") for path in find_images(images)}
+    doubled = len(targets) - len(set(targets.values()))
+    if doubled:
+        raise ValueError(f"images: {doubled} have the name of another one with another suffix")
+    todo = [path for path, target in targets.items() if not target.exists()]
+    for start in tqdm(range(0, len(todo), batch_size), desc="latents", disable=not verbose):
+        paths = todo[start : start + batch_size]
+        batch = torch.stack([load_image(path, size=size) for path in paths]).to(first.device, first.dtype)
+        for path, latent in zip(paths, vae.encode(batch).latent.float() * scale, strict=True):
+            _write(targets[path], latent.cpu().numpy())
+    return len(todo)
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    with partial.open("wb") as file:
+        np.save(file, values)
+    partial.replace(path)

@@ -1,0 +1,103 @@
+"""An accelerated autoencoder computes what the stock one does, keeps its weights' names, and comes back as it was."""
+
+import json
+import os
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.plugins.dcae.test_autoencoder import SMALL, small
+
+from pronghorn.dcae import DCAEConfig, to_diffusers
+from pronghorn.dcae.diffusers import accelerate_dcae
+from pronghorn.dcae.options import from_options
+
+ROOT = Path(os.environ.get("PRONGHORN_GOLDEN") or Path(__file__).parents[2] / "golden" / "data")
+FOLDER = ROOT / "dcae" if (ROOT / "dcae").is_dir() else ROOT
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def lively(model):
+    """Batch norms with statistics of their own, norms that scale."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if "norm" in name and value.is_floating_point():
+                value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    return model
+
+
+def stock(**changes):
+    values = DCAEConfig(**{**SMALL, **changes}).to_dict()
+    values.pop("latent_channels_list")
+    torch.manual_seed(0)
+    return lively(diffusers.AutoencoderDC(**values)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("size", [(12, 8), (2, 6), (10, 14)])
+@pytest.mark.parametrize("make", [stock, lambda: lively(small())])
+def test_computes_the_same(make, size, channels_last):
+    model = make().to(DEVICE)
+    image = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    latent = model.encode(image).latent
+    wanted = model.decode(latent).sample
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with accelerate_dcae(model, channels_last=channels_last):
+        torch.testing.assert_close(model.encode(image).latent, latent, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(model.decode(latent).sample, wanted, rtol=1e-4, atol=2e-5)
+        kinds = {type(module).__name__ for module in model.modules()}
+        assert {"FastResBlock", "FastEfficientViTBlock"} <= kinds
+        assert not {"ResBlock", "EfficientViTBlock"} & kinds
+        assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model.encode(image).latent, latent)
+    assert model.decoder.conv_in.weight.is_contiguous()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("tiny_*.safetensors")), ids=lambda path: path.stem)
+def test_gives_what_the_official_code_gave(path):
+    golden = load_file(path)
+    config = from_options(json.loads(path.with_suffix(".json").read_text())["config"])
+    values = config.to_dict()
+    values.pop("latent_channels_list")
+    model = diffusers.AutoencoderDC(**values).eval()
+    model.load_state_dict(to_diffusers({name[2:]: value for name, value in golden.items() if name.startswith("w.")}))
+    with accelerate_dcae(model):
+        assert (model.encode(golden["x"]).latent - golden["latent"]).abs().max() <= 2e-5
+        assert (model.decode(golden["latent"]).sample - golden["decoded"]).abs().max() <= 2e-5
+
+
+@torch.no_grad()
+def test_it_is_saved_as_it_is(tmp_path):
+    model = stock()
+    image = torch.rand(1, 3, 8, 8)
+    wanted = model(image).sample
+    accelerate_dcae(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(diffusers.AutoencoderDC.from_pretrained(tmp_path).eval()(image).sample, wanted)
+
+
+@torch.no_grad()
+def test_bfloat16_stays_near():
+    model = stock()
+    image = torch.rand(1, 3, 16, 16)
+    wanted = model(image).sample
+    with accelerate_dcae(model.to(torch.bfloat16)):
+        found = model(image.bfloat16()).sample.float()
+    assert (found - wanted).abs().max() <= 0.05 * wanted.abs().max()
+
+
+def test_bad_input_is_named():
+    with pytest.raises(TypeError, match="wanted an AutoencoderDC"):
+        accelerate_dcae(torch.nn.Linear(1, 1))
+    model = stock()
+    with pytest.raises(ValueError, match="training mode"):
+        accelerate_dcae(model.train())
+    accelerate_dcae(model.eval())
+    with pytest.raises(ValueError, match="fast form already"):
+        accelerate_dcae(model)

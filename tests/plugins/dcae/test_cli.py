@@ -1,0 +1,56 @@
+"""The commands, as users type them."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.plugins.dcae.test_autoencoder import small
+from tests.plugins.dcae.test_latents import photos  # noqa: F401 - a fixture
+from typer.testing import CliRunner
+
+from pronghorn.dcae import CONFIGURATIONS
+from pronghorn.dcae.cli import app
+
+
+def run(*words):
+    done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    model = small(scaling_factor=0.5)
+    monkeypatch.setitem(CONFIGURATIONS, "tiny", model.architecture)
+    model.save_pretrained(tmp_path / "diffusers")
+    return tmp_path / "diffusers"
+
+
+def test_convert_there_and_back(folder, tmp_path):
+    run("convert", folder, tmp_path / "official", "--to", "efficientvit", "--name", "tiny")
+    assert "0.0" in run("convert", tmp_path / "official", tmp_path / "back")
+    ours, theirs = (load_file(path / "diffusion_pytorch_model.safetensors") for path in (tmp_path / "back", folder))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    diffusers.AutoencoderDC.from_pretrained(tmp_path / "back")
+    run("convert", tmp_path / "official" / "model.safetensors", tmp_path / "file", "--config", "tiny")
+    with pytest.raises(ValueError, match="to: got 'onnx'"):
+        run("convert", folder, tmp_path / "x", "--to", "onnx")
+
+
+@pytest.mark.parametrize("tile", [0, 8])
+def test_reconstruct(folder, photos, tmp_path, tile):  # noqa: F811
+    output = run("reconstruct", folder, photos, tmp_path / "out", "--tile", tile, "--device", "cpu")
+    assert output.count("PSNR") == 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a-one.png", "a-two.png", "b-three.png"]
+
+
+def test_stats_and_dump(folder, photos, tmp_path):  # noqa: F811
+    said = run("stats", folder, photos, "--size", 16, "--output", tmp_path / "stats.json", "--device", "cpu")
+    found = json.loads((tmp_path / "stats.json").read_text())
+    assert f"{found['scaling_factor']:.5f}" in said
+    assert len(found["mean"]) == 8
+    assert "3 latents" in run("dump", folder, photos, tmp_path / "z", "--size", 16, "--device", "cpu")
+    assert "0 latents" in run("dump", folder, photos, tmp_path / "z", "--size", 16, "--device", "cpu")

@@ -1,0 +1,80 @@
+"""Statistics of latents, images in and out, and the dump that goes on where it was broken off."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.plugins.dcae.test_autoencoder import small
+
+from pronghorn.dcae.images import find_images, load_image, to_image
+from pronghorn.dcae.latents import dump_latents, latent_statistics
+
+
+@pytest.fixture
+def photos(tmp_path):
+    generator = np.random.default_rng(0)
+    for name, size in (("a/one.png", (40, 24)), ("a/two.jpg", (21, 50)), ("b/three.png", (16, 16))):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+def test_statistics_are_those_of_all_together():
+    z = torch.randn(6, 4, 3, 5, generator=torch.Generator().manual_seed(0)) * 3 + torch.arange(4.0)[:, None, None]
+    found = latent_statistics([z[:1], z[1:]])
+    assert found.scaling_factor == pytest.approx(1 / z.square().mean().sqrt().item(), rel=1e-5)
+    assert found.mean == pytest.approx(z.mean(dim=(0, 2, 3)).tolist(), rel=1e-4)
+    assert found.std == pytest.approx(z.std(dim=(0, 2, 3), correction=0).tolist(), rel=1e-4)
+    assert found.count == 6 * 15
+    assert found.to_dict()["count"] == 90
+    for latents, match in (([], "there are none"), ([z, z[:, :2]], "got 2 channels"), ([z * float("nan")], "finite")):
+        with pytest.raises(ValueError, match=match):
+            latent_statistics(latents)
+
+
+def test_images_in_and_out(photos, tmp_path):
+    assert [path.name for path in find_images(photos)] == ["one.png", "two.jpg", "three.png"]
+    x = load_image(photos / "a/one.png", multiple=16)
+    assert x.shape == (3, 32, 16)
+    assert -1 <= x.min() < x.max() <= 1
+    to_image(x).save(tmp_path / "again.png")
+    torch.testing.assert_close(load_image(tmp_path / "again.png"), x)
+    assert load_image(photos / "a/two.jpg", size=8).shape == (3, 8, 8)
+    (photos / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_image(photos / "bad.png")
+    with pytest.raises(ValueError, match="wanted at least 32"):
+        load_image(photos / "b/three.png", multiple=32)
+    with pytest.raises(ValueError, match="has no images"):
+        find_images(tmp_path / "nothing")
+
+
+def test_a_dump_goes_on(photos, tmp_path):
+    vae, out = small(), tmp_path / "latents"
+    assert dump_latents(vae, photos, out, size=16, scaling_factor=0.5, batch_size=2, verbose=False) == 3
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert names == ["a/one.npy", "a/two.npy", "b/three.npy"]
+    with torch.no_grad():
+        wanted = vae.encode(load_image(photos / "a/one.png", size=16)[None]).latent[0] * 0.5
+    torch.testing.assert_close(torch.from_numpy(np.load(out / "a/one.npy")), wanted)
+    kept = (out / "a/two.npy").stat().st_mtime_ns
+    (out / "a/one.npy").unlink()
+    assert dump_latents(vae, photos, out, size=16, scaling_factor=0.5, verbose=False) == 1
+    assert (out / "a/two.npy").stat().st_mtime_ns == kept
+    with pytest.raises(ValueError, match="size: got 15"):
+        dump_latents(vae, photos, out, size=15)
+    with pytest.raises(ValueError, match="estimate it"):
+        dump_latents(vae, photos, out, size=16)
+    Image.new("RGB", (16, 16)).save(photos / "a/one.jpg")
+    with pytest.raises(ValueError, match="name of another one"):
+        dump_latents(vae, photos, out, size=16, scaling_factor=1.0)
+
+
+def test_what_breaks_leaves_no_half_files(photos, tmp_path):
+    out = tmp_path / "latents"
+    (photos / "c.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"c\.png: cannot be read"):
+        dump_latents(small(), photos, out, size=16, scaling_factor=1.0, batch_size=1, verbose=False)
+    assert not list(out.rglob("*.part"))
+    assert len(list(out.rglob("*.npy"))) >= 2
