@@ -98,6 +98,25 @@ def test_fewer_channels_are_the_first_ones(image):
         small().decode(few)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_checkpointing_changes_nothing_but_memory(image, training):
+    found = []
+    for checkpointed in (False, True):
+        model = small().train(training)
+        if checkpointed:
+            model.enable_gradient_checkpointing()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            loss = model(image).sample.square().mean()
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        found.append((sum(kept), [loss.detach(), *gradients, *model.buffers()]))
+    (plain, wanted), (few, ours) = found
+    assert few < plain / 2
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_bad_shapes_are_named(image):
     model = small()
     for wrong in (image[:, :2], image[:, :, :11], image[0]):

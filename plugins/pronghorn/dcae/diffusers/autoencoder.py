@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from pronghorn.dcae.config import DCAEConfig, published
 from pronghorn.dcae.convert import to_diffusers, to_efficientvit
+from pronghorn.dcae.diffusers.checkpointing import CheckpointedStage
 from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
 
 WEIGHTS = "model.safetensors"
@@ -26,6 +27,8 @@ PER_STAGE = (
 
 class AutoencoderDC(DiffusersAutoencoderDC):
     """A deep compression autoencoder, loaded and saved as diffusers' own, which also loads what this one saves.
+
+    `enable_gradient_checkpointing` works: blocks are computed twice, and batch norms count images once.
 
     Args:
         in_channels: see `DCAEConfig`, as for all others; where that has a name for each stage, one stands for all.
@@ -53,6 +56,7 @@ class AutoencoderDC(DiffusersAutoencoderDC):
         ValueError: as `DCAEConfig` does.
     """
 
+    _supports_gradient_checkpointing = True
     # After `enable_tiling`, tiles are exact.
     tiled_encode = encode_in_tiles  # type: ignore[assignment]
     tiled_decode = decode_in_tiles  # type: ignore[assignment]
@@ -87,6 +91,10 @@ class AutoencoderDC(DiffusersAutoencoderDC):
             values[name] = (values[name],) * stages if isinstance(values[name], str) else values[name]
         self.architecture = DCAEConfig.from_dict(values)
         super().__init__(**{name: value for name, value in values.items() if name != "latent_channels_list"})
+        both: tuple[Any, Any] = self.encoder.down_blocks, self.decoder.up_blocks
+        for stages in both:
+            for place, stage in enumerate(stages):
+                stages[place] = CheckpointedStage(*stage)
 
     @classmethod
     def from_published(cls, name: str) -> AutoencoderDC:
