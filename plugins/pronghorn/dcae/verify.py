@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
-from diffusers.models.autoencoders.autoencoder_dc import EfficientViTBlock
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from pronghorn.dcae.config import published
+from pronghorn.dcae.config import EVIT, DCAEConfig, published
 from pronghorn.dcae.convert import to_diffusers, to_efficientvit
 from pronghorn.dcae.diffusers import SIZES, AutoencoderDC, UViT2DModel, guided
 from pronghorn.dcae.options import from_options
@@ -79,8 +77,14 @@ def _replay_modules(path: Path, device: torch.device) -> list[Check]:
     golden = load_file(path, device=str(device))
     channels, scales = described["C"], tuple(described["scales"])
     where = "encoder.stages.0.op_list.0."
-    block = EfficientViTBlock(channels, attention_head_dim=described["dim"], qkv_multiscales=scales,
-                              norm_type="rms_norm").to(device).eval()  # fmt: skip
+    one = {"block_types": (EVIT,), "block_out_channels": (channels,), "layers_per_block": (1,),
+           "qkv_multiscales": (scales,)}  # fmt: skip
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in one.items()}
+    config = DCAEConfig.from_dict({
+        "latent_channels": channels, "attention_head_dim": described["dim"], "decoder_norm_types": ("rms_norm",),
+        "decoder_act_fns": ("silu",), **sides,
+    })  # fmt: skip
+    block = AutoencoderDC(**config.to_dict()).to(device).eval().encoder.down_blocks[0][0]
     parts = {"mla.": "context_module.main.", "glu.": "local_module.main."}
     official = {where + parts[name[:4]] + name[4:]: tensor for name, tensor in golden.items() if name[:4] in parts}
     state = to_diffusers(official)
@@ -102,7 +106,7 @@ def _replay_modules(path: Path, device: torch.device) -> list[Check]:
     return checks
 
 
-def _bfloat16(number: int, attention: SanaMultiscaleLinearAttention, golden: dict[str, Tensor]) -> Check:
+def _bfloat16(number: int, attention: nn.Module, golden: dict[str, Tensor]) -> Check:
     """The module in bf16: against the official one in float32, which is the truth that both round."""
     wanted = golden[f"mla{number}"]
     attention = attention.to(torch.bfloat16)

@@ -80,11 +80,11 @@ def cuda_graph(model: nn.Module, *, slack: float = 0.25) -> CudaGraph:
 
     The first call counts the sites of every layer, and records the model for a quarter more, say; later calls copy
     their input to where it was, and replay. Where a scan has more sites than there is room for, the model is recorded
-    anew. So it is for another range, dtype, mode, autocast, or other places of the parameters: what is the same in all
-    scans is recorded once.
+    anew. So it is for another range, dtype, mode, autocast, or other places of the parameters, and each of these
+    recordings keeps its memory: let all scans have one range.
 
-    In training, backward is a graph of its own; a result is valid until the next call, gradients flow to parameters
-    and features. Batch norms take the statistics of the sites there are.
+    In training, backward is a graph of its own: that of a result must run before the next call. Gradients flow to
+    parameters and features; batch norms take the statistics of the sites there are.
 
     Args:
         model: takes a SparseTensor with a spatial range, whose features and coordinates alone vary from call to call.

@@ -337,3 +337,9 @@ def test_points():
 def test_no_module_hides_what_the_package_gives():
     modules = {module.name for module in pkgutil.iter_modules(ts.__path__)}
     assert {name for name in ts.__all__ if name in modules} == {"backbones", "convert", "nn"}
+
+
+def test_all_rows_of_a_tensor_by_itself_are_sites():
+    x = SparseTensor(torch.zeros(3, 1), torch.arange(12).view(3, 4).int())
+    assert not x.filled_up
+    assert x.count().tolist() == [3]

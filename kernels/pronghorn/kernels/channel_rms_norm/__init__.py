@@ -54,12 +54,12 @@ def channel_rms_norm(
     check_tensor("x", x, floating=True)
     if x.dim() not in (3, 4):
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted 3 or 4 dimensions")
-    for name, tensor, shape in (
-        ("weight", weight, x.shape[1:2]), ("bias", bias, x.shape[1:2]), ("residual", residual, x.shape),
-    ):  # fmt: skip
-        if tensor is not None or name == "weight":
-            check_tensor(name, tensor, floating=True, like=x)  # type: ignore[arg-type]  # it says what is missing
-            check_shape(name, tensor, tuple(shape))  # type: ignore[arg-type]
+    check_tensor("weight", weight, floating=True, like=x)
+    check_shape("weight", weight, tuple(x.shape[1:2]))
+    for name, tensor, shape in (("bias", bias, x.shape[1:2]), ("residual", residual, x.shape)):
+        if tensor is not None:
+            check_tensor(name, tensor, floating=True, like=x)
+            check_shape(name, tensor, tuple(shape))
     if not 0 < eps < math.inf:
         raise ValueError(f"eps: got {eps!r}, wanted a positive number")
     if activation not in ACTIVATIONS:

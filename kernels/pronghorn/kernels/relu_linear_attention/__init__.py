@@ -90,7 +90,7 @@ def attend_state(q: Tensor, state: Tensor, *, eps: float = 1e-15) -> Tensor:
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value. RuntimeError: a gradient is
-        asked for.
+            asked for.
 
     Source: Katharopoulos et al. (arXiv 2006.16236), section 3.2.
     """

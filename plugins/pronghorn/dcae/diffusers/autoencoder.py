@@ -57,7 +57,7 @@ class AutoencoderDC(DiffusersAutoencoderDC):
     """
 
     _supports_gradient_checkpointing = True
-    # After `enable_tiling`, tiles are exact.
+    # After `enable_tiling`, tiles are exact. (diffusers declares results that it does not give.)
     tiled_encode = encode_in_tiles  # type: ignore[assignment]
     tiled_decode = decode_in_tiles  # type: ignore[assignment]
 
@@ -92,9 +92,9 @@ class AutoencoderDC(DiffusersAutoencoderDC):
         self.architecture = DCAEConfig.from_dict(values)
         super().__init__(**{name: value for name, value in values.items() if name != "latent_channels_list"})
         both: tuple[Any, Any] = self.encoder.down_blocks, self.decoder.up_blocks
-        for stages in both:
-            for place, stage in enumerate(stages):
-                stages[place] = CheckpointedStage(*stage)
+        for side in both:
+            for place, stage in enumerate(side):
+                side[place] = CheckpointedStage(*stage)
 
     @classmethod
     def from_published(cls, name: str) -> AutoencoderDC:

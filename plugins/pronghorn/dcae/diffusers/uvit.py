@@ -16,7 +16,7 @@ from torch.nn import functional
 SIZES = {"S": (12, 512, 8), "H": (28, 1152, 16), "2B": (28, 2048, 32)}
 
 
-class UViT2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class UViT2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """Noise, or a velocity, of latents at a time and of a class.
 
     Parameters have the official code's names.
