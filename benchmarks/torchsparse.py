@@ -320,8 +320,15 @@ def _against(what: str, shape: str, times: dict[str, dict[str, float]], reach: f
             for name, theirs in times.items()]  # fmt: skip
 
 
+def _named(of: dict[str, Any]) -> dict[str, Any]:
+    return {name: of[name] for name in of if name in sys.argv} or of
+
+
 def main() -> None:
-    """Measure and write the results, after each of them: the one peer takes many minutes to tune itself."""
+    """Measure and write the results, after each of them: the one peer takes many minutes to tune itself.
+
+    The command line may name scans, networks and kinds ("training"); single layers and tuning come without any.
+    """
     where = device()
     libraries: dict[str, Any] = {"ours": Ours(), EAGER: Ours(graphed=False)}
     for name, module in PEERS.items():
@@ -330,15 +337,15 @@ def main() -> None:
         except ImportError as error:
             sys.stdout.write(f"{name} is left out: {error}\n")
     rows: list[dict[str, Any]] = []
-    wanted = [word for word in sys.argv[1:] if word in SCANS] or list(SCANS)
     times: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
     kinds = {"inference": (1, inference), "training": (2, training)}
+    wanted, networks, kinds = _named(SCANS), _named(NETWORKS), _named(kinds)
     for name, of in libraries.items():
         for kind, (batch, run) in kinds.items():
             for scan_name in wanted:
                 data = voxels(scan_name, batch, where)
                 shape = f"{scan_name}, {len(data[1])} voxels"
-                for network, make in NETWORKS.items():
+                for network, make in networks.items():
                     try:
                         found = run(of, make, data, where)
                     except Exception as error:  # noqa: BLE001 - a peer that fails is said so
@@ -354,8 +361,8 @@ def main() -> None:
                                         reach=REACH[kind, name]))  # fmt: skip
                         rows.append(row(f"{network}, {kind}, layer by layer", name, shape, known[EAGER], found))
                         write("torchsparse", rows)
-        if name == EAGER and where.type == "cuda":
-            rows += [tuned(network, wanted[0], where) for network in ("MinkUNet 1x", "CenterPoint")]
+        if name == EAGER and where.type == "cuda" and len(sys.argv) == 1:
+            rows += [tuned(network, "40K", where) for network in ("MinkUNet 1x", "CenterPoint")]
             rows += layers_and_maps({name: of for name, of in libraries.items() if name != EAGER}, where)
             write("torchsparse", rows)
 
