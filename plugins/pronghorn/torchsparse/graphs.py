@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,11 +172,14 @@ class _Recording:
             feats, coords = self._filled(input)
             given = feats.detach().requires_grad_(feats.requires_grad), coords
             try:
-                with _buffers_kept(model), _autocast_without_cache(input.feats.device.type):
+                with _buffers_kept(model), _autocast_without_cache(input.feats.device.type), _nothing_freed():
                     self._run = torch.cuda.make_graphed_callables(self._filled_up, given, allow_unused_input=True)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
+                generator = torch.cuda.default_generators[input.feats.device.index]
+                # A recording that breaks off leaves the generator believing that it is still recorded.
+                generator.graphsafe_set_state(generator.clone_state())
                 raise RuntimeError(f"model: cannot be recorded as a CUDA graph; {AFTERWARDS}") from error
 
     def __call__(self, input: SparseTensor) -> tuple[Any, Sizes]:
@@ -240,6 +244,19 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         _copy(before, buffers)
+
+
+@contextmanager
+def _nothing_freed() -> Iterator[None]:
+    """No cycles are collected: an older graph among them would be freed, which breaks off a recording."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @torch.no_grad()

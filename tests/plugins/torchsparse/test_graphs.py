@@ -1,6 +1,7 @@
 """A model on rows filled up to fixed numbers gives what the model gives; on a GPU, replayed as a CUDA graph."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -181,3 +182,17 @@ def test_what_waits_for_the_gpu_is_refused():
     with pytest.raises(RuntimeError, match="cannot be recorded"):
         ts.cuda_graph(other)(tensor())
     assert torch.ones(1, device=DEVICE).item() == 1  # the device goes on
+    assert torch.rand(1, device=DEVICE).item() < 1
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+def test_older_graphs_are_not_freed_while_one_is_recorded():
+    before = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)  # collects all the time
+    try:
+        for _ in range(3):
+            graph = ts.cuda_graph(ts.nn.Conv3d(4, 8, 3).to(DEVICE))
+            graph.circle = graph
+            assert graph(tensor()).feats.isfinite().all()
+    finally:
+        gc.set_threshold(*before)
