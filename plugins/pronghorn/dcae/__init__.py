@@ -17,13 +17,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pronghorn.dcae.config import CONFIGURATIONS, DCAEConfig, published
     from pronghorn.dcae.convert import to_diffusers, to_efficientvit
-    from pronghorn.dcae.diffusers import AutoencoderDC, UViT2DModel, accelerate_dcae
+    from pronghorn.dcae.diffusers import (
+        AutoencoderDC,
+        DCAEDiTPipeline,
+        DiT2DModel,
+        DPMSolverFastScheduler,
+        FlowODEScheduler,
+        USiTPipeline,
+        UViT2DModel,
+        UViTPipeline,
+        accelerate_dcae,
+    )
+    from pronghorn.dcae.objectives import FlowObjective, LearnedVarianceObjective, NoiseObjective
 
 __all__ = [
     "CONFIGURATIONS",
     "AutoencoderDC",
     "DCAEConfig",
+    "DCAEDiTPipeline",
+    "DPMSolverFastScheduler",
+    "DiT2DModel",
+    "FlowODEScheduler",
+    "FlowObjective",
+    "LearnedVarianceObjective",
+    "NoiseObjective",
+    "USiTPipeline",
     "UViT2DModel",
+    "UViTPipeline",
     "accelerate_dcae",
     "published",
     "to_diffusers",
@@ -34,7 +54,16 @@ _ROOMS = {
     "AutoencoderDC": "diffusers",
     "CONFIGURATIONS": "config",
     "DCAEConfig": "config",
+    "DCAEDiTPipeline": "diffusers",
+    "DPMSolverFastScheduler": "diffusers",
+    "DiT2DModel": "diffusers",
+    "FlowODEScheduler": "diffusers",
+    "FlowObjective": "objectives",
+    "LearnedVarianceObjective": "objectives",
+    "NoiseObjective": "objectives",
+    "USiTPipeline": "diffusers",
     "UViT2DModel": "diffusers",
+    "UViTPipeline": "diffusers",
     "accelerate_dcae": "diffusers",
     "published": "config",
     "to_diffusers": "convert",

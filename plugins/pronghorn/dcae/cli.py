@@ -1,4 +1,4 @@
-"""`pronghorn dcae …`: convert, reconstruct, stats and dump."""
+"""`pronghorn dcae …`: convert, reconstruct, stats, dump, compare and bench."""
 
 from __future__ import annotations
 
@@ -99,14 +99,111 @@ def dump(
     typer.echo(f"{written} latents written to {output}")
 
 
-def _load(model: str, config: str | None) -> Any:
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Several, as of other commands, or other classes of diffusers.")],
+    images: Images, output: Annotated[Path, typer.Argument(help="Folder for pictures and metrics.json.")],
+    size: Size = 512, tokens: Annotated[int | None, typer.Option(help="Of an image, for the diffusion model.")] = None,
+    batch_size: BatchSize = 4, device: Device = None,
+) -> None:  # fmt: skip
+    """Reconstruct images with several autoencoders, each with the patch size that gives as many tokens as the others.
+
+    A picture for each image, and PSNR, SSIM and a Fréchet distance of textures, which is no FID.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from pronghorn.dcae.compare import compare
+    from pronghorn.dcae.diffusers.loading import load_autoencoder
+    from pronghorn.dcae.images import find_images
+    from pronghorn.dcae.texture import texture_statistics
+
+    if len(set(models)) < len(models):
+        raise ValueError(f"models: got {', '.join(models)}, wanted each once")
+    names = [Path(model).name for model in models]
+    names = [name if names.count(name) == 1 else model for name, model in zip(names, models, strict=True)]
+    vaes = {name: _on(load_autoencoder(model), device) for name, model in zip(names, models, strict=True)}
+    features = texture_statistics if len(find_images(images)) > 1 else None  # of one image there is no spread
+    found = compare(vaes, images, output, size=size, tokens=tokens, batch_size=batch_size, features=features)
+    table = Table("model", "latent", "patch", "tokens", "numbers", "a token", "PSNR dB", "SSIM", "texture")
+    for one in found:
+        of, metrics = one.budget, one.metrics
+        counts = (of.patch_size, of.tokens, of.numbers, of.numbers_per_token)
+        frechet = "" if metrics.frechet is None else f"{metrics.frechet:.3g}"
+        about = (one.name, f"f{of.ratio}c{of.latent_channels}", *map(str, counts))
+        table.add_row(*about, f"{metrics.psnr:.2f}", f"{metrics.ssim:.4f}", frechet)
+    Console().print(table)
+    typer.echo(f"{found[0].metrics.images} images -> {output}")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Folder, official file, or a published name, with random weights.")],
+    sizes: Annotated[str, typer.Option(help="Edges of images, with commas.")] = "512,1024",
+    batch_sizes: Annotated[str, typer.Option(help="Images at a time, with commas.")] = "1,8",
+    forms: Annotated[
+        str, typer.Option(help="Of stock, channels_last, compiled, accelerated, accelerated_compiled.")
+    ] = "stock,accelerated",
+    repeats: Annotated[int, typer.Option(help="Timed calls.")] = 10,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; on a GPU the first.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    device: Device = None,
+) -> None:
+    """Time and memory of encoding and decoding, as diffusers has it and accelerated; also compiled."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from pronghorn.dcae.bench import bench
+
+    vae = _benched(model, dtype, device)
+    found, stock = [], {}
+    table = Table("", "size", "batch", Column("form", no_wrap=True), "ms", "images/s", "peak GiB", "speed-up")
+    for speed in bench(
+        vae, sizes=_numbers(sizes), batch_sizes=_numbers(batch_sizes), forms=forms.split(","), repeats=repeats
+    ):  # fmt: skip
+        found.append(speed.to_dict())
+        about = (speed.what, str(speed.size), str(speed.batch_size))
+        if speed.timing is None:
+            table.add_row(*about, speed.form, "out of memory", "", "", "")
+            continue
+        median, peak = speed.timing.seconds["p50"], speed.timing.peak_bytes
+        stock.update({about: median} if speed.form == "stock" else {})
+        ratio = f"{stock[about] / median:.2f}x" if about in stock else ""
+        memory = "" if peak is None else f"{peak / 2**30:.2f}"
+        table.add_row(*about, speed.form, f"{median * 1e3:.2f}", f"{speed.batch_size / median:.2f}", memory, ratio)
+    Console().print(table)
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _benched(model: str, dtype: str | None, device: str | None) -> Any:
+    import torch
+
     from pronghorn.dcae.diffusers import AutoencoderDC
 
-    path = Path(model)
-    described = path / "config.json"
-    official = path.is_file() or (described.is_file() and "model_name" in json.loads(described.read_text()))
-    loaded = AutoencoderDC.from_efficientvit(path, config=config) if official else AutoencoderDC.from_pretrained(model)
-    return loaded.eval()
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    if name not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype: got {name!r}, accepted are bfloat16, float16 and float32")
+    if Path(model).exists():
+        vae = _load(model, None)
+    else:
+        with where:
+            vae = AutoencoderDC.from_published(model).eval()
+    return vae.to(where, getattr(torch, name))
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"wanted numbers with commas, got {text!r}") from None
+
+
+def _load(model: str, config: str | None) -> Any:
+    from pronghorn.dcae.diffusers.loading import load_dcae
+
+    return load_dcae(model, config=config)
 
 
 def _on(vae: Any, device: str | None) -> Any:

@@ -38,6 +38,8 @@ class DCAEConfig:
         decoder_act_fns: "silu" or "relu"; the encoder has the first.
         encoder_out_shortcut: whether the latent also gets averages of the last stage's channels.
         decoder_in_shortcut: whether the decoder's first stage also gets copies of the latent.
+        stage_shortcuts: whether all other stages have such shortcuts. Without any there is no residual autoencoding:
+            the paper's ablation, which diffusers' own class does not know.
         decoder_conv_act_fn: activation before the last convolution.
         scaling_factor: what latents are multiplied with for diffusion, 1 / their root mean square; 1 where unknown.
 
@@ -66,6 +68,7 @@ class DCAEConfig:
     decoder_act_fns: tuple[str, ...] = ("relu",) * 3 + ("silu",) * 3
     encoder_out_shortcut: bool = True
     decoder_in_shortcut: bool = True
+    stage_shortcuts: bool = True
     decoder_conv_act_fn: str = "relu"
     scaling_factor: float = 1.0
 
@@ -75,7 +78,7 @@ class DCAEConfig:
         for name in ("in_channels", "latent_channels", "attention_head_dim"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted a positive number")
-        for name in ("encoder_out_shortcut", "decoder_in_shortcut"):
+        for name in ("encoder_out_shortcut", "decoder_in_shortcut", "stage_shortcuts"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted True or False")
         for side in ("encoder", "decoder"):
@@ -124,7 +127,7 @@ class DCAEConfig:
 
         encoder, decoder = self.encoder_block_out_channels, self.decoder_block_out_channels
         for name, widths in (("encoder_block_out_channels", encoder), ("decoder_block_out_channels", decoder)):
-            for narrow, wide in pairwise(widths):
+            for narrow, wide in pairwise(widths) if self.stage_shortcuts else ():
                 divides(name, RATIO_OF_SHUFFLE * narrow, wide)
         if self.encoder_out_shortcut:
             divides("latent_channels", encoder[-1], self.latent_channels)

@@ -38,17 +38,31 @@ def load_image(path: str | Path, *, size: int | None = None, multiple: int = 1) 
     Raises:
         ValueError: the file is no image, or smaller than `multiple`.
     """
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+    image = open_image(path)
     if size is not None:
         image = _square(image, size)
     width, height = (edge // multiple * multiple for edge in image.size)
     if not width or not height:
         raise ValueError(f"{path}: is {image.size[0]} x {image.size[1]}, wanted at least {multiple} pixels each")
-    pixels = torch.from_numpy(np.array(image.crop((0, 0, width, height))))
+    return to_tensor(image.crop((0, 0, width, height)))
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An image file in RGB.
+
+    Raises:
+        ValueError: it cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+
+
+def to_tensor(image: Image.Image, *, size: int | None = None) -> Tensor:
+    """An image as float32 [3, height, width] from -1 to 1; with `size`, the square of its middle, see `load_image`."""
+    pixels = torch.from_numpy(np.array(image if size is None else _square(image, size)))
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 

@@ -67,3 +67,21 @@ def test_bad_input_is_named():
         UViT2DModel(**{**TINY, "patch_size": 3})
     with pytest.raises(ValueError, match="num_attention_heads: got 3"):
         UViT2DModel(**{**TINY, "num_attention_heads": 3})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("changes", "wanted"), [({}, torch.float32), ({"upcast_attention": False}, torch.bfloat16)])
+def test_precision_of_attention(changes, wanted, monkeypatch):
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q, k, v):
+        seen.extend((q.dtype, k.dtype, v.dtype))
+        return attend(q, k, v)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    model, (sample, time, labels) = UViT2DModel(**TINY, **changes).bfloat16(), given()
+    assert model(sample.bfloat16(), time, labels).sample.dtype == torch.bfloat16
+    assert set(seen) == {wanted}
+    seen.clear()
+    model.double()(sample.double(), time, labels)
+    assert set(seen) == {torch.float64}

@@ -20,24 +20,30 @@ def qkv_weight(attn: SanaMultiscaleLinearAttention) -> Tensor:
     return torch.cat([layer.weight for layer in (attn.to_q, attn.to_k, attn.to_v)])[:, :, None, None]
 
 
-def queries_keys_values(attn: SanaMultiscaleLinearAttention, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """Of features [batch, channels, height, width], each [batch, heads, places, head_dim]."""
+def queries_keys_values(attn: SanaMultiscaleLinearAttention, x: Tensor, weight: Tensor) -> list[tuple[Tensor, ...]]:
+    """Of features [batch, channels, height, width] and each scale, three of [batch, heads, places, head_dim].
+
+    They are views of what the convolutions gave, which lies in memory as the features do.
+    """
     qkv = functional.conv2d(x, weight)
-    scales = [qkv, *[scale(qkv) for scale in attn.to_qkv_multiscale]]
-    # Each head's channels are its queries, then its keys, then its values.
-    heads = torch.cat(scales, dim=1).flatten(2).unflatten(1, (-1, 3, attn.attention_head_dim))
-    return tuple(part.transpose(2, 3) for part in heads.unbind(2))
+    found = []
+    for scale in (qkv, *[scale(qkv) for scale in attn.to_qkv_multiscale]):
+        # Each head's channels are its queries, then its keys, then its values.
+        heads = scale.flatten(2).unflatten(1, (-1, 3, attn.attention_head_dim))
+        found.append(tuple(part.transpose(2, 3) for part in heads.unbind(2)))
+    return found
 
 
-def attention_output(attn: SanaMultiscaleLinearAttention, y: Tensor, x: Tensor) -> Tensor:
+def attention_output(attn: SanaMultiscaleLinearAttention, attended: list[Tensor], x: Tensor) -> Tensor:
     """What follows attention: projection, norm and sum.
 
     Args:
         attn: the module.
-        y: [batch, heads, places, head_dim], what was attended.
+        attended: [batch, heads, places, head_dim] of each scale.
         x: [batch, channels, height, width], what went in.
     """
-    y = y.transpose(2, 3).flatten(1, 2).unflatten(2, tuple(x.shape[2:]))
+    scales = [y.transpose(2, 3).flatten(1, 2).unflatten(2, tuple(x.shape[2:])) for y in attended]
+    y = scales[0] if len(scales) == 1 else torch.cat(scales, dim=1)
     y = functional.conv2d(y, attn.to_out.weight[:, :, None, None])
     residual = x if attn.residual_connection else None
     if isinstance(attn.norm_out, RMSNorm):

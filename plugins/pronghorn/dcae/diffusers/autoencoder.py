@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC as DiffusersAutoencoderDC
+from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # diffusers loads parts of pipelines by it
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -20,6 +22,7 @@ from pronghorn.dcae.diffusers.checkpointing import CheckpointedStage
 from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
 
 WEIGHTS = "model.safetensors"
+OURS = ("latent_channels_list", "stage_shortcuts")  # settings that diffusers' class lacks
 PER_STAGE = (
     "encoder_block_types", "decoder_block_types", "decoder_norm_types", "decoder_act_fns",
 )  # what diffusers also takes as one name for all stages  # fmt: skip
@@ -48,6 +51,7 @@ class AutoencoderDC(DiffusersAutoencoderDC):
         decoder_act_fns: see there.
         encoder_out_shortcut: see there.
         decoder_in_shortcut: see there.
+        stage_shortcuts: see there.
         decoder_conv_act_fn: see there.
         scaling_factor: see there.
         latent_channels_list: see there.
@@ -81,6 +85,7 @@ class AutoencoderDC(DiffusersAutoencoderDC):
         decoder_act_fns: str | tuple[str, ...] = "silu",
         encoder_out_shortcut: bool = True,
         decoder_in_shortcut: bool = True,
+        stage_shortcuts: bool = True,
         decoder_conv_act_fn: str = "relu",
         scaling_factor: float = 1.0,
         latent_channels_list: tuple[int, ...] = (),
@@ -90,11 +95,15 @@ class AutoencoderDC(DiffusersAutoencoderDC):
         for name in PER_STAGE:
             values[name] = (values[name],) * stages if isinstance(values[name], str) else values[name]
         self.architecture = DCAEConfig.from_dict(values)
-        super().__init__(**{name: value for name, value in values.items() if name != "latent_channels_list"})
+        super().__init__(**{name: value for name, value in values.items() if name not in OURS})
         both: tuple[Any, Any] = self.encoder.down_blocks, self.decoder.up_blocks
         for side in both:
             for place, stage in enumerate(side):
                 side[place] = CheckpointedStage(*stage)
+        if not stage_shortcuts:
+            for module in self.modules():
+                if isinstance(module, DCDownBlock2d | DCUpBlock2d):
+                    module.shortcut = False
 
     @classmethod
     def from_published(cls, name: str) -> AutoencoderDC:

@@ -29,6 +29,8 @@ class UViT2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases 
         depth: number of blocks; 2 · (depth // 2) + 1 are made.
         num_attention_heads: of each block.
         num_classes: the label `num_classes` is that of no class, which guidance needs.
+        upcast_attention: attend in float32 where the model is in half precision, as the official code does; without,
+            attention is faster there. Under autocast neither counts: that has its own precision for attention.
 
     Raises:
         ValueError: sizes do not divide.
@@ -49,6 +51,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases 
         depth: int = 28,
         num_attention_heads: int = 16,
         num_classes: int = 1000,
+        upcast_attention: bool = True,
     ) -> None:
         super().__init__()
         for name, many, few in (("patch_size", sample_size, patch_size),
@@ -64,10 +67,10 @@ class UViT2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases 
         self.label_emb = _Labels(num_classes + 1, hidden_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, hidden_size))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        heads, half = num_attention_heads, depth // 2
-        self.in_blocks = nn.ModuleList(_Block(hidden_size, heads) for _ in range(half))
-        self.mid_block = _Block(hidden_size, heads)
-        self.out_blocks = nn.ModuleList(_Block(hidden_size, heads, skip=True) for _ in range(half))
+        given, half = (hidden_size, num_attention_heads, upcast_attention), depth // 2
+        self.in_blocks = nn.ModuleList(_Block(*given) for _ in range(half))
+        self.mid_block = _Block(*given)
+        self.out_blocks = nn.ModuleList(_Block(*given, skip=True) for _ in range(half))
         self.norm = nn.LayerNorm(hidden_size)
         self.decoder_pred = nn.Linear(hidden_size, patch_size**2 * in_channels)
         for module in self.modules():
@@ -119,25 +122,6 @@ class UViT2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases 
         return result
 
 
-def guided(model: UViT2DModel, sample: Tensor, timestep: Tensor | float, class_labels: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: what no class gives, and `scale` times how the class differs from it.
-
-    Args:
-        model: the denoiser.
-        sample: [batch, channels, height, width].
-        timestep: as the model takes it.
-        class_labels: int64 [batch].
-        scale: 1 is the class alone.
-
-    Source: Ho and Salimans (arXiv 2207.12598).
-    """
-    none = torch.full_like(class_labels, model.num_classes)
-    times = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-    both = model(sample.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([class_labels, none])).sample
-    of_class, of_none = both.chunk(2)
-    return of_none + scale * (of_class - of_none)
-
-
 class _Patches(nn.Module):
     def __init__(self, channels: int, hidden_size: int, patch_size: int) -> None:
         super().__init__()
@@ -160,15 +144,18 @@ class _Labels(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, size: int, heads: int) -> None:
+    def __init__(self, size: int, heads: int, upcast: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.upcast = heads, upcast
         self.qkv = nn.Linear(size, 3 * size, bias=False)
         self.proj = nn.Linear(size, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        found: Tensor = self.proj(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        qkv = self.qkv(x)
+        wide = qkv.float() if self.upcast and qkv.dtype in (torch.float16, torch.bfloat16) else qkv
+        q, k, v = wide.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        found: Tensor = self.proj(y.to(qkv.dtype))
         return found
 
 
@@ -185,10 +172,10 @@ class _Perceptron(nn.Module):
 class _Block(nn.Module):
     """Attention and a perceptron, each after a norm; before them a skip is joined."""
 
-    def __init__(self, size: int, heads: int, *, skip: bool = False) -> None:
+    def __init__(self, size: int, heads: int, upcast: bool, *, skip: bool = False) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(size), nn.LayerNorm(size)
-        self.attn, self.mlp = _Attention(size, heads), _Perceptron(size)
+        self.attn, self.mlp = _Attention(size, heads, upcast), _Perceptron(size)
         self.skip_linear = nn.Linear(2 * size, size) if skip else None
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:

@@ -1,0 +1,50 @@
+"""Autoencoders from wherever they are: official or diffusers' layout, ours or any other of diffusers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoModel
+
+from pronghorn.dcae.config import DCAEConfig
+from pronghorn.dcae.diffusers.autoencoder import AutoencoderDC
+
+
+def load_dcae(model: str | Path, *, config: DCAEConfig | str | None = None) -> AutoencoderDC:
+    """A deep compression autoencoder in evaluation mode.
+
+    Args:
+        model: folder in the official layout or diffusers', official file, or hub name.
+        config: the architecture, or the name of a published one, for an official file.
+
+    Raises:
+        ValueError: see `AutoencoderDC.from_efficientvit`.
+    """
+    if _is_official(Path(model)):
+        return AutoencoderDC.from_efficientvit(model, config=config).eval()
+    loaded: AutoencoderDC = AutoencoderDC.from_pretrained(model)
+    return loaded.eval()
+
+
+def load_autoencoder(model: str | Path) -> Any:
+    """Any autoencoder for images, in evaluation mode; an `AutoencoderDC` as ours.
+
+    Args:
+        model: as for `load_dcae`, or folder or hub name of another class of diffusers.
+
+    Raises:
+        TypeError: it is no autoencoder.
+    """
+    if _is_official(Path(model)) or AutoencoderDC.load_config(model).get("_class_name") == AutoencoderDC.__name__:
+        return load_dcae(model)
+    loaded = AutoModel.from_pretrained(str(model))  # of a Path it makes no id
+    if not (hasattr(loaded, "encode") and hasattr(loaded, "decode")):
+        raise TypeError(f"model: {model} is a {type(loaded).__name__}, wanted an autoencoder")
+    return loaded.eval()
+
+
+def _is_official(path: Path) -> bool:
+    described = path / "config.json"
+    return path.is_file() or (described.is_file() and "model_name" in json.loads(described.read_text()))

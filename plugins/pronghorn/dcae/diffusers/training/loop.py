@@ -1,0 +1,209 @@
+"""Steps that can be broken off: checkpoints that are there whole or not at all, a log, and a mean of the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+CHECKPOINTS, LOG, CONFIG, MODEL = "checkpoints", "log.jsonl", "config.json", "model"
+KEPT = 2  # checkpoints
+# Settings that may differ when training goes on.
+FREE = ("steps", "evaluate_every", "save_every", "workers", "mixed_precision", "gradient_checkpointing")
+
+
+class Loop:
+    """What the training of an autoencoder and of a diffusion model have in common.
+
+    Args:
+        output: folder for checkpoints, the log and results; what lies there is gone on with.
+        config: `PhaseConfig` or `DiffusionConfig`.
+        module: what is trained: its parameters that want gradients.
+        data: examples, as many as are asked for: that of a number is always the same.
+        log_with: trackers of accelerate's, as "tensorboard".
+
+    Raises:
+        ValueError: the folder holds another training, with other settings.
+    """
+
+    def __init__(
+        self, output: str | Path, config: Any, module: nn.Module, data: Dataset[Any], *, log_with: str | None
+    ) -> None:
+        self.output, self.config = Path(output), config
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, log_with=log_with, project_dir=self.output,
+            # The batches of the last step are read before they are used: their end must not end it halfway.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
+        )  # fmt: skip
+        self._check_folder()
+        set_seed(config.seed, device_specific=True)
+        if log_with is not None:
+            self.accelerator.init_trackers("pronghorn-dcae", config.to_dict())
+        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.ema = EMAModel(self.trained, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1, power=3 / 4)
+        self.ema.to(self.accelerator.device)
+        self.progress = _Progress()
+        self.accelerator.register_for_checkpointing(self.ema, self.progress)
+        self._data = data
+
+    def optimizer(self, parameters: list[nn.Parameter], learning_rate: float | None = None) -> tuple[Any, Any]:
+        """AdamW over parameters as the configuration has it, with its schedule, prepared."""
+        config = self.config
+        optimizer = torch.optim.AdamW(
+            parameters, lr=config.learning_rate if learning_rate is None else learning_rate, betas=config.betas,
+            weight_decay=config.weight_decay,
+        )  # fmt: skip
+        # accelerate steps a schedule once for each process
+        warmup = config.warmup_steps * self.accelerator.num_processes
+        schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=warmup)
+        prepared: tuple[Any, Any] = self.accelerator.prepare(optimizer, schedule)
+        return prepared
+
+    def steps(self) -> Iterator[tuple[int, list[Any]]]:
+        """The number of each step that is left, from 1, and its batches; between steps, all is saved."""
+        self._resume()
+        config, accelerator = self.config, self.accelerator
+        per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        left = range(self.progress.step * per_step, config.steps * per_step)
+        loader = accelerator.prepare(
+            DataLoader(Subset(self._data, left), batch_size=config.batch_size, num_workers=config.workers)
+        )
+        batches = iter(loader)
+        bar = tqdm(range(self.progress.step + 1, config.steps + 1), initial=self.progress.step, total=config.steps,
+                   desc="training", disable=not accelerator.is_main_process)  # fmt: skip
+        for step in bar:
+            yield step, [next(batches) for _ in range(config.gradient_accumulation_steps)]
+            self.progress.step = step
+            if config.save_every and step % config.save_every == 0:
+                self._save(step)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a loss, once it is known to be a number.
+
+        Raises:
+            FloatingPointError: it is not finite. Weights and checkpoints are those of the step before.
+        """
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(
+                f"loss: got {loss.item()} in step {self.progress.step + 1}; the weights are those of the step before. "
+                "Lower learning_rate, or set max_grad_norm"
+            )
+        self.accelerator.backward(loss)
+
+    def update(self, optimizer: Any, schedule: Any, parameters: list[nn.Parameter]) -> None:
+        """A step of an optimizer, and of its schedule."""
+        if self.accelerator.sync_gradients and self.config.max_grad_norm:
+            self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write numbers of a step to the log and to the trackers."""
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with (self.output / LOG).open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    @contextmanager
+    def mean_weights(self) -> Iterator[None]:
+        """The model has the mean of its weights over steps for a while."""
+        if not self.config.ema_decay:
+            yield
+            return
+        self.ema.store(self.trained)
+        self.ema.copy_to(self.trained)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.trained)
+
+    def count(self) -> None:
+        """Take the weights of a step into their mean."""
+        if self.config.ema_decay:
+            self.ema.step(self.trained)
+
+    def finish(self, model: Any, folder: Path) -> None:
+        """Give a model the mean of its weights for good, save it, and close the trackers."""
+        if self.config.ema_decay:
+            self.ema.copy_to(self.trained)
+        if self.config.gradient_checkpointing:
+            model.disable_gradient_checkpointing()
+        if self.accelerator.is_main_process:
+            model.save_pretrained(folder)
+        self.accelerator.end_training()
+
+    def _check_folder(self) -> None:
+        path, wanted = self.output / CONFIG, self.config.to_dict()
+        if not path.exists():
+            if self.accelerator.is_main_process:
+                self.output.mkdir(parents=True, exist_ok=True)
+                _write(path, json.dumps(wanted, indent=1) + "\n")
+            return
+        found = json.loads(path.read_text())
+        here = json.loads(json.dumps(wanted))
+        other = [f"{name} was {found.get(name)!r} and is {here.get(name)!r}"
+                 for name in sorted({*found, *here} - {*FREE}) if found.get(name) != here.get(name)]  # fmt: skip
+        if other:
+            raise ValueError(f"output: {self.output} holds a training with other settings: {'; '.join(other)}")
+
+    def _save(self, step: int) -> None:
+        folder = self.output / CHECKPOINTS
+        unfinished, finished = folder / "unfinished", folder / f"{step:08d}"
+        if self.accelerator.is_main_process and unfinished.exists():
+            shutil.rmtree(unfinished)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(unfinished))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if finished.exists():
+                shutil.rmtree(finished)
+            unfinished.rename(finished)
+            for old in self._checkpoints()[:-KEPT]:
+                shutil.rmtree(old)
+
+    def _resume(self) -> None:
+        found = self._checkpoints()
+        if found:
+            self.accelerator.load_state(str(found[-1]))
+
+    def _checkpoints(self) -> list[Path]:
+        folder = self.output / CHECKPOINTS
+        return sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+class _Progress:
+    """How many steps are done, as accelerate keeps it."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """What is kept."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Back from there."""
+        self.step = state["step"]
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(".part")
+    partial.write_text(text)
+    partial.replace(path)
