@@ -28,19 +28,26 @@ if TYPE_CHECKING:
         UViTPipeline,
         accelerate_dcae,
     )
+    from pronghorn.dcae.diffusers.training import AutoencoderTrainer, DiffusionTrainer
+    from pronghorn.dcae.diffusion import DiffusionConfig
     from pronghorn.dcae.objectives import FlowObjective, LearnedVarianceObjective, NoiseObjective
+    from pronghorn.dcae.phases import PhaseConfig
 
 __all__ = [
     "CONFIGURATIONS",
     "AutoencoderDC",
+    "AutoencoderTrainer",
     "DCAEConfig",
     "DCAEDiTPipeline",
     "DPMSolverFastScheduler",
     "DiT2DModel",
+    "DiffusionConfig",
+    "DiffusionTrainer",
     "FlowODEScheduler",
     "FlowObjective",
     "LearnedVarianceObjective",
     "NoiseObjective",
+    "PhaseConfig",
     "USiTPipeline",
     "UViT2DModel",
     "UViTPipeline",
@@ -52,15 +59,19 @@ __all__ = [
 
 _ROOMS = {
     "AutoencoderDC": "diffusers",
+    "AutoencoderTrainer": "diffusers.training",
     "CONFIGURATIONS": "config",
     "DCAEConfig": "config",
     "DCAEDiTPipeline": "diffusers",
     "DPMSolverFastScheduler": "diffusers",
     "DiT2DModel": "diffusers",
+    "DiffusionConfig": "diffusion",
+    "DiffusionTrainer": "diffusers.training",
     "FlowODEScheduler": "diffusers",
     "FlowObjective": "objectives",
     "LearnedVarianceObjective": "objectives",
     "NoiseObjective": "objectives",
+    "PhaseConfig": "phases",
     "USiTPipeline": "diffusers",
     "UViT2DModel": "diffusers",
     "UViTPipeline": "diffusers",

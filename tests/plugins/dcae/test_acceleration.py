@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.plugins.dcae.test_autoencoder import SMALL, small
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pronghorn.dcae import DCAEConfig, to_diffusers
 from pronghorn.dcae.diffusers import accelerate_dcae
@@ -31,7 +32,7 @@ def lively(model):
 
 def stock(**changes):
     values = DCAEConfig(**{**SMALL, **changes}).to_dict()
-    values.pop("latent_channels_list")
+    del values["latent_channels_list"], values["stage_shortcuts"]
     torch.manual_seed(0)
     return lively(diffusers.AutoencoderDC(**values)).eval()
 
@@ -50,12 +51,45 @@ def test_computes_the_same(make, size, channels_last):
         torch.testing.assert_close(model.encode(image).latent, latent, rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(model.decode(latent).sample, wanted, rtol=1e-4, atol=2e-5)
         kinds = {type(module).__name__ for module in model.modules()}
-        assert {"FastResBlock", "FastEfficientViTBlock"} <= kinds
-        assert not {"ResBlock", "EfficientViTBlock"} & kinds
+        assert {"FastResBlock", "FastEfficientViTBlock", "FastDownBlock", "FastUpBlock"} <= kinds
+        assert not {"ResBlock", "EfficientViTBlock", "DCDownBlock2d", "DCUpBlock2d"} & kinds
         assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(model.encode(image).latent, latent)
     assert model.decoder.conv_in.weight.is_contiguous()
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("down", "up"), [("pixel_unshuffle", "pixel_shuffle"), ("conv", "interpolate")])
+def test_grids_change_in_one_operation(down, up, channels_last):
+    """After a convolution that halves or doubles there is one operation, with its shuffle, shortcut and sum."""
+    model = stock(downsample_block_type=down, upsample_block_type=up).to(DEVICE)
+    image = torch.rand(2, 3, 10, 14, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    latent = model.encode(image).latent
+    wanted = model.decode(latent).sample
+    with accelerate_dcae(model, channels_last=channels_last):
+        with Seen() as encoding:
+            found = model.encode(image).latent
+        with Seen() as decoding:
+            sample = model.decode(latent).sample
+    torch.testing.assert_close(found, latent, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sample, wanted, rtol=1e-5, atol=1e-5)
+    for seen in (encoding.names, decoding.names):
+        assert seen.count("shuffle_shortcut") == 1
+        assert not {"pixel_shuffle", "pixel_unshuffle"} & set(seen)
 
 
 @torch.no_grad()
@@ -64,7 +98,7 @@ def test_gives_what_the_official_code_gave(path):
     golden = load_file(path)
     config = from_options(json.loads(path.with_suffix(".json").read_text())["config"])
     values = config.to_dict()
-    values.pop("latent_channels_list")
+    del values["latent_channels_list"], values["stage_shortcuts"]
     model = diffusers.AutoencoderDC(**values).eval()
     model.load_state_dict(to_diffusers({name[2:]: value for name, value in golden.items() if name.startswith("w.")}))
     with accelerate_dcae(model):

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 
 from pronghorn.dcae import CONFIGURATIONS, AutoencoderDC, DCAEConfig, to_diffusers, to_efficientvit
-from pronghorn.dcae.shortcuts import averaged, duplicated
 
 SMALL = {
     "attention_head_dim": 8, "latent_channels": 8, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
@@ -126,17 +125,3 @@ def test_bad_shapes_are_named(image):
         model.decode(torch.zeros(1, 3, 2, 2))
     with pytest.raises(ValueError, match="z: got"):
         model.decode(torch.zeros(8, 2, 2))
-
-
-def test_shortcuts():
-    x = torch.arange(2 * 4 * 4 * 6.0).view(2, 4, 4, 6)
-    assert torch.equal(averaged(x, 16, 2), torch.nn.functional.pixel_unshuffle(x, 2))
-    pairs = averaged(x, 8, 2)  # horizontal neighbours
-    assert torch.equal(pairs[:, 0], (x[:, 0, ::2, ::2] + x[:, 0, ::2, 1::2]) / 2)
-    assert torch.equal(duplicated(x, 8, 1)[:, 1], x[:, 0])
-    constant = torch.ones(1, 4, 4, 4) * 3
-    assert torch.equal(duplicated(averaged(constant, 8, 2), 4, 2), constant)
-    with pytest.raises(ValueError, match="divisor of 16"):
-        averaged(x, 5, 2)
-    with pytest.raises(ValueError, match="multiple of the input's 4"):
-        duplicated(x, 3, 1)

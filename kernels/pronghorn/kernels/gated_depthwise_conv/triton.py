@@ -10,10 +10,12 @@ inputs, which are separate values of one thread.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels._dispatch import interpreting
 from pronghorn.kernels._launch import Launcher
 from pronghorn.kernels._memory import channels_inside, dense
 from pronghorn.kernels._triton import blocks, power_of_2
@@ -23,12 +25,24 @@ COLUMNS = 4  # outputs that share inputs
 ELEMENTS = 256  # of a tile: groups of columns, by channels
 MOST_CHANNELS = {True: 64, False: 8}  # of a tile, where they are adjacent or not
 MOST_ROWS, FEWEST_ROWS = 32, 4  # of a program
-BUSY = 1056  # programs that keep a GPU busy
+BUSY = 1000  # programs that keep a GPU busy
 WARPS = 4
+REGISTERS = 128  # of a thread, so that four programs fit on a multiprocessor; 32 bits want more
+# x / (1 + 2^(-x log2(e))) in five instructions; Triton's takes a dozen to keep tiny numbers, which a 1 swallows anyway.
+SILU = tl.constexpr("""{
+    .reg .f32 t;
+    mul.f32 t, $1, 0fBFB8AA3B;
+    ex2.approx.ftz.f32 t, t;
+    add.f32 t, t, 0f3F800000;
+    rcp.approx.ftz.f32 t, t;
+    mul.f32 $0, $1, t;
+}""")
 
 
 @triton.jit
-def _silu(x):
+def _silu(x, PTX: tl.constexpr):
+    if PTX:
+        return tl.inline_asm_elementwise(SILU, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return x / (1 + tl.exp(-x))
 
 
@@ -42,13 +56,14 @@ def _taps(weight, channel, there):
 
 
 @triton.jit
-def _advance(row_start, column, step, real, width, taps, above, below, COLUMNS: tl.constexpr):
+def _advance(row_start, column, step, real, width, taps, above, below, COLUMNS: tl.constexpr, PTX: tl.constexpr):
     """Add an input row to the sums of the output rows above it, at it, and below it: the first of them is done."""
     inputs = ()
     for j in tl.static_range(COLUMNS + 2):
         x = column + (j - 1)
         inside = real[None, :] & ((x >= 0) & (x < width))[:, None]
-        inputs = inputs + (_silu(tl.load(row_start + x[:, None] * step, mask=inside, other=0.0).to(tl.float32)),)
+        given = tl.load(row_start + x[:, None] * step, mask=inside, other=0.0).to(tl.float32)
+        inputs = inputs + (_silu(given, PTX),)
     done, at, begun = (), (), ()
     for j in tl.static_range(COLUMNS):
         a, b, c = inputs[j], inputs[j + 1], inputs[j + 2]
@@ -63,7 +78,7 @@ def _advance(row_start, column, step, real, width, taps, above, below, COLUMNS: 
 def _gated(
     x, weight, bias, out, height, width, rows,
     BIASED: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Rows of GROUPS * COLUMNS columns and TILE of the CHANNELS output channels; ADJACENT: channels are, not pixels."""
     TILES: tl.constexpr = (CHANNELS + TILE - 1) // TILE
@@ -98,16 +113,16 @@ def _gated(
         there = tl.where((row >= 0) & (row < height), width, 0)  # columns that are: outside of the image none
         start = row.to(tl.int64) * width * step
         value_done, value_above, value_at = _advance(
-            values + start, column, step, real, there, value_taps, value_above, value_at, COLUMNS
+            values + start, column, step, real, there, value_taps, value_above, value_at, COLUMNS, PTX
         )
         gate_done, gate_above, gate_at = _advance(
-            gates + start, column, step, real, there, gate_taps, gate_above, gate_at, COLUMNS
+            gates + start, column, step, real, there, gate_taps, gate_above, gate_at, COLUMNS, PTX
         )
         # The two first rows only begin sums.
         there = tl.where((row > first) & (row <= height), width, 0)
         start = (row - 1).to(tl.int64) * width * out_step
         for j in tl.static_range(COLUMNS):
-            result = (value_done[j] + value_level) * _silu(gate_done[j] + gate_level)
+            result = (value_done[j] + value_level) * _silu(gate_done[j] + gate_level, PTX)
             x_out = column + j
             tl.store(
                 out + start + x_out[:, None] * out_step, result.to(out.dtype.element_ty),
@@ -127,9 +142,11 @@ def gated_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     rows = MOST_ROWS
     while rows > FEWEST_ROWS and columns * blocks(height, rows) < BUSY:
         rows //= 2
+    ptx = not interpreting() and torch.version.hip is None
     _gated(
         (columns * blocks(height, rows), 1, 1),
         (x, weight.contiguous(), x if bias is None else bias.contiguous(), out), (height, width, rows),
-        (bias is not None, channels, adjacent, groups, tile, COLUMNS), num_warps=WARPS,
+        (bias is not None, channels, adjacent, groups, tile, COLUMNS, ptx), num_warps=WARPS,
+        **({"maxnreg": REGISTERS} if ptx and x.element_size() == 2 else {}),
     )  # fmt: skip
     return out

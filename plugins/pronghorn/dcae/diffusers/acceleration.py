@@ -1,4 +1,4 @@
-"""A stock autoencoder in its fast form: fused attention, norms and gates, folded batch norms, channels last."""
+"""A stock autoencoder in its fast form: fused attention, norms, gates and shortcuts; channels last."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC, Decoder, EfficientViTBlock, ResBlock
+from diffusers.models.autoencoders.autoencoder_dc import (
+    AutoencoderDC,
+    DCDownBlock2d,
+    DCUpBlock2d,
+    Decoder,
+    EfficientViTBlock,
+    ResBlock,
+)
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,6 +25,7 @@ from pronghorn.dcae.diffusers.attention import (
     qkv_weight,
     queries_keys_values,
 )
+from pronghorn.dcae.diffusers.resampling import FastDownBlock, FastUpBlock
 from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
 from pronghorn.kernels.channel_rms_norm import channel_rms_norm
 from pronghorn.kernels.relu_linear_attention import relu_linear_attention
@@ -46,6 +54,10 @@ class Accelerated:
                 self._replace(module, name, FastEfficientViTBlock(child))
             elif type(child) is ResBlock:
                 self._replace(module, name, FastResBlock(child))
+            elif type(child) is DCDownBlock2d and child.shortcut:
+                self._replace(module, name, FastDownBlock(child))
+            elif type(child) is DCUpBlock2d and child.shortcut:
+                self._replace(module, name, FastUpBlock(child))
             else:
                 self._visit(child)
         if type(module) is Decoder and isinstance(module.norm_out, RMSNorm) and type(module.conv_act) in ACTIVATIONS:
@@ -78,6 +90,7 @@ def accelerate_dcae(vae: AutoencoderDC, *, channels_last: bool = True) -> Accele
 
     Queries, keys and values become one convolution, attention and the gated depthwise convolution one kernel each, a
     norm one kernel together with the sum or activation after it, and a batch norm part of the convolution before it.
+    Where grids are halved or doubled, what follows the convolution is one kernel.
     After `vae.enable_tiling()`, tiles are exact and of any size.
     Names of weights stay, so it can be saved as it is; weights are read now, and what is loaded later is not seen.
 
@@ -135,8 +148,9 @@ class FastEfficientViTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of features [batch, channels, height, width]."""
-        q, k, v = queries_keys_values(self.attn, x, self.qkv)
-        x = attention_output(self.attn, relu_linear_attention(q, k, v, eps=self.attn.eps), x)
+        scales = queries_keys_values(self.attn, x, self.qkv)
+        attended = [relu_linear_attention(q, k, v, eps=self.attn.eps) for q, k, v in scales]
+        x = attention_output(self.attn, attended, x)
         return gated(self.conv_out, x)
 
 

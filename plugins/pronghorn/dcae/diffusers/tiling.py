@@ -17,7 +17,9 @@ from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from torch import Tensor, nn
 
 from pronghorn.dcae.diffusers.attention import attention_output, gated, qkv_weight, queries_keys_values
+from pronghorn.dcae.diffusers.resampling import FastDownBlock, FastUpBlock
 from pronghorn.kernels.relu_linear_attention import attend_state, key_value_state
+from pronghorn.kernels.shuffle_shortcut import shuffle_add, unshuffle_add
 
 SMALL = 8  # grids this many times coarser than the image, and coarser ones, are kept whole
 Range = tuple[int, int]
@@ -142,7 +144,7 @@ def _checked(vae: AutoencoderDC, tile: int) -> int:
 def _decoder_steps(decoder: Any) -> Steps:
     def head(z: Tensor) -> Tensor:
         y: Tensor = decoder.conv_in(z)
-        return y + z.repeat_interleave(decoder.in_shortcut_repeats, dim=1) if decoder.in_shortcut else y
+        return shuffle_add(y, z, factor=1) if decoder.in_shortcut else y
 
     def tail(x: Tensor) -> Tensor:
         x = decoder.norm_out(x.movedim(1, -1)).movedim(-1, 1)
@@ -157,7 +159,7 @@ def _decoder_steps(decoder: Any) -> Steps:
 def _encoder_steps(encoder: Any) -> Steps:
     def tail(x: Tensor) -> Tensor:
         y: Tensor = encoder.conv_out(x)
-        return y + x.unflatten(1, (y.shape[1], -1)).mean(dim=2) if encoder.out_shortcut else y
+        return unshuffle_add(y, x, factor=1) if encoder.out_shortcut else y
 
     blocks = [block for stage in encoder.down_blocks for block in stage]
     first = _block_steps([encoder.conv_in])
@@ -167,9 +169,9 @@ def _encoder_steps(encoder: Any) -> Steps:
 def _block_steps(blocks: list[Any]) -> Steps:
     steps: Steps = []
     for block in blocks:
-        if isinstance(block, DCUpBlock2d):
+        if isinstance(block, DCUpBlock2d | FastUpBlock):
             steps.append(_Step(block, 1, up=2))
-        elif isinstance(block, DCDownBlock2d):
+        elif isinstance(block, DCDownBlock2d | FastDownBlock):
             steps.append(_Step(block, 1, down=2))
         elif isinstance(block, nn.Conv2d):
             steps.append(_Step(block, 1))
@@ -260,15 +262,15 @@ def _convolved(step: _Step, x: Tensor, strips: list[Range]) -> Iterator[Tensor]:
 def _attended(step: _Attend, x: Tensor, strips: list[Range]) -> Iterator[Tensor]:
     attn, weight = step.attn, qkv_weight(step.attn)
 
-    def of(strip: Range) -> tuple[Tensor, ...]:
+    def of(strip: Range) -> list[tuple[Tensor, ...]]:
         top, bottom = max(0, strip[0] - step.halo), min(x.shape[2], strip[1] + step.halo)
         places = slice((strip[0] - top) * x.shape[3], (strip[1] - top) * x.shape[3])
-        return tuple(part[:, :, places] for part in queries_keys_values(attn, x[:, :, top:bottom], weight))
+        scales = queries_keys_values(attn, x[:, :, top:bottom], weight)
+        return [tuple(part[:, :, places] for part in scale) for scale in scales]
 
-    state: Any = 0
+    states: Any = [0] * (1 + len(attn.to_qkv_multiscale))
     for strip in strips:
-        _, keys, values = of(strip)
-        state = state + key_value_state(keys, values)
+        states = [state + key_value_state(k, v) for state, (_, k, v) in zip(states, of(strip), strict=True)]
     for strip in strips:
-        read = attend_state(of(strip)[0], state, eps=attn.eps)
+        read = [attend_state(q, state, eps=attn.eps) for (q, _, _), state in zip(of(strip), states, strict=True)]
         yield attention_output(attn, read, x[:, :, strip[0] : strip[1]])
