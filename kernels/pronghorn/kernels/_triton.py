@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 
 from pronghorn.kernels._dispatch import interpreting
@@ -34,3 +35,13 @@ def dot_width(size: int) -> int:
     The interpreter would take less.
     """
     return max(16, power_of_2(size))
+
+
+@triton.jit
+def activate(y: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:  # noqa: N803 - a constant
+    """y in float32 after None, "relu" or "silu"."""
+    if ACTIVATION == "relu":
+        y = tl.where(y < 0, 0.0, y)
+    if ACTIVATION == "silu":
+        y = y / (1 + tl.exp(-y))
+    return y

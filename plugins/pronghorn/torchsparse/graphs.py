@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pronghorn.kernels._recording import nothing_freed
 from pronghorn.torchsparse.samples import check_sparse
 from pronghorn.torchsparse.tensor import Range, Room, SparseTensor, Stride, TensorCache
 
@@ -172,7 +172,7 @@ class _Recording:
             feats, coords = self._filled(input)
             given = feats.detach().requires_grad_(feats.requires_grad), coords
             try:
-                with _buffers_kept(model), _autocast_without_cache(input.feats.device.type), _nothing_freed():
+                with _buffers_kept(model), _autocast_without_cache(input.feats.device.type), nothing_freed():
                     self._run = torch.cuda.make_graphed_callables(self._filled_up, given, allow_unused_input=True)
             except torch.OutOfMemoryError:
                 raise
@@ -244,19 +244,6 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         _copy(before, buffers)
-
-
-@contextmanager
-def _nothing_freed() -> Iterator[None]:
-    """No cycles are collected: an older graph among them would be freed, which breaks off a recording."""
-    collects = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 @torch.no_grad()

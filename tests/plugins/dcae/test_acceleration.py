@@ -135,3 +135,22 @@ def test_bad_input_is_named():
     accelerate_dcae(model.eval())
     with pytest.raises(ValueError, match="fast form already"):
         accelerate_dcae(model)
+
+
+@torch.no_grad()
+def test_as_cuda_graphs_it_computes_the_same():
+    """On a CPU there are none, and it computes as without."""
+    model = stock().to(DEVICE)
+    images = [
+        torch.rand(batch, 3, 12, 8, generator=torch.Generator().manual_seed(batch)).to(DEVICE) for batch in (1, 2)
+    ]
+    wanted = [model.encode(image).latent for image in images]
+    with accelerate_dcae(model, cuda_graphs=True):
+        for _ in range(2):
+            found = [model.encode(image).latent for image in images]  # results outlive the next call
+            for ours, theirs in zip(found, wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+        recordings = model.encoder.forward._recordings
+        assert len(recordings) == (2 if DEVICE.type == "cuda" else 0)
+    assert "forward" not in vars(model.encoder)
+    assert torch.equal(model.encode(images[0]).latent, wanted[0])

@@ -44,7 +44,7 @@ def test_all_forms_compute_the_same(make, compiled):
         for form in FORMS:
             with in_form(vae, form) as sides:
                 torch.testing.assert_close(sides[what](x), wanted, rtol=1e-4, atol=2e-5)
-    assert len(compiled) == 2 * 2 * 2
+    assert len(compiled) == 2 * 2
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
     assert all(value.is_contiguous() for value in vae.state_dict().values())
 
@@ -128,7 +128,7 @@ def test_benchmark(monkeypatch, tmp_path, compiled):
         "memory": 2,
         "uvit": 5,
     }
-    assert [row["reach"] for row in rows["autoencoder"]] == [1.8, None] * 2
+    assert {row["reach"] for row in rows["autoencoder"]} == {1.8}
     assert {row["reach"] for row in rows["compiled"]} == {1.2}
     assert all("differs from diffusers by 0.0%" in row["note"] for row in rows["autoencoder"])
     assert rows["memory"][0]["ratio"] >= 1

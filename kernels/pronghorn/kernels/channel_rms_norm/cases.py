@@ -20,7 +20,7 @@ def _example(
     x, residual = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     x = x * 3
     if knobs["channels_last"]:
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        x, residual = (values.movedim(1, -1).contiguous().movedim(-1, 1) for values in (x, residual))
     weight, bias = torch.randn(2, channels, generator=generator)
     wide = torch.promote_types(dtype, torch.float32)
     return {
@@ -58,7 +58,7 @@ OPERATION = Operation(
         {"batch": 1, "channels": 2048, "space": (1, 3), "channels_last": True, "activation": "relu"},
         {"batch": 2, "channels": 128, "space": (1, 1), "channels_last": False, "activation": None},
     ),
-    large={"batch": 1, "channels": 512, "space": (128, 128), "channels_last": True, "activation": None},
+    large={"batch": 4, "channels": 512, "space": (128, 128), "channels_last": True, "activation": None},
     cost=_cost,
     tolerance={torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3},
     trains=("x", "weight", "bias", "residual"),

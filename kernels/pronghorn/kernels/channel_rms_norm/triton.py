@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pronghorn.kernels._launch import Launcher
 from pronghorn.kernels._memory import as_dense, channels_inside, dense
-from pronghorn.kernels._triton import blocks, power_of_2
+from pronghorn.kernels._triton import activate, blocks, power_of_2
 
 ELEMENTS, GRADIENT_ELEMENTS = 4096, 2048  # of a tile of rows, of which the gradient has several
 PIXELS = 64  # of planes, in a tile
@@ -30,15 +30,6 @@ def _shift(y, bias, residual, at, inside, BIASED: tl.constexpr, ADDED: tl.conste
         y += bias
     if ADDED:
         y += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    return y
-
-
-@triton.jit
-def _activate(y, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        y = tl.where(y < 0, 0.0, y)
-    if ACTIVATION == "silu":
-        y = y / (1 + tl.exp(-y))
     return y
 
 
@@ -73,7 +64,7 @@ def _rows(
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / CHANNELS + EPS)
     y = value * scale[:, None] * _vector(weight, c, CHANNELS, True)[None, :]
     y = _shift(y, _vector(bias, c, CHANNELS, BIASED)[None, :], residual, at, inside, BIASED, ADDED)
-    tl.store(out + at, _activate(y, ACTIVATION).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, activate(y, ACTIVATION).to(out.dtype.element_ty), mask=inside)
 
 
 @Launcher
@@ -138,7 +129,7 @@ def _planes(
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         y = value * scale[None, :] * _vector(weight, c, CHANNELS, True)[:, None]
         y = _shift(y, _vector(bias, c, CHANNELS, BIASED)[:, None], residual, at, inside, BIASED, ADDED)
-        tl.store(out + at, _activate(y, ACTIVATION).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + at, activate(y, ACTIVATION).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

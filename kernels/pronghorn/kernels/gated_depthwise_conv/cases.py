@@ -59,7 +59,7 @@ OPERATION = Operation(
         {"batch": 1, "channels": 66, "height": 6, "width": 18, "channels_last": True, "biased": True},
         {"batch": 1, "channels": 9, "height": 5, "width": 130, "channels_last": False, "biased": False},
     ),
-    large={"batch": 1, "channels": 2048, "height": 128, "width": 128, "channels_last": True, "biased": True},
+    large={"batch": 4, "channels": 2048, "height": 128, "width": 128, "channels_last": True, "biased": True},
     cost=_cost,
     tolerance={torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3},
     trains=("x", "weight", "bias"),

@@ -55,7 +55,7 @@ OPERATION = Operation(
         {"batch": 1, "heads": 2, "tokens": 300, "size": 72, "channels_first": False},
         {"batch": 1, "heads": 1, "tokens": 131, "size": 128, "channels_first": True},
     ),
-    large={"batch": 1, "heads": 16, "tokens": 16384, "size": 32, "channels_first": True},
+    large={"batch": 4, "heads": 16, "tokens": 16384, "size": 32, "channels_first": True},
     cost=_cost,
     tolerance={torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3},
     trains=("q", "k", "v"),

@@ -85,12 +85,14 @@ def _channels(main: Tensor, x: Tensor, factor: int, up: bool) -> int:
     if not up and (height % factor or width % factor):
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted a height and width that {factor} divides")
     other = (height * factor, width * factor) if up else (height // factor, width // factor)
-    size = tuple(main.shape[2:])
-    if main.shape[0] != batch or size not in (other, (height, width)):
+    # Number by number: the compiler of torch 2.11 finds no tuple of symbolic numbers in another one.
+    elsewhere = main.shape[2] == other[0] and main.shape[3] == other[1]
+    here = main.shape[2] == height and main.shape[3] == width
+    if main.shape[0] != batch or not (elsewhere or here):
         wanted = f"a batch of {batch} and a height and width of {(height, width)} or {other}"
         raise ValueError(f"main: got shape {tuple(main.shape)}, wanted {wanted}")
     area, channels = factor**2, main.shape[1]
-    if size != other:
+    if not elsewhere:
         if up and channels % area:
             raise ValueError(f"main: got {channels} channels, wanted a multiple of {area}")
         channels = channels // area if up else channels * area

@@ -12,11 +12,11 @@ from diffusers.models.autoencoders.autoencoder_dc import (
     DCUpBlock2d,
     Decoder,
     EfficientViTBlock,
+    Encoder,
     ResBlock,
 )
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pronghorn.dcae.diffusers.attention import (
     attention_output,
@@ -25,7 +25,9 @@ from pronghorn.dcae.diffusers.attention import (
     qkv_weight,
     queries_keys_values,
 )
-from pronghorn.dcae.diffusers.resampling import FastDownBlock, FastUpBlock
+from pronghorn.dcae.diffusers.convolution import convolved
+from pronghorn.dcae.diffusers.graphs import GraphedForward
+from pronghorn.dcae.diffusers.resampling import FastDownBlock, FastStem, FastUpBlock
 from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
 from pronghorn.kernels.channel_rms_norm import channel_rms_norm
 from pronghorn.kernels.relu_linear_attention import relu_linear_attention
@@ -36,9 +38,9 @@ ACTIVATIONS = {nn.SiLU: "silu", nn.ReLU: "relu"}
 class Accelerated:
     """An autoencoder in its fast form; `restore` (or the end of a `with` block) gives the old one back."""
 
-    def __init__(self, vae: Any, channels_last: bool) -> None:
+    def __init__(self, vae: Any, channels_last: bool, cuda_graphs: bool) -> None:
         self.vae = vae
-        self._channels_last = channels_last
+        self._channels_last, self._cuda_graphs = channels_last, cuda_graphs
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         self._visit(vae)
         if not self._replaced:
@@ -47,6 +49,8 @@ class Accelerated:
             setattr(vae, name, partial(exact, vae))
         if channels_last:
             self.vae.to(memory_format=torch.channels_last)
+        if cuda_graphs:
+            vae.encoder.forward, vae.decoder.forward = GraphedForward(vae.encoder), GraphedForward(vae.decoder)
 
     def _visit(self, module: nn.Module) -> None:
         for name, child in list(module.named_children()):
@@ -56,6 +60,8 @@ class Accelerated:
                 self._replace(module, name, FastResBlock(child))
             elif type(child) is DCDownBlock2d and child.shortcut:
                 self._replace(module, name, FastDownBlock(child))
+            elif type(child) is DCDownBlock2d and isinstance(module, Encoder):
+                self._replace(module, name, FastStem(child))
             elif type(child) is DCUpBlock2d and child.shortcut:
                 self._replace(module, name, FastUpBlock(child))
             else:
@@ -74,6 +80,8 @@ class Accelerated:
             setattr(module, name, own)
         if self._replaced:
             del self.vae.tiled_encode, self.vae.tiled_decode
+            if self._cuda_graphs:
+                del self.vae.encoder.forward, self.vae.decoder.forward
         self._replaced = []
         if self._channels_last:
             self.vae.to(memory_format=torch.contiguous_format)
@@ -85,11 +93,12 @@ class Accelerated:
         self.restore()
 
 
-def accelerate_dcae(vae: AutoencoderDC, *, channels_last: bool = True) -> Accelerated:
+def accelerate_dcae(vae: AutoencoderDC, *, channels_last: bool = True, cuda_graphs: bool = False) -> Accelerated:
     """Bring an autoencoder into its fast form for inference, in place; in a pipeline, too.
 
     Queries, keys and values become one convolution, attention and the gated depthwise convolution one kernel each, a
-    norm one kernel together with the sum or activation after it, and a batch norm part of the convolution before it.
+    norm one kernel together with the sum or activation after it, a batch norm part of the convolution before it, and a
+    bias one pass with what follows it.
     Where grids are halved or doubled, what follows the convolution is one kernel.
     After `vae.enable_tiling()`, tiles are exact and of any size.
     Names of weights stay, so it can be saved as it is; weights are read now, and what is loaded later is not seen.
@@ -97,6 +106,8 @@ def accelerate_dcae(vae: AutoencoderDC, *, channels_last: bool = True) -> Accele
     Args:
         vae: diffusers' `AutoencoderDC`, or ours, in evaluation mode and in the dtype that it will run in.
         channels_last: also let a pixel's channels lie side by side, as convolutions on a GPU want them.
+        cuda_graphs: also record the encoder and the decoder, for each of the last shapes, and replay them: for few and
+            small images, whose layers are shorter than their launches. Each recording keeps its memory.
 
     Returns:
         The handle of the autoencoder, also a context manager.
@@ -112,7 +123,7 @@ def accelerate_dcae(vae: AutoencoderDC, *, channels_last: bool = True) -> Accele
         raise TypeError(f"vae: got {type(vae).__name__}, wanted an AutoencoderDC")
     if vae.training:
         raise ValueError("vae: is in training mode; call its eval method first")
-    return Accelerated(vae, channels_last)
+    return Accelerated(vae, channels_last, cuda_graphs)
 
 
 class FastResBlock(nn.Module):
@@ -130,9 +141,11 @@ class FastResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of features [batch, channels, height, width]."""
-        y = self.nonlinearity(self.conv1(x))
+        activation = ACTIVATIONS.get(type(self.nonlinearity))
+        y = convolved(self.conv1, x, activation=activation)
+        y = y if activation else self.nonlinearity(y)
         if self.weight is not None:
-            return functional.conv2d(y, self.weight, self.bias, padding=1) + x
+            return convolved(self.conv2, y, weight=self.weight, bias=self.bias, residual=x)
         return normed(self.conv2(y), self.norm, x)
 
 

@@ -11,6 +11,7 @@ from diffusers.models.transformers.sana_transformer import GLUMBConv
 from torch import Tensor
 from torch.nn import functional
 
+from pronghorn.dcae.diffusers.convolution import convolved
 from pronghorn.kernels.channel_rms_norm import channel_rms_norm
 from pronghorn.kernels.gated_depthwise_conv import gated_depthwise_conv
 
@@ -23,15 +24,25 @@ def qkv_weight(attn: SanaMultiscaleLinearAttention) -> Tensor:
 def queries_keys_values(attn: SanaMultiscaleLinearAttention, x: Tensor, weight: Tensor) -> list[tuple[Tensor, ...]]:
     """Of features [batch, channels, height, width] and each scale, three of [batch, heads, places, head_dim].
 
-    They are views of what the convolutions gave, which lies in memory as the features do.
+    They are views of what the convolutions gave.
     """
     qkv = functional.conv2d(x, weight)
-    found = []
-    for scale in (qkv, *[scale(qkv) for scale in attn.to_qkv_multiscale]):
-        # Each head's channels are its queries, then its keys, then its values.
-        heads = scale.flatten(2).unflatten(1, (-1, 3, attn.attention_head_dim))
-        found.append(tuple(part.transpose(2, 3) for part in heads.unbind(2)))
-    return found
+    # Each head's channels are its queries, then its keys, then its values.
+    heads = qkv.flatten(2).unflatten(1, (-1, 3, attn.attention_head_dim)).transpose(3, 4)
+    scales = [heads, *[_at_scale(scale, qkv, attn.attention_head_dim) for scale in attn.to_qkv_multiscale]]
+    return [tuple(scale.unbind(2)) for scale in scales]
+
+
+def _at_scale(scale: Any, qkv: Tensor, head_dim: int) -> Tensor:
+    """[batch, heads, 3, places, head_dim] of queries, keys and values that see their neighbours.
+
+    The grouped convolution is a product of matrices, one for each group: cuDNN takes many times as long.
+    """
+    batch, channels, *size = qkv.shape
+    near = scale.proj_in(qkv).permute(0, 2, 3, 1).reshape(-1, channels // head_dim, head_dim)
+    weight = scale.proj_out.weight.view(-1, head_dim, head_dim)
+    found = torch.bmm(near.transpose(0, 1), weight.transpose(1, 2))
+    return found.view(-1, 3, batch, size[0] * size[1], head_dim).permute(2, 0, 1, 3, 4)
 
 
 def attention_output(attn: SanaMultiscaleLinearAttention, attended: list[Tensor], x: Tensor) -> Tensor:
@@ -54,7 +65,7 @@ def attention_output(attn: SanaMultiscaleLinearAttention, attended: list[Tensor]
 
 def gated(glu: GLUMBConv, x: Tensor) -> Tensor:
     """The gated convolution, with its norm and sum in one kernel."""
-    y = glu.conv_inverted(x)
+    y = convolved(glu.conv_inverted, x)
     y = glu.conv_point(gated_depthwise_conv(y, glu.conv_depth.weight, glu.conv_depth.bias))
     residual = x if glu.residual_connection else None
     if glu.norm is not None:

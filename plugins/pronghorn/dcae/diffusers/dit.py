@@ -11,6 +11,8 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import nn
 
 TIME_CHANNELS = 256
+# Blocks, channels and heads of the published sizes.
+DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
 class DiT2DModel(DiTTransformer2DModel):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import AutoModel
 
-from pronghorn.dcae.config import DCAEConfig
+from pronghorn.dcae.config import DCAEConfig, published
 from pronghorn.dcae.diffusers.autoencoder import AutoencoderDC
 
 
@@ -26,6 +27,26 @@ def load_dcae(model: str | Path, *, config: DCAEConfig | str | None = None) -> A
         return AutoencoderDC.from_efficientvit(model, config=config).eval()
     loaded: AutoencoderDC = AutoencoderDC.from_pretrained(model)
     return loaded.eval()
+
+
+def start_dcae(model: str, *, config: str | None = None) -> AutoencoderDC:
+    """An autoencoder to train: one that is there, or one with random weights.
+
+    Args:
+        model: as for `load_dcae`, a hub name with its owner; with random weights the bare name of a published one, or
+            a JSON file of `DCAEConfig`.
+        config: as for `load_dcae`.
+
+    Raises:
+        ValueError: nothing is there and nothing was published under the name, or see `load_dcae` and `DCAEConfig`.
+    """
+    path = Path(model)
+    if path.is_file() and path.suffix == ".json":
+        return AutoencoderDC(**DCAEConfig.from_dict(json.loads(path.read_text())).to_dict())
+    if path.exists() or "/" in model:
+        return load_dcae(model, config=config)
+    # What was published is the scaling factor of other weights' latents.
+    return AutoencoderDC(**replace(published(model), scaling_factor=1.0).to_dict())
 
 
 def load_autoencoder(model: str | Path) -> Any:

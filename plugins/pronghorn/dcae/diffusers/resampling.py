@@ -1,4 +1,4 @@
-"""Blocks that halve or double a grid, with what follows their convolution in one kernel."""
+"""Blocks that halve or double a grid, with what follows their convolution in few passes."""
 
 from __future__ import annotations
 
@@ -6,32 +6,61 @@ from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBloc
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pronghorn.dcae.diffusers.convolution import convolved, shuffled_weight, unshuffling_weight
+from pronghorn.kernels.bias_activation import bias_activation
 from pronghorn.kernels.shuffle_shortcut import shuffle_add, unshuffle_add
 
 
-class FastDownBlock(nn.Module):
+class _Derived(nn.Module):
+    """A block with its convolution, under its own name, and a weight and bias made of those."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, conv: nn.Conv2d, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.conv = conv
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+
+class FastDownBlock(_Derived):
     """A residual block that halves a grid."""
 
     def __init__(self, block: DCDownBlock2d) -> None:
-        super().__init__()
-        self.conv, self.factor = block.conv, block.factor
+        super().__init__(block.conv)
+        self.factor = block.factor
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [batch, channels, height, width] to [batch, channels of the next stage, height / 2, width / 2]."""
-        return unshuffle_add(self.conv(x), x, factor=self.factor)
+        return unshuffle_add(convolved(self.conv, x), x, factor=self.factor)
 
 
-class FastUpBlock(nn.Module):
-    """A residual block that doubles a grid."""
+class FastStem(_Derived):
+    """The first convolution of an encoder that halves the image at once, without a shortcut."""
+
+    def __init__(self, block: DCDownBlock2d) -> None:
+        super().__init__(block.conv, *(unshuffling_weight(block.conv) if block.downsample else (None, None)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """An image [batch, 3, height, width] to [batch, channels, height / 2, width / 2]."""
+        if self.weight is None:
+            return convolved(self.conv, x)
+        return bias_activation(functional.conv2d(x, self.weight, None, stride=2, padding=1), self.bias)
+
+
+class FastUpBlock(_Derived):
+    """A residual block that doubles a grid. What was to be doubled before the convolution is shuffled after it."""
 
     def __init__(self, block: DCUpBlock2d) -> None:
-        super().__init__()
-        self.conv, self.factor = block.conv, block.factor
-        self.interpolate, self.interpolation_mode = block.interpolate, block.interpolation_mode
+        derived = block.interpolate and block.interpolation_mode == "nearest"
+        super().__init__(block.conv, *(shuffled_weight(block.conv) if derived else (None, None)))
+        self.factor = block.factor
+        self.interpolation_mode = block.interpolation_mode if block.interpolate and not derived else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [batch, channels, height, width] to [batch, channels of the next stage, height * 2, width * 2]."""
         finer = x
-        if self.interpolate:
+        if self.interpolation_mode is not None:
             finer = functional.interpolate(x, scale_factor=self.factor, mode=self.interpolation_mode)
-        return shuffle_add(self.conv(finer), x, factor=self.factor)
+        return shuffle_add(convolved(self.conv, finer, weight=self.weight, bias=self.bias), x, factor=self.factor)

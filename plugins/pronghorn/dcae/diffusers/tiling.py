@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from torch import Tensor, nn
 
 from pronghorn.dcae.diffusers.attention import attention_output, gated, qkv_weight, queries_keys_values
-from pronghorn.dcae.diffusers.resampling import FastDownBlock, FastUpBlock
+from pronghorn.dcae.diffusers.resampling import FastDownBlock, FastStem, FastUpBlock
 from pronghorn.kernels.relu_linear_attention import attend_state, key_value_state
 from pronghorn.kernels.shuffle_shortcut import shuffle_add, unshuffle_add
 
@@ -171,7 +171,7 @@ def _block_steps(blocks: list[Any]) -> Steps:
     for block in blocks:
         if isinstance(block, DCUpBlock2d | FastUpBlock):
             steps.append(_Step(block, 1, up=2))
-        elif isinstance(block, DCDownBlock2d | FastDownBlock):
+        elif isinstance(block, DCDownBlock2d | FastDownBlock | FastStem):
             steps.append(_Step(block, 1, down=2))
         elif isinstance(block, nn.Conv2d):
             steps.append(_Step(block, 1))

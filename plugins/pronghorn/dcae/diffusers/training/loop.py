@@ -82,8 +82,12 @@ class Loop:
         per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         left = range(self.progress.step * per_step, config.steps * per_step)
         loader = accelerator.prepare(
-            DataLoader(Subset(self._data, left), batch_size=config.batch_size, num_workers=config.workers)
-        )
+            DataLoader(
+                Subset(self._data, left), batch_size=config.batch_size, num_workers=config.workers,
+                # Where none is given, a loader that starts draws a number that training would have drawn.
+                generator=torch.Generator(),
+            )
+        )  # fmt: skip
         batches = iter(loader)
         bar = tqdm(range(self.progress.step + 1, config.steps + 1), initial=self.progress.step, total=config.steps,
                    desc="training", disable=not accelerator.is_main_process)  # fmt: skip

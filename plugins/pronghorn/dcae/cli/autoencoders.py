@@ -1,4 +1,4 @@
-"""`pronghorn dcae …`: convert, reconstruct, stats, dump, compare and bench."""
+"""Commands for autoencoders: convert, reconstruct, stats, dump, compare and bench."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="DC-AE: autoencoders with 32 to 128 times fewer pixels on an edge.")
+from pronghorn.dcae.cli.options import Config, Device, numbers, on
+
+app = typer.Typer()
 
 Model = Annotated[str, typer.Argument(help="Folder in diffusers' or the official layout, official file, or hub name.")]
-Config = Annotated[str | None, typer.Option(help="Published name of the architecture, for a file without it.")]
 Images = Annotated[Path, typer.Argument(help="Folder of images.")]
 Size = Annotated[int, typer.Option(help="Edge of the square that is cut from each image's middle.")]
-Device = Annotated[str | None, typer.Option(help="cuda, cpu …; the GPU if there is one.")]
 BatchSize = Annotated[int, typer.Option(help="Images at a time.")]
 Tile = Annotated[int, typer.Option(help="Edge of a tile of large images; 0 takes them whole.")]
 
@@ -47,7 +47,7 @@ def reconstruct(
     from pronghorn.dcae.diffusers import accelerate_dcae, tiled_decode, tiled_encode
     from pronghorn.dcae.images import find_images, load_image, to_image
 
-    vae = _on(_load(model, config), device)
+    vae = on(_load(model, config), device)
     output.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), accelerate_dcae(vae):
         for path in find_images(images):
@@ -71,7 +71,7 @@ def stats(
     from pronghorn.dcae.images import find_images, load_image
     from pronghorn.dcae.latents import latent_statistics
 
-    vae, paths = _on(_load(model, config), device), find_images(images)
+    vae, paths = on(_load(model, config), device), find_images(images)
 
     def latents() -> Any:
         for start in range(0, len(paths), batch_size):
@@ -94,7 +94,7 @@ def dump(
     """Write every image's latent as .npy; run it again to go on."""
     from pronghorn.dcae.latents import dump_latents
 
-    vae = _on(_load(model, config), device)
+    vae = on(_load(model, config), device)
     written = dump_latents(vae, images, output, size=size, scaling_factor=scaling_factor, batch_size=batch_size)
     typer.echo(f"{written} latents written to {output}")
 
@@ -122,7 +122,7 @@ def compare(
         raise ValueError(f"models: got {', '.join(models)}, wanted each once")
     names = [Path(model).name for model in models]
     names = [name if names.count(name) == 1 else model for name, model in zip(names, models, strict=True)]
-    vaes = {name: _on(load_autoencoder(model), device) for name, model in zip(names, models, strict=True)}
+    vaes = {name: on(load_autoencoder(model), device) for name, model in zip(names, models, strict=True)}
     features = texture_statistics if len(find_images(images)) > 1 else None  # of one image there is no spread
     found = compare(vaes, images, output, size=size, tokens=tokens, batch_size=batch_size, features=features)
     table = Table("model", "latent", "patch", "tokens", "numbers", "a token", "PSNR dB", "SSIM", "texture")
@@ -142,7 +142,7 @@ def bench(
     sizes: Annotated[str, typer.Option(help="Edges of images, with commas.")] = "512,1024",
     batch_sizes: Annotated[str, typer.Option(help="Images at a time, with commas.")] = "1,8",
     forms: Annotated[
-        str, typer.Option(help="Of stock, channels_last, compiled, accelerated, accelerated_compiled.")
+        str, typer.Option(help="Of stock, channels_last, compiled, accelerated, accelerated_graphs.")
     ] = "stock,accelerated",
     repeats: Annotated[int, typer.Option(help="Timed calls.")] = 10,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; on a GPU the first.")] = None,
@@ -159,7 +159,7 @@ def bench(
     found, stock = [], {}
     table = Table("", "size", "batch", Column("form", no_wrap=True), "ms", "images/s", "peak GiB", "speed-up")
     for speed in bench(
-        vae, sizes=_numbers(sizes), batch_sizes=_numbers(batch_sizes), forms=forms.split(","), repeats=repeats
+        vae, sizes=numbers(sizes), batch_sizes=numbers(batch_sizes), forms=forms.split(","), repeats=repeats
     ):  # fmt: skip
         found.append(speed.to_dict())
         about = (speed.what, str(speed.size), str(speed.batch_size))
@@ -193,20 +193,7 @@ def _benched(model: str, dtype: str | None, device: str | None) -> Any:
     return vae.to(where, getattr(torch, name))
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"wanted numbers with commas, got {text!r}") from None
-
-
 def _load(model: str, config: str | None) -> Any:
     from pronghorn.dcae.diffusers.loading import load_dcae
 
     return load_dcae(model, config=config)
-
-
-def _on(vae: Any, device: str | None) -> Any:
-    import torch
-
-    return vae.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

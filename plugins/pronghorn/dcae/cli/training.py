@@ -1,0 +1,182 @@
+"""Commands for training: an autoencoder phase by phase, a diffusion model on its latents, and samples of that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pronghorn.dcae.cli.options import Config, Device, numbers, on
+from pronghorn.dcae.phases import PhaseConfig
+
+app = typer.Typer()
+
+Output = Annotated[Path, typer.Argument(help="Folder for checkpoints, the log and the model.")]
+Steps = Annotated[int, typer.Option(help="Updates of the weights.")]
+BatchSize = Annotated[int, typer.Option(help="Images of a step, on each device.")]
+LearningRate = Annotated[float | None, typer.Option(help="The paper's by default.")]
+Warmup = Annotated[int, typer.Option(help="Steps over which the learning rate rises.")]
+Accumulation = Annotated[int, typer.Option(help="Batches of a step.")]
+EmaDecay = Annotated[float, typer.Option(help="Of the mean of the weights, which is what is kept; 0 keeps the last.")]
+Precision = Annotated[str, typer.Option(help="no, bf16 or fp16.")]
+Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")]
+SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints; 0 makes none.")]
+Workers = Annotated[int, typer.Option(help="Processes that read data.")]
+Seed = Annotated[int, typer.Option(help="Of all that is drawn.")]
+LogWith = Annotated[str | None, typer.Option(help="A tracker of accelerate's, as tensorboard.")]
+PERCEPTUAL = ("pyramid", "lpips")
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(
+        help="Folder in either layout, official file, or hub name with its owner; with random weights a published "
+        "name or a JSON file of DCAEConfig."
+    )],
+    images: Annotated[Path, typer.Argument(help="Folder of images.")],
+    output: Output,
+    phase: Annotated[int, typer.Option(help="1 everything, 2 the middle, 3 the decoder's head.")],
+    steps: Steps,
+    config: Config = None,
+    held_out: Annotated[Path | None, typer.Option(help="Folder of images for evaluation.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Edge of an image; by default 256, 1024 and 256.")] = None,
+    batch_size: BatchSize = PhaseConfig.batch_size, learning_rate: LearningRate = None,
+    warmup_steps: Warmup = PhaseConfig.warmup_steps,
+    gradient_accumulation_steps: Accumulation = PhaseConfig.gradient_accumulation_steps,
+    middle_blocks: Annotated[int, typer.Option(help="Phase 2: also so many blocks on both sides of the latent.")] = 0,
+    head_blocks: Annotated[int, typer.Option(help="Phase 3: also so many of the decoder's last blocks.")] = 0,
+    perceptual: Annotated[str, typer.Option(help="pyramid, which is a stand-in, or lpips.")] = PERCEPTUAL[0],
+    ema_decay: EmaDecay = PhaseConfig.ema_decay, mixed_precision: Precision = PhaseConfig.mixed_precision,
+    gradient_checkpointing: Checkpointing = False,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = PhaseConfig.evaluate_every,
+    save_every: SaveEvery = PhaseConfig.save_every, workers: Workers = PhaseConfig.workers,
+    seed: Seed = PhaseConfig.seed, log_with: LogWith = None,
+) -> None:  # fmt: skip
+    """Train an autoencoder through one of the three phases; the same command goes on with one that was broken off."""
+    from pronghorn.dcae.diffusers.loading import start_dcae
+    from pronghorn.dcae.diffusers.training import AutoencoderTrainer
+
+    settings = PhaseConfig(
+        phase=phase, steps=steps, resolution=resolution, batch_size=batch_size, learning_rate=learning_rate,
+        warmup_steps=warmup_steps, gradient_accumulation_steps=gradient_accumulation_steps,
+        middle_blocks=middle_blocks, head_blocks=head_blocks, ema_decay=ema_decay, mixed_precision=mixed_precision,
+        gradient_checkpointing=gradient_checkpointing, evaluate_every=evaluate_every, save_every=save_every,
+        workers=workers, seed=seed,
+    )  # fmt: skip
+    distance = _distance(perceptual)
+    _seed(seed)
+    trainer = AutoencoderTrainer(
+        start_dcae(model, config=config), settings, images, output=output, held_out=held_out, perceptual=distance,
+        log_with=log_with,
+    )  # fmt: skip
+    metrics = trainer.fit()
+    found = "" if metrics is None else f", PSNR {metrics.psnr:.2f} dB and SSIM {metrics.ssim:.4f} of {held_out}"
+    _say(f"{output / 'model'}: phase {phase}, {steps} steps{found}")
+
+
+@app.command()
+def train_diffusion(
+    latents: Annotated[Path, typer.Argument(help="Folder as `dump` writes it, with a folder for each class.")],
+    output: Output, steps: Steps,
+    method: Annotated[str, typer.Option(help="uvit, usit or dit.")] = "usit",
+    size: Annotated[str | None, typer.Option(help="S, H or 2B; of dit S, B, L or XL.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="Channels of a token, in place of the size's.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Blocks, likewise.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, likewise.")] = None,
+    patch_size: Annotated[int, typer.Option(help="Places of a token's edge.")] = 1,
+    batch_size: BatchSize = PhaseConfig.batch_size, learning_rate: LearningRate = None,
+    warmup_steps: Warmup = PhaseConfig.warmup_steps,
+    gradient_accumulation_steps: Accumulation = PhaseConfig.gradient_accumulation_steps,
+    label_dropout: Annotated[float, typer.Option(help="Share of images without their label, for guidance.")] = 0.1,
+    ema_decay: EmaDecay = 0.9999, mixed_precision: Precision = PhaseConfig.mixed_precision,
+    gradient_checkpointing: Checkpointing = False, save_every: SaveEvery = PhaseConfig.save_every,
+    workers: Workers = PhaseConfig.workers, seed: Seed = PhaseConfig.seed, log_with: LogWith = None,
+) -> None:  # fmt: skip
+    """Train a diffusion model on latents; the same command goes on with one that was broken off."""
+    from pronghorn.dcae.diffusers.training import DiffusionTrainer, Latents, new_model
+    from pronghorn.dcae.diffusion import DiffusionConfig
+
+    settings = DiffusionConfig(
+        method=method, steps=steps, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=warmup_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps, label_dropout=label_dropout, ema_decay=ema_decay,
+        mixed_precision=mixed_precision, gradient_checkpointing=gradient_checkpointing, save_every=save_every,
+        workers=workers, seed=seed,
+    )  # fmt: skip
+    data = Latents(latents)
+    _seed(seed)
+    model = new_model(
+        method, tuple(data[0][0].shape), len(data.classes), size=size, hidden_size=hidden_size, depth=depth,
+        num_attention_heads=heads, patch_size=patch_size,
+    )  # fmt: skip
+    _say(f"{len(data.paths)} latents of {len(data.classes)} classes, {model.num_parameters() / 1e6:.2f} M parameters")
+    DiffusionTrainer(model, settings, latents, output=output, log_with=log_with).fit()
+    _say(f"{output / 'model'}: {method}, {steps} steps")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="The autoencoder, as of other commands.")],
+    training: Annotated[Path, typer.Argument(help="Folder that `train-diffusion` wrote.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the pictures.")],
+    classes: Annotated[str, typer.Option(help="Numbers with commas: class folders are counted from 0, in order.")],
+    each: Annotated[int, typer.Option(help="Pictures of a class.")] = 1,
+    guidance_scale: Annotated[float | None, typer.Option(help="The paper's by default.")] = None,
+    scaling_factor: Annotated[float | None, typer.Option(help="As of `dump`; by default the autoencoder's.")] = None,
+    config: Config = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0, device: Device = None,
+) -> None:  # fmt: skip
+    """Pictures of classes, by a diffusion model that was trained here."""
+    import torch
+
+    from pronghorn.dcae.diffusers import DCAEDiTPipeline, DiT2DModel, USiTPipeline, UViT2DModel, UViTPipeline
+    from pronghorn.dcae.diffusers.loading import load_dcae
+
+    kinds: dict[str, tuple[Any, Any]] = {
+        "uvit": (UViTPipeline, UViT2DModel), "usit": (USiTPipeline, UViT2DModel), "dit": (DCAEDiTPipeline, DiT2DModel),
+    }  # fmt: skip
+    pipeline, kind = kinds[json.loads((training / "config.json").read_text())["method"]]
+    vae = load_dcae(model, config=config)
+    if scaling_factor is not None:
+        vae.register_to_config(scaling_factor=scaling_factor)
+    pipe = on(pipeline(vae, kind.from_pretrained(training / "model").eval()), device)
+    labels = [number for number in numbers(classes) for _ in range(each)]
+    given = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    images = pipe(labels, generator=torch.Generator().manual_seed(seed), **given).images
+    output.mkdir(parents=True, exist_ok=True)
+    for place, (label, image) in enumerate(zip(labels, images, strict=True)):
+        image.save(output / f"{label:04d}-{place % each:03d}.png")
+    typer.echo(f"{len(images)} pictures -> {output}")
+
+
+def _distance(perceptual: str) -> Any:
+    """What the trainer is given; None is its stand-in."""
+    if perceptual not in PERCEPTUAL:
+        raise ValueError(f"perceptual: got {perceptual!r}, accepted are {', '.join(PERCEPTUAL)}")
+    if perceptual == "pyramid":
+        return None
+    try:
+        import lpips
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "perceptual: got 'lpips', which needs the package of that name (pip install lpips) and downloads weights"
+        ) from error
+    from accelerate import PartialState
+
+    return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(PartialState().device)
+
+
+def _seed(seed: int) -> None:
+    """Of random weights: alike in all processes, and when the command is given again."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def _say(text: str) -> None:
+    """In one of several processes."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        typer.echo(text)

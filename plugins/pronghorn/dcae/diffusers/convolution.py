@@ -1,0 +1,80 @@
+"""Convolutions for inference, with their bias and what follows them in as few passes over memory as may be.
+
+PyTorch adds a bias in a pass of its own, which on large images takes as long as the convolution.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pronghorn.kernels.bias_activation import bias_activation
+
+
+def convolved(
+    conv: nn.Conv2d, x: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None,
+    residual: Tensor | None = None, activation: str | None = None,
+) -> Tensor:  # fmt: skip
+    """activation(conv(x) + residual).
+
+    Args:
+        conv: of groups or none, with or without a bias.
+        x: [batch, channels, height, width].
+        weight: instead of the convolution's own.
+        bias: likewise, with a weight.
+        residual: in the shape of the result.
+        activation: None, "relu" or "silu".
+    """
+    if weight is None:
+        weight, bias = conv.weight, conv.bias
+    if bias is not None and residual is None:
+        if activation is None and _of_pixels(conv, x):
+            return functional.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+        if activation == "relu" and x.is_cuda and torch.version.hip is None and not torch.is_grad_enabled():
+            stride, padding, dilation = (tuple(map(int, way)) for way in (conv.stride, conv.padding, conv.dilation))
+            result: Tensor = torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, conv.groups)
+            return result
+    y = functional.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if bias is None and residual is None and activation is None:
+        return y
+    return bias_activation(y, bias, residual=residual, activation=activation)
+
+
+def _of_pixels(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether it is a matrix product with the channels of pixels, which lie side by side."""
+    alone = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and not any(conv.padding)
+    return alone and x.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def unshuffling_weight(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the 4 x 4 convolution of stride 2 that is a 3 x 3 one and `pixel_unshuffle` by 2 after it.
+
+    Place (i, j) of a cell is a channel of its own, whose 3 x 3 numbers stand i lower and j further right.
+    """
+    channels, given = conv.weight.shape[:2]
+    weight = conv.weight.new_zeros(channels, 4, given, 4, 4)
+    for i in range(2):
+        for j in range(2):
+            weight[:, 2 * i + j, :, i : i + 3, j : j + 3] = conv.weight
+    return weight.flatten(0, 1), None if conv.bias is None else conv.bias.repeat_interleave(4)
+
+
+@torch.no_grad()
+def shuffled_weight(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the 3 x 3 convolution before `pixel_shuffle` by 2 that is `conv` on pixels doubled each way.
+
+    Of three adjacent doubled pixels two are the same one, and their weights are summed up, in float32.
+    """
+    channels, given = conv.weight.shape[:2]
+    weight = conv.weight.new_zeros(channels, 4, given, 3, 3, dtype=torch.float32)
+    for i in range(2):
+        for j in range(2):
+            for row in range(3):
+                for column in range(3):
+                    # From place i of a pixel, `row - 1` further is this many pixels further.
+                    y, x = (i + row - 1) // 2 + 1, (j + column - 1) // 2 + 1
+                    weight[:, 2 * i + j, :, y, x] += conv.weight[:, :, row, column]
+    weight = weight.flatten(0, 1).to(conv.weight.dtype)
+    return weight, None if conv.bias is None else conv.bias.repeat_interleave(4)

@@ -1,0 +1,164 @@
+"""The commands that train and sample, as users type them."""
+
+import importlib.util
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tests.plugins.dcae.test_autoencoder import small
+from tests.plugins.dcae.test_cli import run
+from tests.plugins.dcae.test_crops import picture
+from tests.plugins.dcae.test_diffusion_training import dumped
+from tests.plugins.dcae.test_training import BrokenOffError
+
+from pronghorn.dcae import CONFIGURATIONS, DiT2DModel, UViT2DModel
+from pronghorn.dcae.diffusers.loading import start_dcae
+from pronghorn.dcae.diffusers.training import autoencoder as room
+from pronghorn.dcae.diffusers.training import new_model
+
+SHORT = ("--steps", 2, "--batch-size", 2, "--save-every", 1)
+OWN = ("--hidden-size", 16, "--depth", 2, "--heads", 2)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for number in range(3):
+        path = tmp_path / "photos" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture(40, 36, number).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def described(tmp_path):
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(small().architecture.to_dict()))
+    return path
+
+
+def trained(folder):
+    return load_file(folder / "model" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_three_phases(described, photos, tmp_path):
+    said = run("train", described, photos, tmp_path / "1", "--phase", 1, "--resolution", 16, *SHORT,
+               "--held-out", photos, "--evaluate-every", 1)  # fmt: skip
+    assert "PSNR" in said
+    assert len(list((tmp_path / "1" / "samples").iterdir())) == 2
+    run("train", tmp_path / "1" / "model", photos, tmp_path / "2", "--phase", 2, "--resolution", 32,
+        "--middle-blocks", 1, *SHORT)  # fmt: skip
+    run("train", tmp_path / "2" / "model", photos, tmp_path / "3", "--phase", 3, "--resolution", 32,
+        "--head-blocks", 1, "--gradient-accumulation-steps", 2, *SHORT)  # fmt: skip
+    first, second, third = (trained(tmp_path / name) for name in "123")
+    moved = [{name.split(".")[0] for name in new if not torch.equal(old[name], new[name])}
+             for old, new in ((first, second), (second, third))]  # fmt: skip
+    assert moved == [{"encoder", "decoder"}, {"decoder"}]
+    found = json.loads((tmp_path / "3" / "config.json").read_text())
+    assert (found["head_blocks"], found["gradient_accumulation_steps"], found["learning_rate"]) == (1, 2, 5.4e-5)
+
+
+def test_the_same_command_goes_on(described, photos, tmp_path, monkeypatch):
+    given = ("--phase", 1, "--resolution", 16, "--steps", 4, "--batch-size", 2, "--save-every", 2)
+    run("train", described, photos, tmp_path / "whole", *given)
+    real, left = room.AutoencoderTrainer._step, iter(range(3))
+
+    def step(self, *more):
+        if next(left, None) is None:
+            raise BrokenOffError
+        return real(self, *more)
+
+    monkeypatch.setattr(room.AutoencoderTrainer, "_step", step)
+    with pytest.raises(BrokenOffError):
+        run("train", described, photos, tmp_path / "parts", *given)
+    monkeypatch.setattr(room.AutoencoderTrainer, "_step", real)
+    run("train", described, photos, tmp_path / "parts", *given)
+    assert_equal(trained(tmp_path / "whole"), trained(tmp_path / "parts"))
+    assert len((tmp_path / "parts" / "log.jsonl").read_text().splitlines()) == 5  # the third step is done twice
+
+
+def test_what_training_starts_from(described, tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGURATIONS, "tiny", small(scaling_factor=0.5).architecture)
+    assert start_dcae("tiny").config.scaling_factor == 1  # of the published weights, which these are not
+    assert start_dcae(str(described)).architecture == small().architecture
+    model = small(scaling_factor=0.5)
+    model.save_pretrained(tmp_path / "model")
+    assert_equal(start_dcae(str(tmp_path / "model")).state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match="name: got 'phase-1', known are"):
+        start_dcae("phase-1")
+    described.write_text(json.dumps({"width": 3}))
+    with pytest.raises(ValueError, match="width: no setting of DCAEConfig"):
+        start_dcae(str(described))
+
+
+def test_lpips_is_asked_for_by_name(described, photos, tmp_path, monkeypatch):
+    given = ("train", described, photos, tmp_path / "out", "--phase", 1, "--resolution", 16, *SHORT)
+    with pytest.raises(ValueError, match="perceptual: got 'vgg', accepted are pyramid, lpips"):
+        run(*given, "--perceptual", "vgg")
+    if importlib.util.find_spec("lpips") is None:
+        with pytest.raises(ModuleNotFoundError, match="pip install lpips"):
+            run(*given, "--perceptual", "lpips")
+    asked = []
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            asked.append(net)
+
+        def forward(self, x, y):
+            return (x - y).square().mean(dim=(1, 2, 3), keepdim=True)  # as the package's, one for each image
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
+    run(*given, "--perceptual", "lpips")
+    assert asked == ["vgg"]
+
+
+@pytest.mark.parametrize(("method", "kind"), [("uvit", UViT2DModel), ("usit", UViT2DModel), ("dit", DiT2DModel)])
+def test_diffusion_from_latents_to_pictures(method, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.DDPMScheduler.set_timesteps", _few)
+    latents = dumped(tmp_path / "latents")
+    said = run("train-diffusion", latents, tmp_path / "out", "--method", method, *OWN, *SHORT)
+    assert "8 latents of 2 classes" in said
+    model = kind.from_pretrained(tmp_path / "out" / "model")
+    assert (model.config.sample_size, model.config.in_channels, model.num_classes) == (4, 8, 2)
+    small(scaling_factor=1.0).save_pretrained(tmp_path / "vae")
+    given = ("sample", tmp_path / "vae", tmp_path / "out", tmp_path / "pictures", "--device", "cpu")
+    with pytest.raises(ValueError, match="the autoencoder has 1, which stands for none"):
+        run(*given, "--classes", "0")
+    run(*given, "--classes", "1,0", "--each", 2, "--scaling-factor", 0.5, "--guidance-scale", 2)
+    found = sorted((tmp_path / "pictures").iterdir())
+    assert [path.name for path in found] == ["0000-000.png", "0000-001.png", "0001-000.png", "0001-001.png"]
+    assert np.asarray(Image.open(found[0])).shape == (8, 8, 3)
+
+
+def _few(self, steps, device=None):
+    """DiT's 250 steps are too many for a test."""
+    _SET(self, min(steps, 4), device=device)
+
+
+_SET = __import__("diffusers").DDPMScheduler.set_timesteps
+
+
+def test_sizes_of_diffusion_models():
+    with torch.device("meta"):
+        assert new_model("usit", (32, 16, 16), 1000, size="S").num_parameters() == 44_788_768
+        assert new_model("dit", (32, 16, 16), 1000, size="XL").num_parameters() == DiT2DModel().num_parameters()
+    tiny = new_model("dit", (8, 4, 4), 3, size="S", depth=2, hidden_size=16, num_attention_heads=2)
+    assert (tiny.config.num_layers, tiny.config.attention_head_dim, tiny.num_classes) == (2, 8, 3)
+    for given, message in (
+        ({"method": "unet"}, "method: got 'unet'"), ({"size": "XL"}, "size: got 'XL', accepted for usit are S, H, 2B"),
+        ({"size": None}, "depth: got None, wanted a positive number, or size"), ({"shape": (8, 4, 6)}, "got 4 x 6"),
+        ({"method": "dit", "num_attention_heads": 5}, "num_attention_heads: got 5, wanted a divisor of 384"),
+        ({"patch_size": 3}, "patch_size: got 3"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            new_model(**{"method": "usit", "shape": (8, 4, 4), "num_classes": 3, "size": "S", **given})
