@@ -25,7 +25,8 @@ class Timing:
 
     Attributes:
         seconds: quantiles over calls, with the device's work: "p20", "p50", "p80".
-        peak_bytes: most memory that tensors held meanwhile, weights included; None where the device does not tell.
+        peak_bytes: most memory that PyTorch held meanwhile, weights and recordings included; None where the device does
+            not tell.
     """
 
     seconds: dict[str, float]
@@ -145,7 +146,7 @@ def timed(run: Callable[[], Any], device: torch.device, *, repeats: int = 10) ->
         times.append(now() - start)
     ordered = sorted(times)
     seconds = {name: ordered[round(q * (repeats - 1))] for name, q in (("p20", 0.2), ("p50", 0.5), ("p80", 0.8))}
-    return Timing(seconds, torch.cuda.max_memory_allocated(device) if on_gpu else None)
+    return Timing(seconds, torch.cuda.max_memory_reserved(device) if on_gpu else None)
 
 
 def free() -> None:

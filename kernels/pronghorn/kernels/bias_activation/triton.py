@@ -1,4 +1,7 @@
-"""Triton kernel for bias, residual and activation: a program has ELEMENTS numbers that follow each other in memory."""
+"""Triton kernels for bias, residual and activation: of rows (a pixel's channels are adjacent), of planes (pixels are).
+
+Of rows, a program has some channels of some pixels, so that it reads their biases once; of planes, pixels of one.
+"""
 
 from __future__ import annotations
 
@@ -9,48 +12,73 @@ from torch import Tensor
 
 from pronghorn.kernels._launch import Launcher
 from pronghorn.kernels._memory import as_dense, channels_inside, dense
-from pronghorn.kernels._triton import activate, blocks
+from pronghorn.kernels._triton import activate, blocks, power_of_2
 
-ELEMENTS = 2048
+ELEMENTS = 4096  # of a tile of rows
+MOST_CHANNELS = 512  # of a tile of rows
+PIXELS = 2048  # of a plane, in a tile
 WARPS = 4
+UNIT = 16  # Triton makes wide loads only where it knows that the pixels of a plane divide by it
+
+
+@triton.jit
+def _finish(
+    x, residual, out, at, inside, bias, ADDED: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + bias
+    if ADDED:
+        y += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, activate(y, ACTIVATION).to(out.dtype.element_ty), mask=inside)
 
 
 @Launcher
-@triton.jit(do_not_specialize=["last", "pixels"])
-def _bias_activation(
-    x, bias, residual, out, last, pixels,
-    BIASED: tl.constexpr, ADDED: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr,
-    ADJACENT: tl.constexpr, ELEMENTS: tl.constexpr,
+@triton.jit(do_not_specialize=["rows"])
+def _rows(
+    x, bias, residual, out, rows,
+    BIASED: tl.constexpr, ADDED: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`last`: numbers that the last program has; ADJACENT: channels are, not pixels."""
-    # Within a program, offsets are short.
-    start = tl.program_id(0).to(tl.int64) * ELEMENTS
-    at = tl.arange(0, ELEMENTS)
-    inside = at < tl.where(tl.program_id(0) == tl.num_programs(0) - 1, last, ELEMENTS)
-    y = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
+    row, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at = row.to(tl.int64)[:, None] * CHANNELS + c[None, :]
+    inside = (row < rows)[:, None] & (c < CHANNELS)[None, :]
+    level = tl.zeros([COLUMNS], tl.float32)
     if BIASED:
-        if ADJACENT:
-            c = ((start % CHANNELS).to(tl.int32) + at) % CHANNELS
-        else:
-            c = (
-                ((start // pixels) % CHANNELS).to(tl.int32) + ((start % pixels).to(tl.int32) + at) // pixels
-            ) % CHANNELS
-        y += tl.load(bias + c).to(tl.float32)
-    if ADDED:
-        y += tl.load(residual + start + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + start + at, activate(y, ACTIVATION).to(out.dtype.element_ty), mask=inside)
+        level = tl.load(bias + c, mask=c < CHANNELS, other=0.0).to(tl.float32)
+    _finish(x, residual, out, at, inside, level[None, :], ADDED, ACTIVATION)
+
+
+@Launcher
+@triton.jit(do_not_specialize=["pixels"])
+def _planes(
+    x, bias, residual, out, pixels,
+    UNIT: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):  # fmt: skip
+    pixels = pixels * UNIT
+    tiles = tl.cdiv(pixels, PIXELS)
+    plane, p = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * PIXELS + tl.arange(0, PIXELS)
+    level = 0.0
+    if BIASED:
+        level = tl.load(bias + plane % CHANNELS).to(tl.float32)
+    at = plane.to(tl.int64) * pixels + p
+    _finish(x, residual, out, at, p < pixels, level, ADDED, ACTIVATION)
 
 
 def bias_activation(x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> Tensor:
     """In the shape of x."""
     x = dense(x)
     out = torch.empty_like(x)
-    programs = blocks(x.numel(), ELEMENTS)
-    given = x if bias is None else bias.contiguous(), x if residual is None else as_dense(residual, x)
-    _bias_activation(
-        (programs, 1, 1), (x, *given, out),
-        (x.numel() - (programs - 1) * ELEMENTS, x.shape[2] * x.shape[3]),
-        (bias is not None, residual is not None, activation, x.shape[1], channels_inside(x), ELEMENTS),
-        num_warps=WARPS,
-    )  # fmt: skip
+    images, channels, height, width = x.shape
+    tensors = x, x if bias is None else bias.contiguous(), x if residual is None else as_dense(residual, x), out
+    how = bias is not None, residual is not None, activation, channels
+    if channels_inside(x):
+        rows, columns = images * height * width, min(power_of_2(channels), MOST_CHANNELS)
+        tile = ELEMENTS // columns
+        grid = blocks(rows, tile), blocks(channels, columns), 1
+        _rows(grid, tensors, (rows,), (*how, tile, columns), num_warps=WARPS)
+    else:
+        pixels = height * width
+        tile, unit = min(PIXELS, power_of_2(pixels)), 1 if pixels % UNIT else UNIT
+        grid = images * channels * blocks(pixels, tile), 1, 1
+        _planes(grid, tensors, (pixels // unit,), (unit, *how, tile), num_warps=WARPS)
     return out
