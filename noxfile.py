@@ -136,15 +136,16 @@ def tables(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Each method on SmolLM2 or on LiDAR scans: what it is for, and whether it does it."""
+    """Each method on SmolLM2, LiDAR scans or photographs: what it is for, and whether it does it."""
     env = environment(session, "main")
     for script in sorted((ROOT / "examples" / "demo").glob("*_smollm2.py")):
         run(session, env, "python", str(script), *session.posargs)
     folder = ROOT / "build" / "demo"
     folder.mkdir(parents=True, exist_ok=True)
     # What it measures is left there: benchmarks/results holds what was committed.
-    lidar = {**env, "OUT": str(folder), "OMP_WAIT_POLICY": "passive"}
-    run(session, lidar, "python", str(ROOT / "benchmarks" / "torchsparse_lidar.py"))
+    measured = {**env, "OUT": str(folder), "OMP_WAIT_POLICY": "passive"}
+    for script in ("torchsparse_lidar.py", "dcae_photos.py", "dcae_digits.py"):
+        run(session, measured, "python", str(ROOT / "benchmarks" / script))
 
 
 def _python_312(session: nox.Session) -> str:

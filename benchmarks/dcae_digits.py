@@ -2,7 +2,7 @@
 
 The digits are scikit-learn's, 8 by 8 pixels, as pictures of 32 by 32; a quarter is held out. A support vector machine,
 which has seen the others as pictures and nothing of what is made here, says what it takes samples for. `make demo`
-runs it: five minutes on two cores.
+runs it: four minutes on two cores.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ CLASSES = 10
 SIZE, SMALL = 32, 8  # pixels of a picture's edge, and of a digit's as scikit-learn has it
 LARGEST = 16  # value of a pixel there
 STAGES = 4
-# An 8 times smaller edge, 8 channels: 4 by 4 tokens.
+# An 8 times smaller edge, 4 channels: 4 by 4 tokens, as many numbers as scikit-learn's digits have.
 CONFIG = DCAEConfig(
-    latent_channels=8,
+    latent_channels=4,
     encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",),
     decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",),
     encoder_block_out_channels=(16, 32, 64, 64),
@@ -61,7 +61,7 @@ CONFIG = DCAEConfig(
     decoder_act_fns=("silu",) * STAGES,
     decoder_conv_act_fn="silu",
 )
-GUIDANCE = 1.5
+GUIDANCE = 2.0
 LEAST = 0.7  # of the samples have to be recognised; by chance it is a tenth
 
 
@@ -120,16 +120,16 @@ def scaled(vae: AutoencoderDC, seen: Digits) -> AutoencoderDC:
     return vae
 
 
-def diffusion(vae: AutoencoderDC, latents: Path, output: Path, steps: int, *, hidden_size: int = 128) -> USiTPipeline:
+def diffusion(vae: AutoencoderDC, latents: Path, output: Path, steps: int, *, hidden_size: int = 96) -> USiTPipeline:
     """A USiT, trained on latents, with what it is sampled by."""
     torch.manual_seed(0)
     size = SIZE // vae.spatial_compression_ratio
     model = UViT2DModel(
-        sample_size=size, in_channels=vae.config.latent_channels, hidden_size=hidden_size, depth=6,
+        sample_size=size, in_channels=vae.config.latent_channels, hidden_size=hidden_size, depth=4,
         num_attention_heads=4, num_classes=CLASSES,
     )  # fmt: skip
     config = DiffusionConfig(
-        method="usit", steps=steps, batch_size=64, learning_rate=1e-3, warmup_steps=min(50, steps), ema_decay=0.995,
+        method="usit", steps=steps, batch_size=64, learning_rate=2e-3, warmup_steps=min(50, steps), ema_decay=0.995,
         save_every=0,
     )  # fmt: skip
     DiffusionTrainer(model, config, latents, output=output).fit()
@@ -160,7 +160,8 @@ def spread(given: Digits) -> float:
 def nearest(given: Digits, seen: Digits) -> float:
     """Mean distance of a digit from the most alike one of the training: 0 if they are copies."""
     values, known = (torch.from_numpy(small(one.pictures)) for one in (given, seen))
-    return torch.cdist(values, known).amin(dim=1).mean().item()
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(values, known, compute_mode=exact).amin(dim=1).mean().item()
 
 
 def score(seen: Digits, held_out: Digits, vae: AutoencoderDC, samples: Digits, note: str) -> list[dict[str, Any]]:
@@ -176,8 +177,8 @@ def score(seen: Digits, held_out: Digits, vae: AutoencoderDC, samples: Digits, n
     real = median([right["digits"]])
     return [
         row("recognised, reconstructions", "the digits themselves", held, median([right["reconstructions"]]), real,
-            unit="of 1", higher_is_better=True),
-        row("recognised, samples", "held-out digits", shape, median([right["samples"]]), real, unit="of 1",
+            unit="accuracy", higher_is_better=True),
+        row("recognised, samples", "held-out digits", shape, median([right["samples"]]), real, unit="accuracy",
             higher_is_better=True, note=note),
         row("spread within a class, samples", "held-out digits", shape, median([spread(samples)]),
             median([spread(held_out)]), unit="gray levels", higher_is_better=True),
@@ -186,22 +187,22 @@ def score(seen: Digits, held_out: Digits, vae: AutoencoderDC, samples: Digits, n
     ]  # fmt: skip
 
 
-def draw(samples: Digits, path: Path, columns: int = 16) -> None:
+def draw(samples: Digits, path: Path, columns: int = 12) -> None:
     """A row of samples for each class, its name before it."""
-    margin = 24
-    sheet = Image.new("L", (margin + columns * SIZE, CLASSES * SIZE), 255)
+    margin, pitch = 24, SIZE + 4
+    sheet = Image.new("L", (margin + columns * pitch, CLASSES * pitch), 255)
     for label in range(CLASSES):
-        ImageDraw.Draw(sheet).text((8, label * SIZE + 8), str(label), fill=0, font_size=14)
+        ImageDraw.Draw(sheet).text((8, label * pitch + 8), str(label), fill=0, font_size=14)
         for column, picture in enumerate(samples.pictures[samples.labels == label][:columns]):
-            sheet.paste(to_image(picture).convert("L"), (margin + column * SIZE, label * SIZE))
+            sheet.paste(to_image(-picture).convert("L"), (margin + column * pitch, label * pitch))  # ink on paper
     sheet.save(path, optimize=True)
 
 
 def main() -> None:
     """Train both, sample, judge, write and draw; fails where too few samples are recognised."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--autoencoder-steps", type=int, default=400)
-    parser.add_argument("--diffusion-steps", type=int, default=1500)
+    parser.add_argument("--autoencoder-steps", type=int, default=200)
+    parser.add_argument("--diffusion-steps", type=int, default=2000)
     parser.add_argument("--each", type=int, default=20, help="samples of a class")
     arguments = parser.parse_args()
     seen, held_out = digits()

@@ -70,7 +70,7 @@ def _quantity(value: float, unit: str) -> str:
     scales = SCALES.get(unit, [(0, 1, unit)])
     scale, unit = next((scale, name) for least, scale, name in scales if value >= least)
     number = f"{value * scale:.4g}"
-    return f"{float(number):,.0f} {unit}".strip() if "e" in number else f"{number} {unit}".strip()
+    return f"{float(number):,.0f} {unit}".strip() if "e+" in number else f"{number} {unit}".strip()
 
 
 if __name__ == "__main__":

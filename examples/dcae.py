@@ -1,11 +1,13 @@
-"""DC-AE: encode and decode an image of any size in bounded memory, and in fewer channels than the model has.
+"""DC-AE: train an autoencoder, encode and decode images of any size in bounded memory, and in fewer channels.
 
-Weights are random here, as there are none to be had without a download: what is shown is that all ways give the same.
+Its few steps teach it little (`make demo` takes some hundreds): what is shown is that all ways give the same.
 """
+
+import tempfile
 
 import torch
 
-from pronghorn.dcae import AutoencoderDC, DCAEConfig, accelerate_dcae
+from pronghorn.dcae import AutoencoderDC, AutoencoderTrainer, DCAEConfig, PhaseConfig, accelerate_dcae
 
 # A small relative of dc-ae-f64c128-1.5: 16 times smaller edges, 32 channels, of which the first 8 and 16 also do.
 CONFIG = DCAEConfig(
@@ -29,7 +31,10 @@ CONFIG = DCAEConfig(
 @torch.no_grad()
 def main() -> None:
     torch.manual_seed(0)
-    vae = AutoencoderDC(**CONFIG.to_dict()).eval()
+    vae = AutoencoderDC(**CONFIG.to_dict())
+    phase = PhaseConfig(phase=1, steps=5, batch_size=2, resolution=64)
+    with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
+        AutoencoderTrainer(vae, phase, [torch.rand(3, 96, 128) * 2 - 1], output=folder).fit()
     image = torch.rand(1, 3, 336, 528) * 2 - 1
     latent = vae.encode(image).latent
     whole = vae.decode(latent).sample
