@@ -18,7 +18,7 @@ METHODS = sorted(
 )
 
 
-LAYERS = ("dcae", "torchsparse")  # methods made of modules, which are registered nowhere
+LAYERS = ("dcae", "torchsparse", "vcpo")  # methods that are imported, and registered nowhere
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,249 @@
+"""Norms of every trajectory's gradient from one backward over all of them, without making those gradients."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where each trajectory's positions are in a flattened batch, and which are there, [trajectories, longest]."""
+
+    index: Tensor
+    there: Tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """[positions, width] to [trajectories, longest, width], zeros where nothing is."""
+        return tensor[self.index].masked_fill(~self.there[..., None], 0)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The gradient of a matrix, leftᵀ · right for each trajectory; an embedding's `left` is the numbers of its rows."""
+
+    left: Tensor
+    right: Tensor
+
+
+class GhostNorms:
+    """Records what a model's layers see, while it is entered, for the norms of a following backward.
+
+    Linear layers (a LoRA adapter is two of them), embeddings, layer norms and RMS norms; a matrix that several layers
+    share counts once. Trajectories may lie in a batch in any way, many in a row too, while none attends to another.
+    The inputs of all layers that learn are kept, also under gradient checkpointing.
+
+    Args:
+        model: parameters that need no gradient are left out.
+
+    Raises:
+        TypeError: another kind of layer learns.
+
+    Source: Li et al., Large Language Models Can Be Strong Differentially Private Learners (arXiv 2110.05679): for
+    inputs a and gradients g of the outputs, ‖gᵀa‖² = ⟨a aᵀ, g gᵀ⟩.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._layers = [module for module in model.modules() if _learning(module)]
+        for name, module in model.named_modules():
+            if _learning(module) and not _known(module):
+                raise TypeError(f"model: {name} is a {type(module).__name__}, accepted are linear layers, embeddings "
+                                "without max_norm or scale_grad_by_freq, layer norms and RMS norms")  # fmt: skip
+        self._handles: list[Any] = []
+        self._recording = self._taking = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._uses: Counter[nn.Parameter] = Counter()
+        self._sources: list[Tensor] = []
+        self._vectors: dict[nn.Parameter, Tensor] = {}
+        self._products: defaultdict[nn.Parameter, list[_Product]] = defaultdict(list)
+
+    def __enter__(self) -> Self:
+        self._clear()
+        self._recording = True
+        self._handles = [layer.register_forward_hook(self._record) for layer in self._layers]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._recording = False
+        for handle in self._handles:
+            handle.remove()
+        self._clear()
+
+    def _record(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if not self._recording or not output.requires_grad:
+            return
+        if len(inputs) != 1:
+            raise TypeError(f"model: a {type(module).__name__} got {len(inputs)} positional inputs, wanted one")
+        (seen,) = inputs
+        self._uses.update(_learning(module))
+        if not seen.requires_grad:
+            self._sources.append(output)
+        output.register_hook(partial(self._take, module, seen.detach()))
+
+    def norms(self, total: Tensor, trajectories: Tensor, count: int) -> Tensor:
+        """The norm of each trajectory's gradient.
+
+        Args:
+            total: the sum of what each trajectory's gradient is of, such as its log-probability; from a forward while
+                this was entered. Its graph stays for another backward.
+            trajectories: which trajectory each position of the model's input belongs to, integers
+                [batch, positions]; -1 for padding.
+            count: the number of trajectories.
+
+        Returns:
+            float64 [count].
+
+        Raises:
+            ValueError: a number is not of a trajectory, a layer saw other positions than those, or a parameter is used
+                outside of its layer.
+        """
+        if trajectories.numel() and not -1 <= int(trajectories.min()) <= int(trajectories.max()) < count:
+            raise ValueError(
+                f"trajectories: got {int(trajectories.min())} to {int(trajectories.max())}, wanted -1 to {count - 1}"
+            )
+        self._rows = _rows_of(trajectories.flatten(), count)
+        self._shape, self._positions = trajectories.shape, trajectories.numel()
+        self._squares = torch.zeros(count, dtype=torch.float64, device=total.device)
+        self._check_uses(total)
+        self._recording, self._taking = False, True  # norm layers are run again below, and are not to be recorded
+        try:
+            # Nothing before these learns: no gradient of a weight is computed, only those of what layers gave.
+            torch.autograd.grad(total, self._sources, retain_graph=True, allow_unused=True)
+        finally:
+            self._recording, self._taking = True, False
+        squares = self._squares
+        for vectors in self._vectors.values():
+            squares = squares + vectors.double().square().sum(-1)
+        for products in self._products.values():
+            for one in products:
+                squares = squares + sum(_inner(one, another) for another in products)
+        return squares.clamp(min=0).sqrt()
+
+    def _check_uses(self, total: Tensor) -> None:
+        """Every way from the loss to a parameter leads through a layer that was recorded."""
+        found: Counter[Tensor] = Counter()
+        stack, seen = [total.grad_fn], {total.grad_fn}
+        while stack:
+            node = stack.pop()
+            for following, _ in node.next_functions if node is not None else ():
+                if hasattr(following, "variable"):
+                    found[following.variable] += 1
+                elif following is not None and following not in seen:
+                    seen.add(following)
+                    stack.append(following)
+        for name, parameter in self._model.named_parameters():
+            if found[parameter] > self._uses[parameter]:
+                raise ValueError(f"model: {name} is used outside of its layer, where its gradient cannot be followed")
+
+    def _take(self, module: nn.Module, seen: Tensor, gradient: Tensor) -> None:
+        """One layer's share, as soon as the backward reaches it."""
+        if not self._taking:  # a later backward over the same graph
+            return
+        places = seen if isinstance(module, nn.Embedding) else seen[..., 0]
+        in_rows, flat = places.shape[:2] == self._shape, places.shape[:1] == (self._positions,)
+        heads = places.numel() > self._positions and not isinstance(module, nn.Embedding | nn.Linear)
+        if not (in_rows or flat) or (places.numel() != self._positions and not heads):
+            raise ValueError(
+                f"trajectories: got {list(self._shape)}, but a {type(module).__name__} saw {list(seen.shape)}"
+            )
+        gradient = _precise(gradient.detach())
+        if isinstance(module, nn.Embedding):
+            ids, gradient = seen.flatten(), gradient.reshape(self._positions, -1)
+            if module.padding_idx is not None:
+                gradient = gradient * (ids != module.padding_idx)[:, None]
+            self._matrix(module.get_parameter("weight"), _Product(ids[self._rows.index], self._rows.of(gradient)))
+            return
+        seen = _precise(seen)
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            if name == "weight" and isinstance(module, nn.Linear):
+                left, right = (self._rows.of(part.reshape(self._positions, -1)) for part in (gradient, seen))
+                self._matrix(parameter, _Product(left, right))
+            else:
+                self._vector(parameter, _weight_gradients(module, seen, gradient) if name == "weight" else gradient)
+
+    def _vector(self, parameter: nn.Parameter, gradients: Tensor) -> None:
+        """Where a norm layer works head by head, those of a position belong together."""
+        sums = self._rows.of(gradients.reshape(self._positions, -1, parameter.numel()).sum(1)).sum(1)
+        self._vectors[parameter] = self._vectors[parameter] + sums if parameter in self._vectors else sums
+
+    def _matrix(self, parameter: nn.Parameter, product: _Product) -> None:
+        if self._uses[parameter] == 1:
+            self._squares = self._squares + _square(product)
+        else:
+            self._products[parameter].append(product)
+
+
+def _learning(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether it is of a kind whose gradients are known; a subclass that computes otherwise is not."""
+    if {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
+        return False
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
+        return False
+    # transformers has an RMS norm of its own for each model
+    kinds = (nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm)
+    own = type(module).__name__.endswith("RMSNorm") and not isinstance(module, kinds)
+    return own or any(type(module).forward is kind.forward for kind in kinds)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _rows_of(trajectories: Tensor, count: int) -> _Rows:
+    found = [(trajectories == number).nonzero()[:, 0] for number in range(count)]
+    index = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+    return _Rows(index.clamp(min=0), index >= 0)
+
+
+def _weight_gradients(module: Any, seen: Tensor, gradient: Tensor) -> Tensor:
+    """Of the weight of a norm layer, for each row that it normalises."""
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(seen, module.normalized_shape, eps=module.eps) * gradient
+    if isinstance(module, nn.RMSNorm):
+        return F.rms_norm(seen, module.normalized_shape, eps=module.eps) * gradient
+    with torch.enable_grad():
+        # A weight for each position: the layer's own code then tells what it does with it.
+        weights = _precise(module.weight.detach()).expand_as(seen).clone().requires_grad_()
+        output = functional_call(module, {"weight": weights}, (seen,))
+        return torch.autograd.grad(output, weights, gradient.to(output.dtype))[0]
+
+
+def _square(product: _Product) -> Tensor:
+    """‖leftᵀ right‖² of each trajectory, by the cheaper of both ways, [trajectories]."""
+    (_, longest, rows), columns = product.left.shape if product.left.dim() == 3 else (0, 0, 1), product.right.shape[-1]
+    if product.left.dim() == 3 and longest * (rows + columns) > rows * columns:
+        pairs = zip(product.left, product.right, strict=True)
+        return torch.stack([(left.T @ right).double().square().sum() for left, right in pairs])
+    return _inner(product, product)
+
+
+def _inner(one: _Product, another: _Product) -> Tensor:
+    """⟨leftᵀ right, leftᵀ right⟩ of two uses of a matrix, [trajectories]."""
+    if one.left.dim() < another.left.dim():
+        return _inner(another, one)
+    if another.left.dim() == 3:
+        left = one.left @ another.left.mT
+    elif one.left.dim() == 3:
+        left = one.left.gather(2, another.left[:, None].expand(-1, one.left.shape[1], -1))
+    else:
+        left = one.left[:, :, None] == another.left[:, None]
+    return (left * (one.right @ another.right.mT)).double().sum((1, 2))

@@ -1,0 +1,78 @@
+"""Ratios of the learner's to the sampler's probability of whole sequences: truncated in the loss, never in the ESS."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from pronghorn.vcpo.config import VCPOConfig
+
+_log = logging.getLogger(__name__)
+
+
+def token_log_ratios(log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """log(learner / sampler) of each token; 0 where masked, and where the sampler gave NaN, as vLLM can.
+
+    Args:
+        log_probs: the learner's at the moment of the update, [..., tokens].
+        sampler_log_probs: recorded at generation, at the same temperature, [..., tokens].
+        mask: which tokens were sampled, bool [..., tokens]. What stands elsewhere is never looked at.
+
+    Returns:
+        float64 [..., tokens], without a gradient.
+
+    Raises:
+        ValueError: shapes differ, or an unmasked log-probability is infinite, or NaN in the learner.
+        TypeError: the mask is not bool.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: got {mask.dtype}, wanted torch.bool")
+    for name, tensor in (("log_probs", log_probs), ("sampler_log_probs", sampler_log_probs)):
+        if tensor.shape != mask.shape:
+            raise ValueError(f"{name}: got {list(tensor.shape)}, wanted mask's {list(mask.shape)}")
+    learner = log_probs.detach().double().masked_fill(~mask, 0)
+    sampler = sampler_log_probs.detach().double().masked_fill(~mask, 0)
+    missing = sampler.isnan()
+    for name, found, wrong in (
+        ("log_probs", learner, ~learner.isfinite()), ("sampler_log_probs", sampler, sampler.isinf()),
+    ):  # fmt: skip
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            raise ValueError(f"{name}: got {float(found[tuple(place)])} at {place}, wanted a finite number")
+    if missing.any():
+        _warn_of_missing()
+    return torch.where(missing, 0, learner - sampler)
+
+
+@cache
+def _warn_of_missing() -> None:
+    _log.warning("sampler_log_probs hold NaN: the ratios of those tokens count as 1")
+
+
+def sequence_log_ratios(token_log_ratios: Tensor) -> Tensor:
+    """The log-ratio of each sequence, [trajectories]: the sum over its tokens; 0 for an empty one."""
+    return token_log_ratios.sum(-1)
+
+
+def truncated_log_ratios(log_ratios: Tensor, config: VCPOConfig) -> Tensor:
+    """Log-ratios as they enter the loss: clamped on both sides, truncated above."""
+    return clipped_log_ratios(log_ratios.clamp(-config.log_ratio_clamp, config.log_ratio_clamp), config)
+
+
+def clipped_log_ratios(log_ratios: Tensor, config: VCPOConfig) -> Tensor:
+    """Log-ratios truncated above alone, as diagnoses have them."""
+    return log_ratios if config.is_truncation is None else log_ratios.clamp(max=math.log(config.is_truncation))
+
+
+def geometric_mean_ratios(token_log_ratios: Tensor, mask: Tensor) -> Tensor:
+    """exp of the mean log-ratio of a sequence's tokens, [trajectories]; 1 for an empty one."""
+    return (token_log_ratios.sum(-1) / mask.sum(-1).clamp(min=1)).exp()
+
+
+def k3_divergence(token_log_ratios: Tensor, mask: Tensor) -> Tensor:
+    """Schulman's estimate of the divergence of the sampler from the learner, [trajectories], a mean over tokens."""
+    return (token_log_ratios.expm1() - token_log_ratios).sum(-1) / mask.sum(-1).clamp(min=1)

@@ -1,0 +1,143 @@
+"""One step of the optimizer: clipping, the learning rate that the ratios allow, and what to log of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from pronghorn.vcpo.config import VCPOConfig
+from pronghorn.vcpo.ess import ReferenceESS, effective_sample_size, learning_rate_scale, scaled_learning_rate
+from pronghorn.vcpo.gradient import Accumulated
+from pronghorn.vcpo.minibatch import Minibatch
+from pronghorn.vcpo.ratios import (
+    clipped_log_ratios,
+    geometric_mean_ratios,
+    k3_divergence,
+    sequence_log_ratios,
+    truncated_log_ratios,
+)
+
+
+@dataclass(frozen=True)
+class TrajectoryStats:
+    """What one trajectory was in a step.
+
+    Attributes:
+        group: of its prompt.
+        response_length: sampled tokens.
+        reward: as given.
+        advantage: as given.
+        grad_norm: `grad_norm_unscaled` · |advantage|.
+        grad_norm_unscaled: of the gradient of its log-probability, times its truncated ratio.
+        k3_kl: divergence of the sampler from the learner.
+        geometric_mean_ratio: of its tokens.
+        ratio: of the sequence.
+        clipped_ratio: the same, truncated.
+    """
+
+    group: int
+    response_length: int
+    reward: float
+    advantage: float
+    grad_norm: float
+    grad_norm_unscaled: float
+    k3_kl: float
+    geometric_mean_ratio: float
+    ratio: float
+    clipped_ratio: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a line of JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What a step was.
+
+    Attributes:
+        ess: effective samples, by the ratios as they are.
+        ess_ratio: the same over samples.
+        ess_clipped: effective samples by truncated ratios.
+        ess_ratio_clipped: the same over samples.
+        ess_reference: the share at which the learning rate is whole.
+        learning_rates: that were used, one for each parameter group.
+        grad_norm: of the gradient before it was clipped.
+        baselines: one for each group, one in all, or none.
+        trajectories: one record each.
+    """
+
+    ess: float
+    ess_ratio: float
+    ess_clipped: float
+    ess_ratio_clipped: float
+    ess_reference: float
+    learning_rates: list[float]
+    grad_norm: float
+    baselines: list[float]
+    trajectories: list[TrajectoryStats]
+
+
+def vcpo_step(
+    found: Accumulated,
+    optimizer: torch.optim.Optimizer,
+    minibatch: Minibatch,
+    config: VCPOConfig,
+    reference: ReferenceESS,
+    staleness: int,
+) -> StepMetrics:
+    """Update parameters by one minibatch: clip the gradient's norm, then step at the rate that the ratios allow.
+
+    Where an error is raised, parameters, optimizer and reference are as they were.
+
+    Args:
+        found: what `accumulate` or `accumulate_batched` gave. Its gradients become the parameters', and are clipped.
+        optimizer: over its parameters; learning rates are as before afterwards.
+        minibatch: its trajectories.
+        config: how.
+        reference: the share of effective samples without lag; it learns of this minibatch after the step.
+        staleness: how many updates the oldest trajectory is behind.
+
+    Raises:
+        ValueError: `staleness` is negative, or the effective sample size overflowed, which it does with
+            `ess_space="reference"` alone.
+        FloatingPointError: the gradient is not finite.
+    """
+    if type(staleness) is not int or staleness < 0:
+        raise ValueError(f"staleness: got {staleness!r}, wanted a whole number of at least 0")
+    sequences = sequence_log_ratios(found.log_ratios)
+    count = len(minibatch)
+    ess = effective_sample_size(sequences, config.ess_space)
+    clipped = effective_sample_size(clipped_log_ratios(sequences, config), config.ess_space)
+    used = (clipped if config.ess_use_clipped else ess) / count
+    scale = learning_rate_scale(used, reference.value, config.ess_scaling)
+    for parameter, gradient in zip(found.parameters, found.gradients, strict=True):
+        parameter.grad = gradient.to(parameter.dtype)
+    limit = float("inf") if config.max_grad_norm is None else config.max_grad_norm
+    norm = float(torch.nn.utils.clip_grad_norm_(found.parameters, limit))
+    if not norm < float("inf"):
+        raise FloatingPointError(f"the norm of the step's gradient is {norm}, wanted a finite number")
+    rate_reference = reference.value
+    with scaled_learning_rate(optimizer, scale):
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        optimizer.step()
+    reference.update(used, staleness)
+    return StepMetrics(
+        ess, ess / count, clipped, clipped / count, rate_reference, rates, norm, found.baselines,
+        trajectory_stats(found, minibatch, config),
+    )  # fmt: skip
+
+
+def trajectory_stats(found: Accumulated, minibatch: Minibatch, config: VCPOConfig) -> list[TrajectoryStats]:
+    """A record of each trajectory, for diagnosis."""
+    mask, sequences = minibatch.mask.cpu(), sequence_log_ratios(found.log_ratios)
+    advantages = minibatch.advantages.double().cpu()
+    norms = found.score_norms * truncated_log_ratios(sequences, config).exp()
+    columns = (
+        minibatch.groups, minibatch.lengths, minibatch.rewards.double(), advantages, norms * advantages.abs(), norms,
+        k3_divergence(found.log_ratios, mask), geometric_mean_ratios(found.log_ratios, mask), sequences.exp(),
+        clipped_log_ratios(sequences, config).exp(),
+    )  # fmt: skip
+    return [TrajectoryStats(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
