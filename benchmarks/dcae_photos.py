@@ -62,8 +62,8 @@ def phases(scale: float = 1.0) -> list[PhaseConfig]:
     return [
         PhaseConfig(phase=1, steps=round(400 * scale), batch_size=16, resolution=128, learning_rate=3e-3,
                     weight_decay=0.01, ema_decay=0.98, warmup_steps=20, **shared),
-        PhaseConfig(phase=2, steps=round(80 * scale), batch_size=4, resolution=256, learning_rate=1e-3, ema_decay=0.95, middle_blocks=2,
-                    **shared),
+        PhaseConfig(phase=2, steps=round(80 * scale), batch_size=4, resolution=256, learning_rate=1e-3, ema_decay=0.95,
+                    middle_blocks=2, **shared),
         PhaseConfig(phase=3, steps=round(80 * scale), batch_size=16, resolution=128, learning_rate=5e-4, head_blocks=2,
                     adversarial_weight=0.05, ema_decay=0.95, **shared),
     ]  # fmt: skip
