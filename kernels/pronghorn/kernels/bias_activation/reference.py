@@ -17,5 +17,5 @@ def bias_activation(x: Tensor, bias: Tensor | None, residual: Tensor | None, act
         y = y.relu()
     elif activation == "silu":
         y = y * y.sigmoid()
-    result = torch.empty_like(x)
-    return result.copy_(y) if not y.requires_grad else y.to(x.dtype)
+    # A tensor of its own, in the format of x, also where there is nothing to do.
+    return torch.empty_like(x).copy_(y)

@@ -62,7 +62,7 @@ class Accelerated:
                 self._replace(module, name, FastDownBlock(child))
             elif type(child) is DCDownBlock2d and isinstance(module, Encoder):
                 self._replace(module, name, FastStem(child))
-            elif type(child) is DCUpBlock2d and child.shortcut:
+            elif type(child) is DCUpBlock2d and child.shortcut and child.interpolation_mode == "nearest":
                 self._replace(module, name, FastUpBlock(child))
             else:
                 self._visit(child)

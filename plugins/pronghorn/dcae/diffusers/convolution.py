@@ -31,7 +31,7 @@ def convolved(
     if bias is not None and residual is None:
         if activation is None and _of_pixels(conv, x):
             return functional.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
-        if activation == "relu" and x.is_cuda and torch.version.hip is None and not torch.is_grad_enabled():
+        if activation == "relu" and _in_cudnn(x):
             stride, padding, dilation = (tuple(map(int, way)) for way in (conv.stride, conv.padding, conv.dilation))
             result: Tensor = torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, conv.groups)
             return result
@@ -39,6 +39,12 @@ def convolved(
     if bias is None and residual is None and activation is None:
         return y
     return bias_activation(y, bias, residual=residual, activation=activation)
+
+
+def _in_cudnn(x: Tensor) -> bool:
+    """Whether cuDNN computes a convolution with its bias and ReLU: for inference, and not in float64."""
+    there = x.is_cuda and torch.version.hip is None and torch.backends.cudnn.enabled
+    return there and x.dtype != torch.float64 and not torch.is_grad_enabled()
 
 
 def _of_pixels(conv: nn.Conv2d, x: Tensor) -> bool:

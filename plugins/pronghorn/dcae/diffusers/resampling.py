@@ -24,12 +24,12 @@ class _Derived(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
 
-class FastDownBlock(_Derived):
+class FastDownBlock(nn.Module):
     """A residual block that halves a grid."""
 
     def __init__(self, block: DCDownBlock2d) -> None:
-        super().__init__(block.conv)
-        self.factor = block.factor
+        super().__init__()
+        self.conv, self.factor = block.conv, block.factor
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [batch, channels, height, width] to [batch, channels of the next stage, height / 2, width / 2]."""
@@ -50,17 +50,12 @@ class FastStem(_Derived):
 
 
 class FastUpBlock(_Derived):
-    """A residual block that doubles a grid. What was to be doubled before the convolution is shuffled after it."""
+    """A residual block that doubles a grid. What was to be doubled before a convolution is shuffled after it."""
 
     def __init__(self, block: DCUpBlock2d) -> None:
-        derived = block.interpolate and block.interpolation_mode == "nearest"
-        super().__init__(block.conv, *(shuffled_weight(block.conv) if derived else (None, None)))
+        super().__init__(block.conv, *(shuffled_weight(block.conv) if block.interpolate else (None, None)))
         self.factor = block.factor
-        self.interpolation_mode = block.interpolation_mode if block.interpolate and not derived else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [batch, channels, height, width] to [batch, channels of the next stage, height * 2, width * 2]."""
-        finer = x
-        if self.interpolation_mode is not None:
-            finer = functional.interpolate(x, scale_factor=self.factor, mode=self.interpolation_mode)
-        return shuffle_add(convolved(self.conv, finer, weight=self.weight, bias=self.bias), x, factor=self.factor)
+        return shuffle_add(convolved(self.conv, x, weight=self.weight, bias=self.bias), x, factor=self.factor)
