@@ -320,15 +320,40 @@ def _against(what: str, shape: str, times: dict[str, dict[str, float]], reach: f
             for name, theirs in times.items()]  # fmt: skip
 
 
-def _named(of: dict[str, Any]) -> dict[str, Any]:
-    return {name: of[name] for name in of if name in sys.argv} or of
+# Scans a call, and how it is timed.
+KINDS: dict[str, tuple[int, Callable[..., dict[str, float]]]] = {"inference": (1, inference), "training": (2, training)}
+
+
+def networks_against(kind: str, libraries: dict[str, Any], where: torch.device) -> None:
+    """Whole networks, written after each of them: the one peer takes many minutes to tune itself."""
+    batch, run = KINDS[kind]
+    rows: list[dict[str, Any]] = []
+    times: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for name, of in libraries.items():
+        for scan_name in SCANS:
+            data = voxels(scan_name, batch, where)
+            shape = f"{scan_name}, {len(data[1])} voxels"
+            for network, make in NETWORKS.items():
+                try:
+                    found = run(of, make, data, where)
+                except Exception as error:  # noqa: BLE001 - a peer that fails is said so
+                    sys.stdout.write(f"{name}, {network}, {kind}: {type(error).__name__}: {str(error)[:200]}\n")
+                    continue
+                sys.stdout.write(f"{kind} {network} {shape} {name}: {found['p50'] * 1e3:.2f} ms\n")
+                sys.stdout.flush()
+                known = times.setdefault((scan_name, network), {})
+                known[name] = found
+                if name in PEERS:
+                    rows.append(row(f"{network}, {kind}", name, shape, known["ours"], found, reach=REACH[kind, name]))
+                    rows.append(row(f"{network}, {kind}, layer by layer", name, shape, known[EAGER], found))
+                    write(f"torchsparse-{kind}", rows)
 
 
 def main() -> None:
-    """Measure and write the results, after each of them: the one peer takes many minutes to tune itself.
-
-    The command line may name scans, networks and kinds ("training"); single layers and tuning come without any.
-    """
+    """Measure the parts that the command line names, or all, and write a file of results for each."""
+    parts = sys.argv[1:] or ["layers", *KINDS]
+    if unknown := set(parts) - {"layers", *KINDS}:
+        sys.exit(f"unknown: {', '.join(sorted(unknown))}; there are layers, {', '.join(KINDS)}")
     where = device()
     libraries: dict[str, Any] = {"ours": Ours(), EAGER: Ours(graphed=False)}
     for name, module in PEERS.items():
@@ -336,35 +361,13 @@ def main() -> None:
             libraries[name] = Theirs(module)
         except ImportError as error:
             sys.stdout.write(f"{name} is left out: {error}\n")
-    rows: list[dict[str, Any]] = []
-    times: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
-    kinds = {"inference": (1, inference), "training": (2, training)}
-    wanted, networks, kinds = _named(SCANS), _named(NETWORKS), _named(kinds)
-    for name, of in libraries.items():
-        for kind, (batch, run) in kinds.items():
-            for scan_name in wanted:
-                data = voxels(scan_name, batch, where)
-                shape = f"{scan_name}, {len(data[1])} voxels"
-                for network, make in networks.items():
-                    try:
-                        found = run(of, make, data, where)
-                    except Exception as error:  # noqa: BLE001 - a peer that fails is said so
-                        text = f"{type(error).__name__}: {str(error)[:200]}"
-                        sys.stdout.write(f"{name}, {network}, {kind}: {text}\n")
-                        continue
-                    sys.stdout.write(f"{kind} {network} {shape} {name}: {found['p50'] * 1e3:.2f} ms\n")
-                    sys.stdout.flush()
-                    known = times.setdefault((kind, scan_name, network), {})
-                    known[name] = found
-                    if name in PEERS:
-                        rows.append(row(f"{network}, {kind}", name, shape, known["ours"], found,
-                                        reach=REACH[kind, name]))  # fmt: skip
-                        rows.append(row(f"{network}, {kind}, layer by layer", name, shape, known[EAGER], found))
-                        write("torchsparse", rows)
-        if name == EAGER and where.type == "cuda" and len(sys.argv) == 1:
-            rows += [tuned(network, "40K", where) for network in ("MinkUNet 1x", "CenterPoint")]
+    for part in parts:
+        if part in KINDS:
+            networks_against(part, libraries, where)
+        elif where.type == "cuda":  # a CPU has no graphs to tune, and its kernels are references
+            rows = [tuned(network, "40K", where) for network in ("MinkUNet 1x", "CenterPoint")]
             rows += layers_and_maps({name: of for name, of in libraries.items() if name != EAGER}, where)
-            write("torchsparse", rows)
+            write("torchsparse-layers", rows)
 
 
 if __name__ == "__main__":
