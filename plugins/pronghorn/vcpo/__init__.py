@@ -4,9 +4,9 @@ For whoever trains language models with REINFORCE, RLOO or GRPO while other devi
 rollouts: a learning rate that follows the effective sample size, and a baseline that makes the off-policy gradient vary
 least (Stable Asynchrony: Variance-Controlled Off-Policy RL for LLMs, arXiv 2602.17616).
 
-    from pronghorn.vcpo import ReferenceESS, VCPOConfig, accumulate, vcpo_step
+    from pronghorn.vcpo import ReferenceESS, VCPOSettings, accumulate, vcpo_step
 
-    config = VCPOConfig()
+    config = VCPOSettings()
     reference = ReferenceESS(config)
     found = accumulate(log_probs_of, list(model.parameters()), minibatch, config)
     metrics = vcpo_step(found, optimizer, minibatch, config, reference, staleness=12)
@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pronghorn.vcpo.config import VCPOConfig
+    from pronghorn.vcpo.config import VCPOSettings
     from pronghorn.vcpo.ess import ReferenceESS, effective_sample_size, learning_rate_scale, scaled_learning_rate
     from pronghorn.vcpo.ghost_norms import GhostNorms
     from pronghorn.vcpo.gradient import accumulate, accumulate_batched
@@ -31,7 +31,7 @@ __all__ = [
     "ReferenceESS",
     "StepMetrics",
     "TrajectoryStats",
-    "VCPOConfig",
+    "VCPOSettings",
     "accumulate",
     "accumulate_batched",
     "effective_sample_size",
@@ -46,7 +46,7 @@ _ROOMS = {
     "ReferenceESS": "ess",
     "StepMetrics": "step",
     "TrajectoryStats": "step",
-    "VCPOConfig": "config",
+    "VCPOSettings": "config",
     "accumulate": "gradient",
     "accumulate_batched": "gradient",
     "effective_sample_size": "ess",

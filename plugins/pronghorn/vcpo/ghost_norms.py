@@ -107,7 +107,8 @@ class GhostNorms:
             float64 [count].
 
         Raises:
-            ValueError: a number is not of a trajectory, a layer saw other positions than those, or a parameter is used
+            ValueError: a number is not of a trajectory, a layer saw other positions than those (a linear layer may have
+                seen the last ones alone), or a parameter is used
                 outside of its layer.
         """
         if trajectories.numel() and not -1 <= int(trajectories.min()) <= int(trajectories.max()) < count:
@@ -115,7 +116,9 @@ class GhostNorms:
                 f"trajectories: got {int(trajectories.min())} to {int(trajectories.max())}, wanted -1 to {count - 1}"
             )
         self._rows = _rows_of(trajectories.flatten(), count)
-        self._shape, self._positions = trajectories.shape, trajectories.numel()
+        self._shape, self._positions = tuple(trajectories.shape), trajectories.numel()
+        self._trajectories, self._count = trajectories, count
+        self._suffixes: dict[tuple[int, ...], _Rows] = {}
         self._squares = torch.zeros(count, dtype=torch.float64, device=total.device)
         self._check_uses(total)
         self._recording, self._taking = False, True  # norm layers are run again below, and are not to be recorded
@@ -153,32 +156,45 @@ class GhostNorms:
         if not self._taking:  # a later backward over the same graph
             return
         places = seen if isinstance(module, nn.Embedding) else seen[..., 0]
-        in_rows, flat = places.shape[:2] == self._shape, places.shape[:1] == (self._positions,)
-        heads = places.numel() > self._positions and not isinstance(module, nn.Embedding | nn.Linear)
-        if not (in_rows or flat) or (places.numel() != self._positions and not heads):
-            raise ValueError(
-                f"trajectories: got {list(self._shape)}, but a {type(module).__name__} saw {list(seen.shape)}"
-            )
+        rows, count = self._rows_seen_by(module, places, seen)
         gradient = _precise(gradient.detach())
         if isinstance(module, nn.Embedding):
-            ids, gradient = seen.flatten(), gradient.reshape(self._positions, -1)
+            ids, gradient = seen.flatten(), gradient.reshape(count, -1)
             if module.padding_idx is not None:
                 gradient = gradient * (ids != module.padding_idx)[:, None]
-            self._matrix(module.get_parameter("weight"), _Product(ids[self._rows.index], self._rows.of(gradient)))
+            self._matrix(module.get_parameter("weight"), _Product(ids[rows.index], rows.of(gradient)))
             return
         seen = _precise(seen)
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
             if name == "weight" and isinstance(module, nn.Linear):
-                left, right = (self._rows.of(part.reshape(self._positions, -1)) for part in (gradient, seen))
+                left, right = (rows.of(part.reshape(count, -1)) for part in (gradient, seen))
                 self._matrix(parameter, _Product(left, right))
             else:
-                self._vector(parameter, _weight_gradients(module, seen, gradient) if name == "weight" else gradient)
+                found = _weight_gradients(module, seen, gradient) if name == "weight" else gradient
+                self._vector(parameter, rows.of(found.reshape(count, -1, parameter.numel()).sum(1)))
+
+    def _rows_seen_by(self, module: nn.Module, places: Tensor, seen: Tensor) -> tuple[_Rows, int]:
+        """Where trajectories are in what a layer saw, and how many positions that is."""
+        (batch, length), shape = self._shape, tuple(places.shape)
+        if isinstance(module, nn.Linear) and len(shape) == 2 and shape[0] == batch and shape[1] < length:
+            # An output layer that is asked for logits of the last positions alone.
+            if shape not in self._suffixes:
+                kept = self._trajectories[:, length - shape[1] :]
+                self._suffixes[shape] = _rows_of(kept.flatten(), self._count)
+            return self._suffixes[shape], places.numel()
+        in_rows, flat = shape[:2] == self._shape, shape[:1] == (self._positions,)
+        heads = places.numel() > self._positions and not isinstance(module, nn.Embedding | nn.Linear)
+        if not (in_rows or flat) or (places.numel() != self._positions and not heads):
+            raise ValueError(
+                f"trajectories: got {list(self._shape)}, but a {type(module).__name__} saw {list(seen.shape)}"
+            )
+        return self._rows, self._positions
 
     def _vector(self, parameter: nn.Parameter, gradients: Tensor) -> None:
-        """Where a norm layer works head by head, those of a position belong together."""
-        sums = self._rows.of(gradients.reshape(self._positions, -1, parameter.numel()).sum(1)).sum(1)
+        """Where a norm layer works head by head, those of a position were added up."""
+        sums = gradients.sum(1)
         self._vectors[parameter] = self._vectors[parameter] + sums if parameter in self._vectors else sums
 
     def _matrix(self, parameter: nn.Parameter, product: _Product) -> None:

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from pronghorn.vcpo.baseline import baseline, baseline_weights
-from pronghorn.vcpo.config import GROUP, OFF, SEQUENCE_MEAN, VCPOConfig
+from pronghorn.vcpo.config import (
+    GROUP,
+    MINIBATCH,
+    OFF,
+    SEQUENCE_MEAN,
+    TOKEN_MASK,
+    TOKEN_TRUNCATE,
+    VCPOSettings,
+)
 from pronghorn.vcpo.ghost_norms import GhostNorms
 from pronghorn.vcpo.minibatch import Minibatch
-from pronghorn.vcpo.ratios import sequence_log_ratios, token_log_ratios, truncated_log_ratios
+from pronghorn.vcpo.ranks import Alone, Ranks
+from pronghorn.vcpo.ratios import sequence_log_ratios, sequence_weights, token_log_ratios, token_weights
 
 LEAST_STD = 1e-8  # rewards that differ by less are equal
 
@@ -20,30 +29,50 @@ LEAST_STD = 1e-8  # rewards that differ by less are equal
 class GradientBuffers:
     """Σ value · gradient and Σ gradient, so that a baseline known only at the end can still be taken off each value.
 
-    Both are in float32, or float64 for parameters of that.
+    Both are in float32, or float64 for parameters of that; each is one tensor, of which a parameter has a part.
 
     Args:
         parameters: what gradients are of.
         with_baseline: whether the second buffer is needed.
     """
 
-    def __init__(self, parameters: list[Tensor], with_baseline: bool) -> None:
-        def zeros() -> list[Tensor]:
-            return [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    def __init__(self, parameters: Sequence[Tensor], with_baseline: bool) -> None:
+        dtype = torch.float32
+        for parameter in parameters:
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        count = sum(parameter.numel() for parameter in parameters)
 
-        self.accum = zeros()
-        self.score = zeros() if with_baseline else []
+        def zeros() -> Tensor:
+            return torch.zeros(count, dtype=dtype, device=parameters[0].device)
 
-    def add(self, gradients: tuple[Tensor, ...], value: float, factor: float) -> None:
-        """Add factor · value · gradient to the first buffer, factor · gradient to the second."""
-        torch._foreach_add_(self.accum, gradients, alpha=factor * value)
-        if self.score:
-            torch._foreach_add_(self.score, gradients, alpha=factor)
+        self._parameters = parameters
+        self._accum = zeros()
+        self._score = zeros() if with_baseline else None
+        self._accum_parts = self._parts(self._accum)
+        self._score_parts = [] if self._score is None else self._parts(self._score)
+
+    def _parts(self, buffer: Tensor) -> list[Tensor]:
+        parts = buffer.split([parameter.numel() for parameter in self._parameters])
+        return [part.view_as(parameter) for part, parameter in zip(parts, self._parameters, strict=True)]
+
+    def add(self, gradients: Sequence[Tensor], accum_weight: float, score_weight: float) -> None:
+        """Add weighted gradients to each buffer."""
+        if accum_weight:
+            torch._foreach_add_(self._accum_parts, gradients, alpha=accum_weight)
+        if self._score_parts and score_weight:
+            torch._foreach_add_(self._score_parts, gradients, alpha=score_weight)
 
     def close(self, baseline: float) -> None:
         """Take the baseline off all values since the last call."""
-        torch._foreach_add_(self.accum, self.score, alpha=-baseline)
-        torch._foreach_zero_(self.score)
+        if self._score is not None:
+            self._accum.add_(self._score, alpha=-baseline)
+            self._score.zero_()
+
+    def gradients(self, ranks: Ranks, scale: float) -> list[Tensor]:
+        """The first buffer, added up over ranks and multiplied, as one gradient for each parameter."""
+        ranks.add(self._accum)
+        self._accum.mul_(scale)
+        return self._accum_parts
 
 
 @dataclass(frozen=True)
@@ -52,7 +81,7 @@ class Accumulated:
 
     Attributes:
         parameters: what gradients are of.
-        gradients: of the loss to be minimised, not yet clipped, one for each parameter.
+        gradients: of the loss to be minimised, of all ranks' trajectories, not yet clipped; one for each parameter.
         score_norms: ‖∇ Σ log p‖ of each trajectory, without its ratio, float64 [trajectories].
         log_ratios: of the tokens, 0 where masked, float64 [trajectories, tokens].
         baselines: one for each group, one in all, or none.
@@ -66,7 +95,11 @@ class Accumulated:
 
 
 def accumulate(
-    log_probs_of: Callable[[int], Tensor], parameters: Sequence[Tensor], minibatch: Minibatch, config: VCPOConfig
+    log_probs_of: Callable[[int], Tensor],
+    parameters: Sequence[Tensor],
+    minibatch: Minibatch,
+    config: VCPOSettings,
+    ranks: Ranks | None = None,
 ) -> Accumulated:
     """The policy gradient of a minibatch with its off-policy optimal baseline.
 
@@ -76,6 +109,7 @@ def accumulate(
         parameters: what learns; one that is listed twice counts once.
         minibatch: its trajectories.
         config: the weights.
+        ranks: that each have some of the groups; None for a single process.
 
     Raises:
         ValueError: there is no parameter, or a log-probability is not finite.
@@ -85,28 +119,34 @@ def accumulate(
     if not parameters:
         raise ValueError("parameters: got none, wanted at least one")
     buffers = GradientBuffers(parameters, with_baseline=config.opob != OFF)
-    scopes, baselines = _Scopes(minibatch, config), []
+    scopes, baselines = _Scopes(minibatch, config, ranks or Alone()), []
     for rows in scopes.rows:
         values, scale = _values(minibatch, rows, config)
         for row, value in zip(rows, values.tolist(), strict=True):
             if minibatch.mask[row].any():
-                gradients = _score(log_probs_of(row), parameters, minibatch, row, scopes.log_ratios)
+                total = scopes.sums(log_probs_of(row)[None], range(row, row + 1)).sum()
+                gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
                 scopes.norms[row] = _norm(gradients, row)
-                buffers.add(gradients, value, float(scopes.factors(range(row, row + 1))) / scale)
+                factor = float(scopes.factors(range(row, row + 1))) / scale
+                buffers.add(gradients, factor * value, factor)
         if config.opob != OFF:
             baselines.append(scopes.baseline(rows, values))
             buffers.close(baselines[-1])
-    return Accumulated(parameters, buffers.accum, scopes.norms, scopes.log_ratios, baselines)
+    return scopes.found(parameters, buffers, baselines)
 
 
 def accumulate_batched(
     log_probs_of: Callable[[range], tuple[Tensor, Tensor]],
     model: nn.Module,
     minibatch: Minibatch,
-    config: VCPOConfig,
+    config: VCPOSettings,
     micro_batches: Sequence[range],
+    ranks: Ranks | None = None,
 ) -> Accumulated:
     """The same gradient as of `accumulate`, with one forward and two backwards for many trajectories.
+
+    A micro-batch that ends within a group, or within the minibatch with `opob="minibatch"`, takes a third backward and
+    a second buffer.
 
     Args:
         log_probs_of: gives the learner's log-probabilities of some rows' tokens, [rows, tokens], with their graph, and
@@ -115,106 +155,136 @@ def accumulate_batched(
         model: its parameters that need a gradient learn.
         minibatch: its trajectories.
         config: the weights.
-        micro_batches: the rows of each forward; whole groups with `opob="group"`, all with `opob="minibatch"`.
+        micro_batches: the rows of each forward.
+        ranks: that each have some of the groups; None for a single process.
 
     Raises:
-        ValueError: micro-batches are not those, or as of `accumulate` and `GhostNorms`.
+        ValueError: micro-batches do not have each row once and in order, or as of `accumulate` and `GhostNorms`.
         TypeError: a layer of the model is not one of those that `GhostNorms` knows.
         FloatingPointError: a trajectory's gradient is not finite.
     """
     parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("model: nothing learns, wanted at least one parameter with requires_grad")
-    scopes, ghosts, baselines = _Scopes(minibatch, config), GhostNorms(model), []
-    buffers = GradientBuffers(parameters, with_baseline=False)
-    for rows, inside in zip(micro_batches, scopes.inside(micro_batches), strict=True):
-        of_rows = slice(rows.start, rows.stop)
+    if [row for rows in micro_batches for row in rows] != list(range(len(minibatch))):
+        raise ValueError(f"micro_batches: got {list(micro_batches)}, wanted all of 0 to {len(minibatch) - 1}, in order")
+    scopes, ghosts, baselines = _Scopes(minibatch, config, ranks or Alone()), GhostNorms(model), []
+    buffers = GradientBuffers(parameters, with_baseline=scopes.are_cut(micro_batches))
+    for rows in micro_batches:
         with ghosts:
             log_probs, trajectories = log_probs_of(rows)
-            mask = minibatch.mask[of_rows]
-            try:
-                scopes.log_ratios[of_rows] = token_log_ratios(log_probs, minibatch.sampler_log_probs[of_rows], mask)
-            except ValueError as error:
-                raise ValueError(f"trajectories from {rows.start} on: {error}") from error
-            sums = log_probs.masked_fill(~mask, 0).sum(-1)
-            scopes.norms[of_rows] = ghosts.norms(sums.sum(), trajectories, len(rows)).cpu()
-        if not scopes.norms[of_rows].isfinite().all():
-            raise FloatingPointError(f"trajectories {rows.start} to {rows.stop - 1}: a gradient's norm is not finite")
-        coefficients = []
-        for scope in inside:
+            sums = scopes.sums(log_probs, rows)
+            scopes.norms[rows.start : rows.stop] = ghosts.norms(sums.sum(), trajectories, len(rows)).cpu()
+        if not scopes.norms[rows.start : rows.stop].isfinite().all():
+            raise FloatingPointError(f"{_names(rows)}: the norm of a gradient is not finite")
+        known, open_ = torch.zeros(2, len(rows), dtype=torch.float64)
+        for scope in scopes.rows:
+            here = range(max(scope.start, rows.start), min(scope.stop, rows.stop))
+            if not here:
+                continue
+            inside = slice(here.start - rows.start, here.stop - rows.start)
             values, scale = _values(minibatch, scope, config)
-            if config.opob != OFF:
+            factors = scopes.factors(here) / scale
+            if config.opob != OFF and scope.stop <= rows.stop:
                 baselines.append(scopes.baseline(scope, values))
+                buffers.close(baselines[-1])  # for its trajectories of earlier micro-batches
                 values = values - baselines[-1]
-            coefficients.append(values / scale * scopes.factors(scope))
-        gradients = torch.autograd.grad(
-            (torch.cat(coefficients).to(sums) * sums).sum(), parameters, materialize_grads=True
-        )
-        buffers.add(gradients, 1.0, 1.0)
-    return Accumulated(parameters, buffers.accum, scopes.norms, scopes.log_ratios, baselines)
+            elif config.opob != OFF:
+                open_[inside] = factors
+            known[inside] = values[here.start - scope.start : here.stop - scope.start] * factors
+        cut = bool(open_.any())
+        buffers.add(_combined(sums, known, parameters, retain_graph=cut), 1.0, 0.0)
+        if cut:
+            buffers.add(_combined(sums, open_, parameters), 0.0, 1.0)
+    return scopes.found(parameters, buffers, baselines)
 
 
 class _Scopes:
     """What is known of a minibatch's trajectories as it is gone through, and what follows for each scope."""
 
-    def __init__(self, minibatch: Minibatch, config: VCPOConfig) -> None:
+    def __init__(self, minibatch: Minibatch, config: VCPOSettings, ranks: Ranks) -> None:
         everything = range(len(minibatch))
         self.rows = minibatch.group_rows() if config.opob == GROUP else [everything]
         self.norms = torch.zeros(len(minibatch), dtype=torch.float64)
         self.log_ratios = torch.zeros(minibatch.mask.shape, dtype=torch.float64)
-        self._lengths, self._config = minibatch.lengths.cpu(), config
+        self._minibatch, self._config, self._ranks = minibatch, config, ranks
+        self._lengths = minibatch.lengths.cpu()
+        self._count = len(ranks.gather(self._lengths))
+
+    def are_cut(self, micro_batches: Sequence[range]) -> bool:
+        """Whether a scope that has a baseline goes on from one micro-batch to the next."""
+        ends = {scope.stop for scope in self.rows}
+        return self._config.opob != OFF and any(rows.stop not in ends for rows in micro_batches)
+
+    def sums(self, log_probs: Tensor, rows: range) -> Tensor:
+        """What each trajectory's score is the gradient of, [rows]; ratios of their tokens are kept."""
+        of_rows = slice(rows.start, rows.stop)
+        mask = self._minibatch.mask[of_rows]
+        if log_probs.shape != mask.shape:
+            raise ValueError(
+                f"log_probs_of: gave {list(log_probs.shape)} for {_names(rows)}, wanted {list(mask.shape)}"
+            )
+        try:
+            found = token_log_ratios(log_probs, self._minibatch.sampler_log_probs[of_rows], mask)
+        except ValueError as error:
+            raise ValueError(f"{_names(rows)}: {error}") from error
+        self.log_ratios[of_rows] = found
+        return (log_probs * token_weights(found, self._config).to(log_probs)).masked_fill(~mask, 0).sum(-1)
 
     def baseline(self, rows: range, values: Tensor) -> float:
-        """Of one scope that was gone through."""
+        """Of one scope that was gone through; of the minibatch on all ranks where it is that."""
         scope = slice(rows.start, rows.stop)
         ratios = sequence_log_ratios(self.log_ratios[scope])
-        return baseline(
-            values, baseline_weights(self.norms[scope], ratios, self._lengths[scope], self._config), self._config
-        )
+        columns = (self.norms[scope], ratios, self._lengths[scope], values)
+        if self._config.opob == MINIBATCH:
+            columns = tuple(self._ranks.gather(column) for column in columns)
+        norms, ratios, lengths, values = columns
+        return baseline(values, baseline_weights(norms, ratios, lengths, self._config), self._config)
 
     def factors(self, rows: range) -> Tensor:
         """d loss / d log p of sequences whose value is 1, float64 [rows]."""
         scope = slice(rows.start, rows.stop)
-        ratios = truncated_log_ratios(sequence_log_ratios(self.log_ratios[scope]), self._config).exp()
-        divide = self._config.loss_aggregation == SEQUENCE_MEAN
-        return -ratios / (self._lengths[scope].clamp(min=1) if divide else 1) / len(self._lengths)
+        weights = sequence_weights(self.log_ratios[scope], self._config)
+        if self._config.loss_aggregation == SEQUENCE_MEAN:
+            weights = weights / self._lengths[scope].clamp(min=1)
+        return -weights / self._count
 
-    def inside(self, micro_batches: Sequence[range]) -> list[list[range]]:
-        """The scopes of each micro-batch; without a baseline those are the micro-batches."""
-        if [row for rows in micro_batches for row in rows] != list(range(len(self._lengths))):
-            raise ValueError(f"micro_batches: got {list(micro_batches)}, wanted all {len(self._lengths)} rows in order")
-        if self._config.opob == OFF:
-            return [[rows] for rows in micro_batches]
-        found = [[scope for scope in self.rows if scope.start in rows] for rows in micro_batches]
-        for rows, scopes in zip(micro_batches, found, strict=True):
-            if sum(map(len, scopes)) != len(rows) or scopes[-1].stop != rows.stop:
-                raise ValueError(
-                    f"micro_batches: got {rows}, which cuts what a baseline is over; wanted whole {self._config.opob}s"
-                )
-        return found
+    def found(self, parameters: list[Tensor], buffers: GradientBuffers, baselines: list[float]) -> Accumulated:
+        """All of it, when every trajectory was gone through."""
+        gradients = buffers.gradients(self._ranks, 1 / self._mean_weight())
+        return Accumulated(parameters, gradients, self.norms, self.log_ratios, baselines)
+
+    def _mean_weight(self) -> float:
+        if not self._config.is_whitening:
+            return 1.0
+        mask = self._minibatch.mask.cpu()
+        weights = (
+            token_weights(self.log_ratios, self._config) * sequence_weights(self.log_ratios, self._config)[:, None]
+        )
+        # Of tokens where they are weighed, else of sequences; an empty one counts as a sequence of ratio 1.
+        of_tokens = self._config.is_mode in (TOKEN_MASK, TOKEN_TRUNCATE)
+        found = self._ranks.gather(weights[mask] if of_tokens else weights[:, 0])
+        return float(found.mean()) if float(found.sum()) > 0 else 1.0
 
 
-def _values(minibatch: Minibatch, rows: range, config: VCPOConfig) -> tuple[Tensor, float]:
+def _names(rows: range) -> str:
+    return f"trajectory {rows.start}" if len(rows) == 1 else f"trajectories {rows.start} to {rows.stop - 1}"
+
+
+def _combined(
+    sums: Tensor, weights: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool = False
+) -> Sequence[Tensor]:
+    objective = (weights.to(sums) * sums).sum()
+    return torch.autograd.grad(objective, parameters, materialize_grads=True, retain_graph=retain_graph)
+
+
+def _values(minibatch: Minibatch, rows: range, config: VCPOSettings) -> tuple[Tensor, float]:
     """What the baseline is taken off, float64 [rows], and what the difference is divided by."""
     if config.opob != GROUP:
         return minibatch.advantages[rows.start : rows.stop].double().cpu(), 1.0
     rewards = minibatch.rewards[rows.start : rows.stop].double().cpu()
     deviation = float(rewards.std(correction=0)) if config.opob_norm_by_std else 0.0
     return rewards, deviation if deviation > LEAST_STD else 1.0
-
-
-def _score(
-    log_probs: Tensor, parameters: Sequence[Tensor], minibatch: Minibatch, row: int, log_ratios: Tensor
-) -> tuple[Tensor, ...]:
-    """The gradient of one trajectory's log-probability; its tokens' ratios go into their row."""
-    mask = minibatch.mask[row]
-    if log_probs.shape != mask.shape:
-        raise ValueError(f"log_probs_of: gave {list(log_probs.shape)} for {row}, wanted [tokens] {list(mask.shape)}")
-    try:
-        log_ratios[row] = token_log_ratios(log_probs, minibatch.sampler_log_probs[row], mask)
-    except ValueError as error:
-        raise ValueError(f"trajectory {row}: {error}") from error
-    return torch.autograd.grad(log_probs[mask].sum(), parameters, materialize_grads=True)
 
 
 def _norm(gradients: Sequence[Tensor], row: int) -> float:

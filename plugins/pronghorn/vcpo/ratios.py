@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pronghorn.vcpo.config import VCPOConfig
+from pronghorn.vcpo.config import SEQUENCE_MASK, TOKEN_MASK, TOKEN_TRUNCATE, VCPOSettings
 
 _log = logging.getLogger(__name__)
 
@@ -58,12 +58,29 @@ def sequence_log_ratios(token_log_ratios: Tensor) -> Tensor:
     return token_log_ratios.sum(-1)
 
 
-def truncated_log_ratios(log_ratios: Tensor, config: VCPOConfig) -> Tensor:
-    """Log-ratios as they enter the loss: clamped on both sides, truncated above."""
-    return clipped_log_ratios(log_ratios.clamp(-config.log_ratio_clamp, config.log_ratio_clamp), config)
+def truncated_log_ratios(log_ratios: Tensor, config: VCPOSettings) -> Tensor:
+    """Log-ratios as they enter the loss: clamped on both sides, then truncated above, or masked: minus infinity."""
+    clamped = log_ratios.clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
+    if config.is_mode in (SEQUENCE_MASK, TOKEN_MASK) and config.is_truncation is not None:
+        return clamped.masked_fill(clamped > math.log(config.is_truncation), -math.inf)
+    return clipped_log_ratios(clamped, config)
 
 
-def clipped_log_ratios(log_ratios: Tensor, config: VCPOConfig) -> Tensor:
+def token_weights(token_log_ratios: Tensor, config: VCPOSettings) -> Tensor:
+    """What the loss weighs each log-probability of a sequence with, [..., tokens], before the sequence's ratio."""
+    if config.is_mode in (TOKEN_MASK, TOKEN_TRUNCATE):
+        return truncated_log_ratios(token_log_ratios, config).exp()
+    return torch.ones_like(token_log_ratios)
+
+
+def sequence_weights(token_log_ratios: Tensor, config: VCPOSettings) -> Tensor:
+    """What the loss weighs each sequence with, [...]; 1 where it weighs tokens."""
+    if config.is_mode in (TOKEN_MASK, TOKEN_TRUNCATE):
+        return torch.ones_like(token_log_ratios[..., 0])
+    return truncated_log_ratios(sequence_log_ratios(token_log_ratios), config).exp()
+
+
+def clipped_log_ratios(log_ratios: Tensor, config: VCPOSettings) -> Tensor:
     """Log-ratios truncated above alone, as diagnoses have them."""
     return log_ratios if config.is_truncation is None else log_ratios.clamp(max=math.log(config.is_truncation))
 

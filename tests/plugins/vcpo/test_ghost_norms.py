@@ -6,7 +6,7 @@ from tests.models import tiny_model
 from tests.plugins.vcpo.policy import Policy, log_probs, one_by_one, rollouts
 from torch import nn
 
-from pronghorn.vcpo import GhostNorms, VCPOConfig, accumulate, accumulate_batched
+from pronghorn.vcpo import GhostNorms, VCPOSettings, accumulate, accumulate_batched
 
 RANGES = [range(4), range(4, 7)]
 EVERYTHING = [range(7)]
@@ -25,7 +25,7 @@ def together(policy, ids):
 @pytest.mark.parametrize(("opob", "weight", "micro_batches"), CASES)
 @pytest.mark.parametrize("empty", [False, True])
 def test_batched_equals_one_by_one(opob, weight, micro_batches, empty):
-    policy, config = Policy(), VCPOConfig(opob=opob, opob_weight=weight)
+    policy, config = Policy(), VCPOSettings(opob=opob, opob_weight=weight)
     ids, minibatch = rollouts(policy, groups=(4, 3))
     if empty:
         minibatch.mask[1] = False
@@ -152,26 +152,30 @@ def test_what_cannot_be_followed_is_refused():
             ghosts.norms(total, trajectories, 1)
 
 
-@pytest.mark.parametrize(
-    ("opob", "micro_batches", "message"),
-    [
-        ("group", [range(3), range(3, 7)], "cuts what a baseline is over; wanted whole groups"),
-        ("minibatch", RANGES, "cuts what a baseline is over; wanted whole minibatchs"),
-        ("off", [range(4)], "wanted all 7 rows in order"),
-    ],
-)
-def test_micro_batches_that_cut(opob, micro_batches, message):
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("opob", ["group", "minibatch", "off"])
+def test_micro_batches_that_cut_a_scope(opob, size):
+    """A group that goes on over several micro-batches, one that ends where another begins, and all in one."""
+    policy, config = Policy(), VCPOSettings(opob=opob)
+    ids, minibatch = rollouts(policy, groups=(4, 3, 4))
+    micro_batches = [range(start, min(start + size, 11)) for start in range(0, 11, size)]
+    ghost = accumulate_batched(together(policy, ids), policy, minibatch, config, micro_batches)
+    assert_equal(ghost, accumulate(one_by_one(policy, ids), list(policy.parameters()), minibatch, config))
+
+
+@pytest.mark.parametrize("micro_batches", [[range(4)], [range(4), range(3, 7)], [range(4, 7), range(4)]])
+def test_micro_batches_that_are_not_the_minibatch(micro_batches):
     policy = Policy()
     ids, minibatch = rollouts(policy, groups=(4, 3))
-    with pytest.raises(ValueError, match=f"^micro_batches: got .*{message}"):
-        accumulate_batched(together(policy, ids), policy, minibatch, VCPOConfig(opob=opob), micro_batches)
+    with pytest.raises(ValueError, match=r"^micro_batches: got .*wanted all of 0 to 6, in order"):
+        accumulate_batched(together(policy, ids), policy, minibatch, VCPOSettings(), micro_batches)
 
 
 def test_nothing_learns():
     policy = Policy().requires_grad_(False)
     ids, minibatch = rollouts(policy)
     with pytest.raises(ValueError, match=r"^model: nothing learns"):
-        accumulate_batched(together(policy, ids), policy, minibatch, VCPOConfig(), [range(8)])
+        accumulate_batched(together(policy, ids), policy, minibatch, VCPOSettings(), [range(8)])
 
 
 def test_what_the_learner_must_not_give():
@@ -182,8 +186,8 @@ def test_what_the_learner_must_not_give():
         values, trajectories = together(policy, ids)(rows)
         return values.masked_fill(torch.tensor(rows.start > 0), torch.nan), trajectories
 
-    with pytest.raises(ValueError, match=r"^trajectories from 4 on: log_probs: got nan at \[0, 0\]"):
-        accumulate_batched(log_probs_of, policy, minibatch, VCPOConfig(), RANGES)
+    with pytest.raises(ValueError, match=r"^trajectories 4 to 6: log_probs: got nan at \[0, 0\]"):
+        accumulate_batched(log_probs_of, policy, minibatch, VCPOSettings(), RANGES)
 
 
 def test_a_gradient_that_is_not_finite():
@@ -195,5 +199,5 @@ def test_a_gradient_that_is_not_finite():
         values.register_hook(lambda gradient: gradient * torch.inf)
         return values, trajectories
 
-    with pytest.raises(FloatingPointError, match="trajectories 0 to 6: a gradient's norm is not finite"):
-        accumulate_batched(log_probs_of, policy, minibatch, VCPOConfig(), EVERYTHING)
+    with pytest.raises(FloatingPointError, match="trajectories 0 to 6: the norm of a gradient is not finite"):
+        accumulate_batched(log_probs_of, policy, minibatch, VCPOSettings(), EVERYTHING)
