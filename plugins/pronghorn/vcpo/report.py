@@ -34,7 +34,8 @@ class Signature:
         window: so many steps before a step give the medians that it is compared with; from 5 of them on.
         ess_drop: an ESS ratio below this share of its median is a drop.
         norm_spike: a gradient's norm above this multiple of its median, or one that is not finite, is a spike.
-        horizon: a drop warned of a spike that came at most so many steps later, and not in the same step.
+        horizon: a drop warned of a spike that came at most so many steps later, not in the same step, and that was
+            the first in so many steps: what drops while the gradient leaps already warns of nothing.
 
     Raises:
         ValueError: a number is out of range.
@@ -43,7 +44,7 @@ class Signature:
     window: int = 20
     ess_drop: float = 0.5
     norm_spike: float = 3.0
-    horizon: int = 20
+    horizon: int = 10
 
     def __post_init__(self) -> None:
         if self.window < 5 or self.horizon < 1:
@@ -61,7 +62,7 @@ class Signs:
     Attributes:
         drops: of the ESS ratio, bool [steps].
         spikes: of the gradient's norm, bool [steps].
-        warnings: pairs of the indices of a drop and of the next spike that it came before.
+        warnings: pairs of the indices of a drop and of the spike that it warned of.
     """
 
     drops: NDArray[Any]
@@ -156,10 +157,13 @@ def find_signs(steps: NDArray[Any], ess_ratios: NDArray[Any], grad_norms: NDArra
     usual, calm = (running_median(values, signature.window) for values in (ess_ratios, grad_norms))
     drops = np.isfinite(usual) & ~(ess_ratios >= signature.ess_drop * usual)
     spikes = (calm > 0) & ~(grad_norms <= signature.norm_spike * calm)
+    places = np.flatnonzero(spikes)
+    first = places[np.diff(steps[places], prepend=-math.inf) > signature.horizon]
     warnings = []
     for drop in np.flatnonzero(drops):
-        later = np.flatnonzero(spikes & (steps > steps[drop]) & (steps <= steps[drop] + signature.horizon))
-        warnings += [(int(drop), int(later[0]))] if len(later) else []
+        distances = steps[first] - steps[drop]
+        warned = first[(distances > 0) & (distances <= signature.horizon)]
+        warnings += [(int(drop), int(warned[0]))] if len(warned) else []
     return Signs(drops, spikes, warnings)
 
 
@@ -405,7 +409,8 @@ def draw_early_warning(run: Run, signature: Signature | None = None) -> Any:
         area = panel.get_xaxis_transform()
         panel.fill_between(steps, 0, 1, where=warned, transform=area, color="C1", alpha=0.25, linewidth=0, label=label)
     ess.set(ylim=(-0.03, 1.05), ylabel="ESS / trajectories")
-    norm.set(yscale="log", ylabel="gradient norm")
+    known = columns["grad_norm"][np.isfinite(columns["grad_norm"])]
+    norm.set(yscale="log" if (known > 0).any() else "linear", ylabel="gradient norm")
     reward.set(ylabel="mean reward")
     scale.set(ylim=(-0.03, 1.05), xlabel="step", ylabel="learning rate, scale")
     _whole_numbers(scale)
@@ -430,13 +435,17 @@ def _mark_truncation(line: Callable[..., Any], truncation: float) -> None:
 def _tick_ratios(axis: Any) -> None:
     """Ticks of an axis of decimal logarithms: one of the ratios themselves would overflow."""
     low, high = axis.get_view_interval()
-    spread = high - low
-    factors = (1, 2, 5) if spread < 3 else (1,)
-    powers = range(math.floor(low), math.ceil(high) + 1, max(1, round(spread / 8)))
+    factors = (1, 2, 5) if high - low < 3 else (1,)
+    powers = range(math.floor(low), math.ceil(high) + 1, max(1, round((high - low) / 8)))
     ticks = [(power + math.log10(factor), factor, power) for power in powers for factor in factors]
     inside = [tick for tick in ticks if low <= tick[0] <= high]
-    labels = [f"{factor * 10.0**power:g}" if spread < 3 else f"$10^{{{power}}}$" for _, factor, power in inside]
-    axis.set_ticks([place for place, _, _ in inside], labels)
+    axis.set_ticks([place for place, _, _ in inside], [_ratio(factor, power) for _, factor, power in inside])
+
+
+def _ratio(factor: int, power: int) -> str:
+    if abs(power) < 3:
+        return f"{factor * 10.0**power:g}"
+    return f"$10^{{{power}}}$" if factor == 1 else f"${factor}\\times10^{{{power}}}$"
 
 
 def _whole_numbers(axes: Any) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from pronghorn.trl.rollouts import PaddedRollouts, Rollout
 from pronghorn.vcpo.config import GHOST
-from pronghorn.vcpo.ess import MinibatchESS
 from pronghorn.vcpo.gradient import Accumulated, accumulate, accumulate_batched
 from pronghorn.vcpo.minibatch import Minibatch
 from pronghorn.vcpo.ranks import Alone, ProcessGroup, Ranks
@@ -34,7 +33,7 @@ class Learner:
         pad_token_id: what padding is filled with.
 
     Attributes:
-        scaling: of the learning rate; a callback of the trainer.
+        scaling: of the learning rate; the trainer is to have it as a callback.
 
     Raises:
         ValueError: the trainer runs in a way that has no gradient norms.
@@ -54,7 +53,6 @@ class Learner:
         alone = accelerator.num_processes == 1
         self._ranks: Ranks = Alone() if alone else ProcessGroup(accelerator.device)
         self.scaling = ESSScaling(self._args, self._ranks, self._metrics)
-        trainer.add_callback(self.scaling)
         self._records: RunRecords | None = None
 
     def learn(self, model: nn.Module, rollouts: list[Rollout]) -> Tensor:
@@ -102,7 +100,7 @@ class Learner:
                     fused_lm_head=True, **rollout.forward,
                 )  # fmt: skip
             found, entropies = outputs.log_probs[:, -longest:], outputs.entropy[:, -longest:]
-            self._metrics["entropy"].append(float(entropies[0][minibatch.mask[row]].mean()))
+            self._metrics["entropy"].append(float(entropies.detach()[0][minibatch.mask[row]].mean()))
             if rollout.sampler_log_probs is None:
                 minibatch.sampler_log_probs[row] = found[0].detach()
             return found[0]
@@ -180,19 +178,21 @@ class Learner:
         dist.all_gather_object(found, rows)
         return [row for part in found for row in part]
 
-    def save(self, folder: Path, **state: Any) -> None:
-        """Write what a run that goes on needs to know, and what else the trainer keeps."""
-        (folder / STATE).write_text(json.dumps({**self.scaling.reference.state_dict(), **state}))
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Take up what `save` wrote, and give it back.
+def save_state(folder: Path, scaling: ESSScaling, **state: Any) -> None:
+    """Write into a checkpoint what a run that goes on needs to know, and what else the trainer keeps."""
+    (folder / STATE).write_text(json.dumps({**scaling.reference.state_dict(), **state}))
 
-        Raises:
-            FileNotFoundError: the checkpoint is not one of this method.
-        """
-        state: dict[str, Any] = json.loads((folder / STATE).read_text())
-        self.scaling.reference.load_state_dict(state)
-        return state
+
+def load_state(folder: Path, scaling: ESSScaling) -> dict[str, Any]:
+    """Take up what `save_state` wrote, and give it back.
+
+    Raises:
+        FileNotFoundError: the checkpoint is not one of this method.
+    """
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    scaling.reference.load_state_dict(state)
+    return state
 
 
 def minibatch_of(rollouts: Sequence[Rollout]) -> Minibatch:

@@ -26,12 +26,13 @@ class ESSScaling(TrainerCallback):
         reference: the share of effective samples at which the rate is whole.
         ess: of the last minibatch, None before the first.
         scale: what the last update's learning rate was multiplied with.
+        ratio_to_reference: the share of effective samples of the last minibatch over the reference.
     """
 
     def __init__(self, settings: VCPOSettings, ranks: Ranks, metrics: MutableMapping[str, list[float]]) -> None:
         self.reference = ReferenceESS(settings)
         self.ess: MinibatchESS | None = None
-        self.scale = 1.0
+        self.scale = self.ratio_to_reference = 1.0
         self._settings, self._ranks, self._metrics = settings, ranks, metrics
         self._rates = ExitStack()
 
@@ -48,7 +49,7 @@ class ESSScaling(TrainerCallback):
         ess = MinibatchESS.of(self._ranks.gather(log_ratios), self._settings)
         used = ess.used(self._settings)
         self.scale = learning_rate_scale(used, self.reference.value, self._settings.ess_scaling)
-        self.ess = ess
+        self.ess, self.ratio_to_reference = ess, used / self.reference.value
         for name, value in (
             ("ess", ess.ess), ("ess_ratio", ess.ess_ratio), ("ess_clipped", ess.ess_clipped),
             ("ess_ratio_clipped", ess.ess_ratio_clipped), ("ess_reference", self.reference.value),
