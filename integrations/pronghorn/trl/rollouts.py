@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Rollout:
         group: a number for its prompt, the same for all rollouts of that prompt.
         policy_version: updates that the sampler's weights had seen.
         forward: what else the model's forward takes, with a batch dimension of 1.
+        policy_version_end: the same of the weights that sampled its last token; None where all sampled with one.
     """
 
     prompt_ids: Tensor
@@ -43,9 +44,16 @@ class Rollout:
     group: int
     policy_version: int
     forward: dict[str, Any] = field(default_factory=dict)
+    policy_version_end: int | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """The same on a device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        forward = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.forward.items()}
+        return replace(self, **moved, forward=forward)
 
 
 def rollouts_of(batch: dict[str, Any]) -> list[Rollout]:

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from tests.plugins.vcpo.test_records import step_row, trajectory_row
 
 from pronghorn.vcpo import report
-from pronghorn.vcpo.records import RunRecords, read_run
-from pronghorn.vcpo.report import (
+from pronghorn.vcpo.diagnosis import (
     Signature,
     by_staleness,
     ess_ratio,
@@ -25,8 +24,9 @@ from pronghorn.vcpo.report import (
     summarize,
     survival,
     tail_index,
-    write_report,
 )
+from pronghorn.vcpo.records import RunRecords, read_run
+from pronghorn.vcpo.report import write_report
 
 PICTURES = ["early_warning.png", "ess_by_staleness.png", "heavy_tails.png"]
 

@@ -47,4 +47,6 @@ def test_two_processes_equal_one(number, two, tmp_path):
             assert norms == pytest.approx(logged(alone, "grad_norm"), rel=1e-4)
     if RUNS[number].get("estimator") != "trl":
         ours, theirs = read_run(two / str(number)), read_run(tmp_path)
-        assert sorted(ours.trajectories["log_ratio"]) == pytest.approx(sorted(theirs.trajectories["log_ratio"]), 1e-4, 1e-5)
+        assert sorted(ours.trajectories["log_ratio"]) == pytest.approx(
+            sorted(theirs.trajectories["log_ratio"]), 1e-4, 1e-5
+        )

@@ -142,7 +142,8 @@ class Learner:
         own = [
             {
                 "step": step, "uid": f"{rollout.group}-{number}", "group": str(rollout.group),
-                "param_version_start": rollout.policy_version, "param_version_end": rollout.policy_version,
+                "param_version_start": rollout.policy_version,
+                "param_version_end": rollout.policy_version if (end := rollout.policy_version_end) is None else end,
                 "trainer_version": step, "prompt_length": len(rollout.prompt_ids), "log_ratio": ratio,
                 **{name: value for name, value in stats.to_dict().items() if name != "group"},
             }
