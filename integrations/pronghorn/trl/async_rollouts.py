@@ -175,8 +175,10 @@ def _decoded(tensors: dict[str, Tensor], path: Path) -> list[Rollout]:
         raise ValueError(f"{path}: {', '.join(wrong) or 'advantages'} cannot be right; the file is damaged")
     prompts = tensors["prompt_ids"].split(lengths["prompt"])
     completions = [tensors[name].split(lengths["completion"]) for name in list(_TOKENS)[1:]]
-    columns = [tensors[name].tolist() for name in ("rewards", "advantages", "groups", "versions")]
+    numbers = [tensors[name].tolist() for name in ("rewards", "advantages", "groups", "versions", "version_ends")]
     return [
-        Rollout(*row, policy_version_end=end)
-        for *row, end in zip(prompts, *completions, *columns, tensors["version_ends"].tolist(), strict=True)
+        Rollout(prompt, ids, sampled, log_probs, reward, advantage, group, version, policy_version_end=end)
+        for prompt, ids, sampled, log_probs, reward, advantage, group, version, end in zip(
+            prompts, *completions, *numbers, strict=True
+        )
     ]

@@ -22,7 +22,7 @@ POLL_SECONDS = 1.0
 LONG_AGO = -(1 << 30)  # updates, of weights that were there before this run
 
 
-class RolloutFailure(RuntimeError):
+class RolloutError(RuntimeError):
     """What makes rollouts has failed: training cannot go on, and can be resumed when that is mended."""
 
 
@@ -100,7 +100,7 @@ class GroupSource:
         """The groups for the update that follows so many others; waits for them.
 
         Raises:
-            RolloutFailure: the worker is dead, or hung.
+            RolloutError: the worker is dead, or hung.
             ValueError: a sample is not as it must be.
         """
         started, dropped = time.perf_counter(), self._drop(updates)
@@ -132,7 +132,7 @@ class GroupSource:
                 self._worker.check_health(self._stale_after_s)
             except Exception as error:
                 reason = error.__cause__ or error
-                raise RolloutFailure(f"the rollout worker failed: {type(reason).__name__}: {reason}") from error
+                raise RolloutError(f"the rollout worker failed: {type(reason).__name__}: {reason}") from error
             return
         self._add(sample)
 
@@ -218,9 +218,7 @@ class StepLoader:
         ranks: how many processes share a step.
     """
 
-    def __init__(
-        self, source: GroupSource | None, updates: Callable[[], int], micro_batches: int, ranks: int
-    ) -> None:
+    def __init__(self, source: GroupSource | None, updates: Callable[[], int], micro_batches: int, ranks: int) -> None:
         self._source, self._updates, self._micro_batches, self._ranks = source, updates, micro_batches, ranks
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -247,7 +245,7 @@ class StepLoader:
         found: list[Any] = [None]
         dist.scatter_object_list(found, shares if from_here else None, src=0)
         if isinstance(found[0], str) and not from_here:
-            raise RolloutFailure(f"process 0: {found[0]}")
+            raise RolloutError(f"process 0: {found[0]}")
         return found[0]
 
 

@@ -81,7 +81,8 @@ class GroupWorker(AsyncRolloutWorker):
         super().__init__(**kwargs)
         self._groups_allowed = self._mp_ctx.Value("q", 0)
         # The value reaches the child by inheritance alone, as an argument of its process.
-        self._loop_cls = functools.partial(GroupRolloutLoop, groups_allowed=self._groups_allowed)
+        loop: Any = functools.partial(GroupRolloutLoop, groups_allowed=self._groups_allowed)
+        self._loop_cls = loop
 
     @classmethod
     def like(cls, worker: AsyncRolloutWorker) -> GroupWorker:

@@ -21,7 +21,7 @@ class GroupedRollouts(GRPOTrainer):
     not change before the batch is used.
 
     Raises:
-        ValueError: a rank's part of a generation batch, or of an optimizer step, does not hold whole groups.
+        ValueError: a sampler other than the learner gave no log-probabilities, or a rank's part of a generation batch, or of an optimizer step, does not hold whole groups.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -54,6 +54,11 @@ class GroupedRollouts(GRPOTrainer):
         self._generations += 1
         step = self.state.global_step
         batch["policy_versions"] = torch.tensor([row.get("policy_version", step) for row in inputs], device=device)
+        if batch.get("sampling_per_token_logps") is None and (self.use_vllm or self.rollout_func is not None):
+            raise ValueError(
+                "sampling_per_token_logps: the sampler gave none, and the learner's own are no substitute; wanted "
+                "`logprobs` of the rollout_func, or of vLLM"
+            )
         if batch.get("sampling_per_token_logps") is None and "old_per_token_logps" in batch:
             # TRL computes these right after generation where the learner will be ahead of what it sampled.
             batch["sampling_per_token_logps"] = batch["old_per_token_logps"]

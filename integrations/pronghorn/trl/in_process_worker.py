@@ -182,7 +182,8 @@ class InProcessWorker:
         row = self._dataset[group % len(self._dataset)]
         prompt_ids = self._prompt_ids(row["prompt"])
         started = time.monotonic()
-        generator = torch.Generator(self._model.device).manual_seed((self._seed << 32) + group)
+        seed = int(np.random.SeedSequence((self._seed, group)).generate_state(1)[0])
+        generator = torch.Generator(self._model.device).manual_seed(seed)
         sampling = _Sampling(self._temperature, generator, self._between_tokens)
         tokens = self._model.generate(
             torch.tensor([prompt_ids] * self._count, device=self._model.device),

@@ -52,7 +52,9 @@ class Rollout:
     def to(self, device: torch.device | str) -> Rollout:
         """The same on a device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        forward = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.forward.items()}
+        forward = {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.forward.items()
+        }
         return replace(self, **moved, forward=forward)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pronghorn.vcpo.baseline import baseline, baseline_weights
 from pronghorn.vcpo.config import (
@@ -68,11 +69,49 @@ class GradientBuffers:
             self._accum.add_(self._score, alpha=-baseline)
             self._score.zero_()
 
+    def take(self, sums: Tensor, known: Tensor, later: Tensor) -> None:
+        """Add the gradients of Σ known · sums to the first buffer, of Σ later · sums to the second."""
+        more = bool(later.any())
+        self.add(_gradients(sums, known, self._parameters, retain_graph=more), 1.0, 0.0)
+        if more:
+            self.add(_gradients(sums, later, self._parameters), 0.0, 1.0)
+
     def gradients(self, ranks: Ranks, scale: float) -> list[Tensor]:
         """The first buffer, added up over ranks and multiplied, as one gradient for each parameter."""
         ranks.add(self._accum)
         self._accum.mul_(scale)
         return self._accum_parts
+
+
+class ShardedGradients:
+    """Gradients of parameters that FSDP shards, which it adds up over ranks itself, in `grad`.
+
+    Args:
+        parameters: what gradients are of; their `grad` is emptied.
+        count: of ranks, over which FSDP takes means.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], count: int) -> None:
+        self._parameters, self._count = parameters, count
+        for parameter in parameters:
+            parameter.grad = None
+
+    def take(self, sums: Tensor, known: Tensor, later: Tensor) -> None:
+        """Add the gradients of Σ known · sums.
+
+        Raises:
+            ValueError: some are to be added later, for which there is no buffer.
+        """
+        if later.any():
+            raise ValueError("micro_batches: one ends within a group; with sharded parameters wanted whole ones")
+        (self._count * (known.to(sums) * sums).sum()).backward()
+
+    def close(self, baseline: float) -> None:
+        """Nothing waits for a baseline."""
+
+    def gradients(self, ranks: Ranks, scale: float) -> list[Tensor]:
+        """What there is, multiplied."""
+        return [torch.zeros_like(p) if p.grad is None else p.grad * scale for p in self._parameters]
 
 
 @dataclass(frozen=True)
@@ -152,7 +191,8 @@ def accumulate_batched(
         log_probs_of: gives the learner's log-probabilities of some rows' tokens, [rows, tokens], with their graph, and
             which of these rows each position of the model's input belongs to, integers [batch, positions], -1 for
             padding. It is called once for each micro-batch, in order.
-        model: its parameters that need a gradient learn.
+        model: its parameters that need a gradient learn. They may be sharded by `fully_shard`: then every rank has
+            equally many micro-batches, each of whole groups.
         minibatch: its trajectories.
         config: the weights.
         micro_batches: the rows of each forward.
@@ -169,7 +209,11 @@ def accumulate_batched(
     if [row for rows in micro_batches for row in rows] != list(range(len(minibatch))):
         raise ValueError(f"micro_batches: got {list(micro_batches)}, wanted all of 0 to {len(minibatch) - 1}, in order")
     scopes, ghosts, baselines = _Scopes(minibatch, config, ranks or Alone()), GhostNorms(model), []
-    buffers = GradientBuffers(parameters, with_baseline=scopes.are_cut(micro_batches))
+    buffers: GradientBuffers | ShardedGradients
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        buffers = ShardedGradients(parameters, scopes.ranks)
+    else:
+        buffers = GradientBuffers(parameters, with_baseline=scopes.are_cut(micro_batches))
     for rows in micro_batches:
         with ghosts:
             log_probs, trajectories = log_probs_of(rows)
@@ -177,7 +221,7 @@ def accumulate_batched(
             scopes.norms[rows.start : rows.stop] = ghosts.norms(sums.sum(), trajectories, len(rows)).cpu()
         if not scopes.norms[rows.start : rows.stop].isfinite().all():
             raise FloatingPointError(f"{_names(rows)}: the norm of a gradient is not finite")
-        known, open_ = torch.zeros(2, len(rows), dtype=torch.float64)
+        known, later = torch.zeros(2, len(rows), dtype=torch.float64)
         for scope in scopes.rows:
             here = range(max(scope.start, rows.start), min(scope.stop, rows.stop))
             if not here:
@@ -190,12 +234,9 @@ def accumulate_batched(
                 buffers.close(baselines[-1])  # for its trajectories of earlier micro-batches
                 values = values - baselines[-1]
             elif config.opob != OFF:
-                open_[inside] = factors
+                later[inside] = factors
             known[inside] = values[here.start - scope.start : here.stop - scope.start] * factors
-        cut = bool(open_.any())
-        buffers.add(_combined(sums, known, parameters, retain_graph=cut), 1.0, 0.0)
-        if cut:
-            buffers.add(_combined(sums, open_, parameters), 0.0, 1.0)
+        buffers.take(sums, known, later)
     return scopes.found(parameters, buffers, baselines)
 
 
@@ -210,6 +251,7 @@ class _Scopes:
         self._minibatch, self._config, self._ranks = minibatch, config, ranks
         self._lengths = minibatch.lengths.cpu()
         self._count = len(ranks.gather(self._lengths))
+        self.ranks = ranks.count
 
     def are_cut(self, micro_batches: Sequence[range]) -> bool:
         """Whether a scope that has a baseline goes on from one micro-batch to the next."""
@@ -249,7 +291,9 @@ class _Scopes:
             weights = weights / self._lengths[scope].clamp(min=1)
         return -weights / self._count
 
-    def found(self, parameters: list[Tensor], buffers: GradientBuffers, baselines: list[float]) -> Accumulated:
+    def found(
+        self, parameters: list[Tensor], buffers: GradientBuffers | ShardedGradients, baselines: list[float]
+    ) -> Accumulated:
         """All of it, when every trajectory was gone through."""
         gradients = buffers.gradients(self._ranks, 1 / self._mean_weight())
         return Accumulated(parameters, gradients, self.norms, self.log_ratios, baselines)
@@ -271,7 +315,7 @@ def _names(rows: range) -> str:
     return f"trajectory {rows.start}" if len(rows) == 1 else f"trajectories {rows.start} to {rows.stop - 1}"
 
 
-def _combined(
+def _gradients(
     sums: Tensor, weights: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool = False
 ) -> Sequence[Tensor]:
     objective = (weights.to(sums) * sums).sum()

@@ -148,7 +148,7 @@ def test_what_cannot_be_followed_is_refused():
             ghosts.norms(total, torch.tensor([[0, 0, 1]]), 1)
     with GhostNorms(model) as ghosts:
         total = model(torch.tensor([[1, 2]])).sum()
-        with pytest.raises(ValueError, match=r"^trajectories: got \[1, 3\], but a Linear saw \[1, 2, 4\]"):
+        with pytest.raises(ValueError, match=r"^trajectories: got \[1, 3\], but a RMSNorm saw \[1, 2, 4\]"):
             ghosts.norms(total, trajectories, 1)
 
 

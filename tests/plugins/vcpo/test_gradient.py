@@ -257,7 +257,7 @@ def test_two_ranks_equal_one(config, tmp_path):
     ids, minibatch = rollouts(policy, groups=groups)
     alone = accumulate(one_by_one(policy, ids), list(policy.parameters()), minibatch, config)
     for rank in range(2):
-        gradients, norms, baselines = torch.load(tmp_path / f"{rank}.pt")
+        gradients, norms, baselines = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(gradients, alone.gradients, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(norms, alone.score_norms[minibatch.groups % 2 == rank])
         wanted = alone.baselines[rank::2] if config.opob == "group" else alone.baselines

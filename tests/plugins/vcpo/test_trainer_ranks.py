@@ -40,7 +40,7 @@ def two(tmp_path_factory):
 def test_two_processes_equal_one(number, two, tmp_path):
     alone = trained(tmp_path, steps=2, rollout_func=SeededRollouts(), **RUNS[number])
     for rank in range(2):
-        found, ratios, norms = torch.load(two / f"{number}-{rank}.pt")
+        found, ratios, norms = torch.load(two / f"{number}-{rank}.pt", weights_only=True)
         torch.testing.assert_close(found, weights(alone), rtol=1e-4, atol=1e-5)
         if rank == 0:  # which logs
             assert ratios == pytest.approx(logged(alone, "vcpo/ess_ratio"), rel=1e-5)

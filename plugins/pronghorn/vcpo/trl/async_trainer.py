@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import time
@@ -17,11 +16,11 @@ from trl.experimental.async_grpo.async_grpo_trainer import _TrainBeginCallback
 
 from pronghorn.trl.async_rollouts import Position
 from pronghorn.trl.devices import any_device
-from pronghorn.trl.group_stream import GroupSource, RolloutFailure, StepLoader, StepTotals
+from pronghorn.trl.group_stream import GroupSource, RolloutError, StepLoader, StepTotals
 from pronghorn.trl.group_worker import GroupWorker
 from pronghorn.trl.rollouts import Rollout
 from pronghorn.vcpo.trl.async_config import AsyncVCPOConfig
-from pronghorn.vcpo.trl.learner import Learner
+from pronghorn.vcpo.trl.learner import Learner, load_state, save_state
 
 WAITING = "waiting_rollouts.safetensors"
 STATE = "rollout_state.json"  # TRL's, whose keys it has beside ours
@@ -41,49 +40,51 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
 
     Raises:
         ValueError: a setting has no meaning here, or an optimizer step cannot hold whole groups.
-        RolloutFailure: while training, what makes rollouts has failed. Where checkpoints are saved, the last update
+        RolloutError: while training, what makes rollouts has failed. Where checkpoints are saved, the last update
             has one then.
 
     Source: Stable Asynchrony: Variance-Controlled Off-Policy RL for LLMs (arXiv 2602.17616).
     """
 
-    _tag_names = ("trl", "async-vcpo")
+    _tag_names = ["trl", "async-vcpo"]  # noqa: RUF012 - as TRL has it
     _name = "AsyncVCPO"
     args: AsyncVCPOConfig
 
-    @functools.wraps(AsyncGRPOTrainer.__init__)
-    def __init__(self, *positional: Any, **named: Any) -> None:
-        given = inspect.signature(AsyncGRPOTrainer.__init__).bind(self, *positional, **named).arguments
-        given.pop("self")
-        if given.get("args") is None:
-            given["args"] = AsyncVCPOConfig(f"{given['model'].split('/')[-1]}-{self._name}")
-        args = given["args"]
-        if not isinstance(args, AsyncVCPOConfig):
-            raise TypeError(f"args: got {type(args).__name__}, wanted an AsyncVCPOConfig")
-        with any_device(args.device):
-            super().__init__(**given)
-        self.model.set_attn_implementation(args.attn_implementation)
-        self.learner = Learner(self, self.processing_class.pad_token_id)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        named = inspect.signature(AsyncGRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
+        del named["self"]
+        if named.get("args") is None:
+            named["args"] = AsyncVCPOConfig(f"{named['model'].split('/')[-1]}-{self._name}")
+        config = named["args"]
+        if not isinstance(config, AsyncVCPOConfig):
+            raise TypeError(f"args: got {type(config).__name__}, wanted an AsyncVCPOConfig")
+        with any_device(config.device):
+            super().__init__(**named)
+        policy: Any = self.model
+        policy.set_attn_implementation(config.attn_implementation)
+        self._learner = Learner(self, self.processing_class.pad_token_id)
+        self.add_callback(self._learner.scaling)
         self._collected: list[Rollout] = []
         self.rollouts: GroupSource | None = None
         if self.accelerator.is_main_process:
-            if given.get("rollout_worker") is None:
-                self.rollout_worker = GroupWorker.like(self.rollout_worker)
-                self.rollout_queue = self.rollout_worker.rollout_buffer
+            worker: Any = self.rollout_worker
+            if named.get("rollout_worker") is None:
+                worker = GroupWorker.like(worker)
+                self.rollout_worker, self.rollout_queue = worker, worker.rollout_buffer
             self.rollouts = GroupSource(
-                self.rollout_worker, num_generations=args.num_generations, groups_per_step=args.groups_per_step,
-                max_age=args.max_age, metrics=self._metrics["train"], stale_after_s=args.heartbeat_stale_after_s,
+                worker, num_generations=config.num_generations, groups_per_step=config.groups_per_step,
+                max_age=config.max_age, metrics=self._metrics["train"], stale_after_s=config.heartbeat_stale_after_s,
             )  # fmt: skip
-        self._rollout_dataset = self.rollouts  # where TRL looks for the seconds of waiting
+        self._rollout_dataset: Any = self.rollouts  # where TRL looks for the seconds of waiting
 
-    def get_train_dataloader(self) -> StepLoader:
-        """Whole optimizer steps; the main process reads the worker's queue."""
+    def get_train_dataloader(self) -> Any:
+        """A `StepLoader`; the main process reads the worker's queue."""
         return StepLoader(
             self.rollouts, lambda: self.state.global_step, self.args.gradient_accumulation_steps,
             self.accelerator.num_processes,
         )  # fmt: skip
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Collect trajectories; learn from them with the last micro-batch of an optimizer step."""
         started = time.perf_counter()
         model.train()
@@ -94,7 +95,7 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
         loss = torch.zeros((), device=self.accelerator.device)
         if self.accelerator.sync_gradients:
             collected, self._collected = self._collected, []
-            loss = self.learner.learn(model, collected)
+            loss = self._learner.learn(model, collected)
             self._count(inputs["totals"])
         self._current_train_step_time += time.perf_counter() - started
         return loss
@@ -103,8 +104,7 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
         """For TRL's figures of a step."""
         self._trained_groups.update(totals.groups)
         self._step_samples, self._step_trained_tokens = totals.rows, totals.sampled_tokens
-        self._step_forward_tokens = totals.tokens
-        self._step_seq_len_weighted = totals.tokens**2 / totals.rows
+        self._step_forward_tokens, self._step_seq_len_weighted = totals.tokens, totals.tokens**2 / totals.rows
 
     def _log_step_metrics(self) -> None:
         super()._log_step_metrics()
@@ -114,7 +114,7 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
         try:
             super()._sync_weight()
         except Exception as error:
-            raise RolloutFailure(f"the sampler took no weights: {type(error).__name__}: {error}") from error
+            raise RolloutError(f"the sampler took no weights: {type(error).__name__}: {error}") from error
         if self.rollouts is not None:
             self.rollouts.published(self.model_version, self.state.global_step)
 
@@ -128,7 +128,7 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
             self.rollouts.start()
         try:
             return super()._inner_training_loop(*args, **kwargs)
-        except RolloutFailure:
+        except RolloutError:
             self._save_last_update(kwargs.get("trial"))
             raise
 
@@ -147,7 +147,7 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
         if self.rollouts is not None:
             folder = self._folder(trial)
             folder.mkdir(parents=True, exist_ok=True)
-            self.learner.save(folder)
+            save_state(folder, self._learner.scaling)
             self.rollouts.buffer.save(folder / WAITING)
             position = self.rollouts.buffer.position
             state = {
@@ -162,7 +162,7 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        self.learner.load(folder)
+        load_state(folder, self._learner.scaling)
         if self.rollouts is not None:
             state = json.loads((folder / STATE).read_text())
             position = Position(state["prompt_index"], set(state["beyond"]))

@@ -78,4 +78,4 @@ def refuse_unused(config: Any, kind: type, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(config, name)
         if value != defaults[name]:
-            raise ValueError(f"{name}: got {value!r}, which has no use with estimator='vcpo'; leave {defaults[name]!r}")
+            raise ValueError(f"{name}: got {value!r}, which has no use with VCPO's estimator; leave {defaults[name]!r}")

@@ -98,6 +98,7 @@ class EarlyWarning(TrainerCallback):
                 group["lr"] *= self._factor
                 group["initial_lr"] *= self._factor
             lr_scheduler.base_lrs = [rate * self._factor for rate in lr_scheduler.base_lrs]
+            lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged for the next
         elif self._action == ROLLBACK:
             self._restore(model, optimizer)
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pronghorn.trl.rollouts import PaddedRollouts, Rollout
 from pronghorn.vcpo.config import GHOST
@@ -42,8 +43,11 @@ class Learner:
     def __init__(self, trainer: Any, pad_token_id: int) -> None:
         accelerator = trainer.accelerator
         kind = accelerator.distributed_type
-        if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-            raise ValueError(f"accelerate: got {kind.value}, accepted are one process and data parallel ones")
+        sharded = kind == DistributedType.FSDP
+        if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (sharded and not accelerator.is_fsdp2):
+            raise ValueError(f"accelerate: got {kind.value}, accepted are one process, DDP and FSDP of version 2")
+        if sharded and trainer.args.opob_grad_norm != GHOST:
+            raise ValueError("opob_grad_norm: got 'exact', which needs whole gradients; with FSDP wanted 'ghost'")
         if accelerator.mixed_precision == "fp16":
             raise ValueError("fp16: got True; scaled losses have no gradient norms here, accepted are bf16 and float32")
         if trainer.aux_loss_enabled:
@@ -134,7 +138,7 @@ class Learner:
         return log_probs_of
 
     def _record(self, found: Accumulated, rollouts: list[Rollout], minibatch: Minibatch) -> None:
-        norm = float(torch.stack([gradient.norm() for gradient in found.gradients]).norm())
+        norm = _norm(found.gradients)
         step, ess = self._trainer.state.global_step, self.scaling.ess
         assert ess is not None  # noqa: S101 - for mypy
         metrics = self._metrics
@@ -178,6 +182,11 @@ class Learner:
         found: list[Any] = [None] * self._ranks.count
         dist.all_gather_object(found, rows)
         return [row for part in found for row in part]
+
+
+def _norm(gradients: Sequence[Tensor]) -> float:
+    parts = [gradient.norm() for gradient in gradients]
+    return float(torch.stack([part.full_tensor() if isinstance(part, DTensor) else part for part in parts]).norm())
 
 
 def save_state(folder: Path, scaling: ESSScaling, **state: Any) -> None:
