@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 # What a batch may hold for a model's forward beside tokens.
@@ -99,23 +100,18 @@ class PaddedRollouts:
     completion_length: int
 
     @classmethod
-    def of(cls, rollouts: Sequence[Rollout], pad_token_id: int, completion_length: int | None = None) -> PaddedRollouts:
-        """Of some rollouts; `completion_length` is at least the longest of their completions, 1 or that by default."""
+    def of(cls, rollouts: Sequence[Rollout], pad_token_id: int) -> PaddedRollouts:
+        """Of some rollouts; where all completions are empty, they have one position of padding."""
         prompts = _padded([rollout.prompt_ids for rollout in rollouts], pad_token_id, "left")
         completions = _padded([rollout.completion_ids for rollout in rollouts], pad_token_id, "right")
-        longest = max(1, completions[0].shape[1]) if completion_length is None else completion_length
-        completions = tuple(
-            _extended(part, longest, value) for part, value in zip(completions, (pad_token_id, 0), strict=True)
-        )
+        missing = max(0, 1 - completions[0].shape[1])
+        ids, there = completions
+        completions = pad(ids, (0, missing), value=pad_token_id), pad(there, (0, missing))
         ids, mask = (torch.cat(parts, dim=1) for parts in zip(prompts, completions, strict=True))
-        return cls(ids, mask, longest)
+        return cls(ids, mask, completions[0].shape[1])
 
 
 def _padded(rows: list[Tensor], value: int, side: str) -> tuple[Tensor, Tensor]:
     ids = pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
     there = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     return ids, there
-
-
-def _extended(rows: Tensor, length: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(rows, (0, length - rows.shape[1]), value=value)

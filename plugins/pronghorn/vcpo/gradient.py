@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pronghorn.kernels.weighted_grad_accum import weighted_grad_accum
 from pronghorn.vcpo.baseline import baseline, baseline_weights
 from pronghorn.vcpo.config import (
     GROUP,
@@ -22,7 +23,13 @@ from pronghorn.vcpo.config import (
 from pronghorn.vcpo.ghost_norms import GhostNorms
 from pronghorn.vcpo.minibatch import Minibatch
 from pronghorn.vcpo.ranks import Alone, Ranks
-from pronghorn.vcpo.ratios import sequence_log_ratios, sequence_weights, token_log_ratios, token_weights
+from pronghorn.vcpo.ratios import (
+    check_sampler,
+    sequence_log_ratios,
+    sequence_weights,
+    token_weights,
+    unchecked_log_ratios,
+)
 
 LEAST_STD = 1e-8  # rewards that differ by less are equal
 
@@ -56,12 +63,18 @@ class GradientBuffers:
         parts = buffer.split([parameter.numel() for parameter in self._parameters])
         return [part.view_as(parameter) for part, parameter in zip(parts, self._parameters, strict=True)]
 
-    def add(self, gradients: Sequence[Tensor], accum_weight: float, score_weight: float) -> None:
-        """Add weighted gradients to each buffer."""
-        if accum_weight:
-            torch._foreach_add_(self._accum_parts, gradients, alpha=accum_weight)
-        if self._score_parts and score_weight:
-            torch._foreach_add_(self._score_parts, gradients, alpha=score_weight)
+    def add(self, gradients: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Add gradients to both buffers, weighted.
+
+        Args:
+            gradients: one for each parameter.
+            weights: in the first buffer, and in the second, [2].
+
+        Returns:
+            ‖gradients‖, float64, 0-dimensional.
+        """
+        scores = self._score_parts or None
+        return weighted_grad_accum(gradients, self._accum_parts, scores, weights).sqrt()
 
     def close(self, baseline: float) -> None:
         """Take the baseline off all values since the last call."""
@@ -72,9 +85,10 @@ class GradientBuffers:
     def take(self, sums: Tensor, known: Tensor, later: Tensor) -> None:
         """Add the gradients of Σ known · sums to the first buffer, of Σ later · sums to the second."""
         more = bool(later.any())
-        self.add(_gradients(sums, known, self._parameters, retain_graph=more), 1.0, 0.0)
+        first, second = torch.eye(2, device=sums.device)
+        self.add(_gradients(sums, known, self._parameters, retain_graph=more), first)
         if more:
-            self.add(_gradients(sums, later, self._parameters), 0.0, 1.0)
+            self.add(_gradients(sums, later, self._parameters), second)
 
     def gradients(self, ranks: Ranks, scale: float) -> list[Tensor]:
         """The first buffer, added up over ranks and multiplied, as one gradient for each parameter."""
@@ -160,14 +174,15 @@ def accumulate(
     buffers = GradientBuffers(parameters, with_baseline=config.opob != OFF)
     scopes, baselines = _Scopes(minibatch, config, ranks or Alone()), []
     for rows in scopes.rows:
-        values, scale = _values(minibatch, rows, config)
+        values, scale = scopes.values(rows)
         for row, value in zip(rows, values.tolist(), strict=True):
-            if minibatch.mask[row].any():
-                total = scopes.sums(log_probs_of(row)[None], range(row, row + 1)).sum()
-                gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
-                scopes.norms[row] = _norm(gradients, row)
-                factor = float(scopes.factors(range(row, row + 1))) / scale
-                buffers.add(gradients, factor * value, factor)
+            if scopes.empty[row]:
+                continue
+            total = scopes.sums(log_probs_of(row)[None], range(row, row + 1)).sum()
+            gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
+            factor = scopes.factors(range(row, row + 1)) / scale
+            scopes.norms[row] = buffers.add(gradients, torch.cat([factor * value, factor]))
+        scopes.check(rows)
         if config.opob != OFF:
             baselines.append(scopes.baseline(rows, values))
             buffers.close(baselines[-1])
@@ -218,17 +233,16 @@ def accumulate_batched(
         with ghosts:
             log_probs, trajectories = log_probs_of(rows)
             sums = scopes.sums(log_probs, rows)
-            scopes.norms[rows.start : rows.stop] = ghosts.norms(sums.sum(), trajectories, len(rows)).cpu()
-        if not scopes.norms[rows.start : rows.stop].isfinite().all():
-            raise FloatingPointError(f"{_names(rows)}: the norm of a gradient is not finite")
+            scopes.norms[rows.start : rows.stop] = ghosts.norms(sums.sum(), trajectories, len(rows))
+        scopes.check(rows)
         known, later = torch.zeros(2, len(rows), dtype=torch.float64)
         for scope in scopes.rows:
             here = range(max(scope.start, rows.start), min(scope.stop, rows.stop))
             if not here:
                 continue
             inside = slice(here.start - rows.start, here.stop - rows.start)
-            values, scale = _values(minibatch, scope, config)
-            factors = scopes.factors(here) / scale
+            values, scale = scopes.values(scope)
+            factors = scopes.factors(here).cpu() / scale
             if config.opob != OFF and scope.stop <= rows.stop:
                 baselines.append(scopes.baseline(scope, values))
                 buffers.close(baselines[-1])  # for its trajectories of earlier micro-batches
@@ -244,14 +258,26 @@ class _Scopes:
     """What is known of a minibatch's trajectories as it is gone through, and what follows for each scope."""
 
     def __init__(self, minibatch: Minibatch, config: VCPOSettings, ranks: Ranks) -> None:
-        everything = range(len(minibatch))
+        check_sampler(minibatch.sampler_log_probs, minibatch.mask)
+        everything, device = range(len(minibatch)), minibatch.mask.device
         self.rows = minibatch.group_rows() if config.opob == GROUP else [everything]
-        self.norms = torch.zeros(len(minibatch), dtype=torch.float64)
-        self.log_ratios = torch.zeros(minibatch.mask.shape, dtype=torch.float64)
-        self._minibatch, self._config, self._ranks = minibatch, config, ranks
-        self._lengths = minibatch.lengths.cpu()
-        self._count = len(ranks.gather(self._lengths))
+        self.empty = (~minibatch.mask.any(-1)).tolist()
+        # Where the model is: nothing is waited for until a scope or a micro-batch is whole.
+        self.norms = torch.zeros(len(minibatch), dtype=torch.float64, device=device)
+        self.log_ratios = torch.zeros(minibatch.mask.shape, dtype=torch.float64, device=device)
         self.ranks = ranks.count
+        self._minibatch, self._config, self._ranks = minibatch, config, ranks
+        self._lengths = minibatch.lengths
+        self._rewards, self._advantages = minibatch.rewards.double().cpu(), minibatch.advantages.double().cpu()
+        self._count = len(ranks.gather(self._lengths))
+
+    def values(self, rows: range) -> tuple[Tensor, float]:
+        """What the baseline is taken off, float64 [rows], and what the difference is divided by."""
+        if self._config.opob != GROUP:
+            return self._advantages[rows.start : rows.stop], 1.0
+        rewards = self._rewards[rows.start : rows.stop]
+        deviation = float(rewards.std(correction=0)) if self._config.opob_norm_by_std else 0.0
+        return rewards, deviation if deviation > LEAST_STD else 1.0
 
     def are_cut(self, micro_batches: Sequence[range]) -> bool:
         """Whether a scope that has a baseline goes on from one micro-batch to the next."""
@@ -266,18 +292,30 @@ class _Scopes:
             raise ValueError(
                 f"log_probs_of: gave {list(log_probs.shape)} for {_names(rows)}, wanted {list(mask.shape)}"
             )
-        try:
-            found = token_log_ratios(log_probs, self._minibatch.sampler_log_probs[of_rows], mask)
-        except ValueError as error:
-            raise ValueError(f"{_names(rows)}: {error}") from error
+        found = unchecked_log_ratios(log_probs, self._minibatch.sampler_log_probs[of_rows], mask)
         self.log_ratios[of_rows] = found
         return (log_probs * token_weights(found, self._config).to(log_probs)).masked_fill(~mask, 0).sum(-1)
+
+    def check(self, rows: range) -> None:
+        """Of trajectories that were gone through."""
+        wrong = ~self.log_ratios[rows.start : rows.stop].isfinite()
+        if wrong.any():
+            row, token = wrong.nonzero()[0].tolist()
+            value = float(self.log_ratios[rows.start + row, token])
+            raise ValueError(
+                f"trajectory {rows.start + row}: log_probs: got {value} at [{token}], wanted a finite number"
+            )
+        wrong = ~self.norms[rows.start : rows.stop].isfinite()
+        if wrong.any():
+            row = rows.start + int(wrong.nonzero()[0])
+            norm = float(self.norms[row])
+            raise FloatingPointError(f"trajectory {row}: the norm of its gradient is {norm}, wanted a finite number")
 
     def baseline(self, rows: range, values: Tensor) -> float:
         """Of one scope that was gone through; of the minibatch on all ranks where it is that."""
         scope = slice(rows.start, rows.stop)
         ratios = sequence_log_ratios(self.log_ratios[scope])
-        columns = (self.norms[scope], ratios, self._lengths[scope], values)
+        columns = (self.norms[scope].cpu(), ratios.cpu(), self._lengths[scope].cpu(), values)
         if self._config.opob == MINIBATCH:
             columns = tuple(self._ranks.gather(column) for column in columns)
         norms, ratios, lengths, values = columns
@@ -296,18 +334,17 @@ class _Scopes:
     ) -> Accumulated:
         """All of it, when every trajectory was gone through."""
         gradients = buffers.gradients(self._ranks, 1 / self._mean_weight())
-        return Accumulated(parameters, gradients, self.norms, self.log_ratios, baselines)
+        return Accumulated(parameters, gradients, self.norms.cpu(), self.log_ratios.cpu(), baselines)
 
     def _mean_weight(self) -> float:
         if not self._config.is_whitening:
             return 1.0
-        mask = self._minibatch.mask.cpu()
         weights = (
             token_weights(self.log_ratios, self._config) * sequence_weights(self.log_ratios, self._config)[:, None]
         )
         # Of tokens where they are weighed, else of sequences; an empty one counts as a sequence of ratio 1.
         of_tokens = self._config.is_mode in (TOKEN_MASK, TOKEN_TRUNCATE)
-        found = self._ranks.gather(weights[mask] if of_tokens else weights[:, 0])
+        found = self._ranks.gather(weights[self._minibatch.mask] if of_tokens else weights[:, 0])
         return float(found.mean()) if float(found.sum()) > 0 else 1.0
 
 
@@ -320,23 +357,3 @@ def _gradients(
 ) -> Sequence[Tensor]:
     objective = (weights.to(sums) * sums).sum()
     return torch.autograd.grad(objective, parameters, materialize_grads=True, retain_graph=retain_graph)
-
-
-def _values(minibatch: Minibatch, rows: range, config: VCPOSettings) -> tuple[Tensor, float]:
-    """What the baseline is taken off, float64 [rows], and what the difference is divided by."""
-    if config.opob != GROUP:
-        return minibatch.advantages[rows.start : rows.stop].double().cpu(), 1.0
-    rewards = minibatch.rewards[rows.start : rows.stop].double().cpu()
-    deviation = float(rewards.std(correction=0)) if config.opob_norm_by_std else 0.0
-    return rewards, deviation if deviation > LEAST_STD else 1.0
-
-
-def _norm(gradients: Sequence[Tensor], row: int) -> float:
-    norms = [
-        torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).double()
-        for gradient in gradients
-    ]
-    norm = float(torch.stack([part.cpu() for part in norms]).norm())
-    if not norm < float("inf"):
-        raise FloatingPointError(f"trajectory {row}: the norm of its gradient is {norm}, wanted a finite number")
-    return norm

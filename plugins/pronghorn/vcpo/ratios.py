@@ -34,18 +34,33 @@ def token_log_ratios(log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor)
     for name, tensor in (("log_probs", log_probs), ("sampler_log_probs", sampler_log_probs)):
         if tensor.shape != mask.shape:
             raise ValueError(f"{name}: got {list(tensor.shape)}, wanted mask's {list(mask.shape)}")
-    learner = log_probs.detach().double().masked_fill(~mask, 0)
-    sampler = sampler_log_probs.detach().double().masked_fill(~mask, 0)
-    missing = sampler.isnan()
-    for name, found, wrong in (
-        ("log_probs", learner, ~learner.isfinite()), ("sampler_log_probs", sampler, sampler.isinf()),
-    ):  # fmt: skip
-        if wrong.any():
-            place = wrong.nonzero()[0].tolist()
-            raise ValueError(f"{name}: got {float(found[tuple(place)])} at {place}, wanted a finite number")
-    if missing.any():
+    check_sampler(sampler_log_probs, mask)
+    _check_finite("log_probs", log_probs.detach(), mask, nan=True)
+    return unchecked_log_ratios(log_probs, sampler_log_probs, mask)
+
+
+def unchecked_log_ratios(log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """The same, without waiting for the device to look at values: what is not finite stays so."""
+    difference = log_probs.detach().double() - sampler_log_probs.detach().double()
+    return difference.masked_fill(~mask | sampler_log_probs.isnan(), 0)
+
+
+def check_sampler(sampler_log_probs: Tensor, mask: Tensor) -> None:
+    """Warn once of NaN, which counts as a ratio of 1.
+
+    Raises:
+        ValueError: a log-probability is infinite.
+    """
+    _check_finite("sampler_log_probs", sampler_log_probs, mask, nan=False)
+    if (sampler_log_probs.isnan() & mask).any():
         _warn_of_missing()
-    return torch.where(missing, 0, learner - sampler)
+
+
+def _check_finite(name: str, values: Tensor, mask: Tensor, *, nan: bool) -> None:
+    wrong = (values.isinf() | values.isnan() if nan else values.isinf()) & mask
+    if wrong.any():
+        place = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name}: got {float(values[tuple(place)])} at {place}, wanted a finite number")
 
 
 @cache

@@ -274,5 +274,5 @@ def test_another_configuration_or_sampler(tmp_path):
             found = super().__call__(prompts, trainer)
             return {**found, "logprobs": [[-math.inf] * len(row) for row in found["logprobs"]]}
 
-    with pytest.raises(ValueError, match=r"^trajectory 0: sampler_log_probs: got -inf"):
+    with pytest.raises(ValueError, match=r"^sampler_log_probs: got -inf"):
         trained(tmp_path, rollout_func=Infinite())

@@ -96,13 +96,11 @@ def _by_gram(
     row, column = (tl.program_id(0) // across) * ROWS, (tl.program_id(0) % across) * ROWS
     length = _length(lengths, trajectory, positions, LIMITED)
     there = (column >= row) & (column < length)
-    a = _gram(
-        inputs, trajectory, row, column, length, positions, tl.where(there, IN, 0), IN, IN_TYPE, ROWS, IN_DEPTH
-    )
+    a = _gram(inputs, trajectory, row, column, length, positions, tl.where(there, IN, 0), IN, IN_TYPE, ROWS, IN_DEPTH)
     b = _gram(
         gradients, trajectory, row, column, length, positions, tl.where(there, OUT, 0), OUT, OUT_TYPE, ROWS, OUT_DEPTH
     )
-    share = _sum_of_products(a, b) * tl.where(column > row, 2.0, 1.0)
+    share = _sum_of_products(a, b) * 2.0
     tl.store(shares + trajectory * tl.num_programs(0) + tl.program_id(0), share)
 
 
@@ -156,9 +154,7 @@ def gram_tile(trajectories: int, positions: int, dtype: torch.dtype) -> int:
     return rows
 
 
-def gram_is_cheaper(
-    positions: int, in_features: int, out_features: int, direct: tuple[int, int], square: int
-) -> bool:
+def gram_is_cheaper(positions: int, in_features: int, out_features: int, direct: tuple[int, int], square: int) -> bool:
     """Whether tiles of Gram matrices take fewer multiplications than tiles of the gradient."""
     rows, columns = direct
     of_gradient = blocks(in_features, rows) * rows * blocks(out_features, columns) * columns * positions

@@ -16,7 +16,7 @@ from pronghorn.kernels.seq_is_stats import seq_is_stats
 def _example(
     knobs: Mapping[str, Any], dtype: torch.dtype, generator: torch.Generator, device: torch.device
 ) -> Arguments:
-    """Sequences of random lengths; NaN and infinity where nothing counts, and NaN of the sampler where something does."""
+    """Sequences of random lengths; what does not count is NaN or infinite, and a little of the rest NaN."""
     shape = sequences, tokens = knobs["sequences"], knobs["tokens"]
     sampler = -torch.rand(shape, generator=generator).exp()
     learner = sampler + knobs["spread"] * torch.randn(shape, generator=generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -25,10 +24,9 @@ def weighted_grad_accum(
     gradients: Sequence[Tensor],
     accum: Sequence[Tensor],
     score: Sequence[Tensor] | None,
-    accum_weight: float,
-    score_weight: float,
+    weights: Tensor,
 ) -> Tensor:
-    """accum += accum_weight * gradient and score += score_weight * gradient, of all tensors at once, in place.
+    """accum += weights[0] * gradient and score += weights[1] * gradient, of all tensors at once, in place.
 
     The sum of squares is in float64 and in the same order at every call. Nothing is waited for. Tensors of one dtype
     take one launch, however many they are, and one copy of their addresses to the device, none where those are the
@@ -39,8 +37,8 @@ def weighted_grad_accum(
             first.
         accum: for each gradient a buffer of its shape, contiguous, in float32 (float64 for a gradient of that).
         score: the same, or None to leave it out.
-        accum_weight: in float32, save for the reference.
-        score_weight: the same; not looked at without `score`.
+        weights: float32 or float64 [2], on their device, so that they may be what is computed there; the second is not
+            looked at without `score`.
 
     Returns:
         The sum of squares of all gradients, without weights, float64 [], on their device; where one is infinite or
@@ -56,18 +54,19 @@ def weighted_grad_accum(
     for name, buffers in (("accum", accum), ("score", scores)):
         if len(buffers) != len(gradients) and (name == "accum" or score is not None):
             raise ValueError(f"{name}: got {len(buffers)} tensors, wanted {len(gradients)}, one for each gradient")
-    for name, weight in (("accum_weight", accum_weight), ("score_weight", score_weight)):
-        if not math.isfinite(weight):
-            raise ValueError(f"{name}: got {weight!r}, wanted a finite number")
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
     if not _all_fit(gradients, accum, scores):
         for name, buffers in (("accum", accum), ("score", scores)):
             _refuse(name, gradients, buffers)
+    check_tensor("weights", weights, like=gradients[0])
+    check_shape("weights", weights, (2,))
+    if weights.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"weights: got {weights.dtype}, accepted are torch.float32, torch.float64")
     # The dispatcher takes as long for many tensors as the kernel does.
     seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(gradients[0]) not in PLAIN
     run = _operation if seen else _accumulate
-    result: Tensor = run(gradients, accum, scores, float(accum_weight), float(score_weight))
+    result: Tensor = run(gradients, accum, scores, weights)
     return result
 
 
@@ -83,7 +82,7 @@ def _all_fit(gradients: list[Tensor], accum: list[Tensor], scores: list[Tensor])
         and [gradient.shape for gradient in gradients] == shapes
         and (not scores or [buffer.shape for buffer in scores] == shapes)
         and (not scores or [buffer.dtype for buffer in scores] == dtypes)
-        and all([buffer.is_contiguous() for buffer in buffers])
+        and all(buffer.is_contiguous() for buffer in buffers)
     )
 
 
@@ -104,16 +103,14 @@ def _refuse(name: str, gradients: list[Tensor], buffers: list[Tensor]) -> None:
             raise ValueError(f"{name}[{index}]: got strides {buffer.stride()}, wanted a contiguous tensor")
 
 
-def _accumulate(
-    gradients: list[Tensor], accum: list[Tensor], score: list[Tensor], accum_weight: float, score_weight: float
-) -> Tensor:
-    exact = any([gradient.dtype == torch.float64 for gradient in gradients])
+def _accumulate(gradients: list[Tensor], accum: list[Tensor], score: list[Tensor], weights: Tensor) -> Tensor:
+    exact = any(gradient.dtype == torch.float64 for gradient in gradients)
     if use_triton("weighted_grad_accum", gradients[0]) and not exact:
         from pronghorn.kernels.weighted_grad_accum import triton
 
-        return triton.weighted_grad_accum(gradients, accum, score, accum_weight, score_weight)
+        return triton.weighted_grad_accum(gradients, accum, score, weights)
     with torch.no_grad():
-        return reference.weighted_grad_accum(gradients, accum, score, accum_weight, score_weight)
+        return reference.weighted_grad_accum(gradients, accum, score, weights)
 
 
 _operation = torch.library.custom_op("pronghorn::weighted_grad_accum", _accumulate, mutates_args=("accum", "score"))

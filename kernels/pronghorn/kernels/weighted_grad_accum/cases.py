@@ -21,17 +21,17 @@ def _example(
     accum, score = ([torch.randn(shape, generator=generator).to(device, wide) for shape in shapes] for _ in range(2))
     return {
         "gradients": gradients, "accum": accum, "score": score if knobs["scored"] else None,
-        "accum_weight": -0.37, "score_weight": 1.9,
+        "weights": torch.tensor([-0.37, 1.9], dtype=wide, device=device),
     }  # fmt: skip
 
 
 def _added(
-    gradients: list[Tensor], accum: list[Tensor], score: list[Tensor] | None, accum_weight: float, score_weight: float
+    gradients: list[Tensor], accum: list[Tensor], score: list[Tensor] | None, weights: Tensor
 ) -> tuple[Tensor, ...]:
     """The norm and copies of the buffers after the call."""
     accum = [buffer.clone() for buffer in accum]
     score = None if score is None else [buffer.clone() for buffer in score]
-    squares = weighted_grad_accum(gradients, accum, score, accum_weight, score_weight)
+    squares = weighted_grad_accum(gradients, accum, score, weights)
     return squares, *accum, *(score or ())
 
 
@@ -39,9 +39,9 @@ def _oracle(arguments: Arguments) -> tuple[Tensor, ...]:
     """Tensor by tensor."""
     gradients = [gradient.double().cpu() for gradient in arguments["gradients"]]
     found = [torch.stack([gradient.square().sum() for gradient in gradients]).sum()]
-    for name in ("accum", "score"):
+    for name, weight in zip(("accum", "score"), arguments["weights"].tolist(), strict=True):
         for buffer, gradient in zip(arguments[name] or (), gradients, strict=False):
-            found.append(buffer.double().cpu() + arguments[f"{name}_weight"] * gradient)
+            found.append(buffer.double().cpu() + weight * gradient)
     return tuple(found)
 
 

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 
-def weighted_grad_accum(
-    gradients: list[Tensor], accum: list[Tensor], score: list[Tensor], accum_weight: float, score_weight: float
-) -> Tensor:
+def weighted_grad_accum(gradients: list[Tensor], accum: list[Tensor], score: list[Tensor], weights: Tensor) -> Tensor:
     """The sum of squares of all gradients; an empty `score` is left out."""
-    torch._foreach_add_(accum, gradients, alpha=accum_weight)
+    in_accum, in_score = weights.tolist()
+    torch._foreach_add_(accum, gradients, alpha=in_accum)
     if score:
-        torch._foreach_add_(score, gradients, alpha=score_weight)
+        torch._foreach_add_(score, gradients, alpha=in_score)
     return torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()

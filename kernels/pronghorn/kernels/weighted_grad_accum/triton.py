@@ -47,9 +47,11 @@ def _add(gradient, accum, score, at, inside, accum_weight, score_weight, SCORED:
 
 @triton.jit(do_not_specialize=["tensors", "tiles"])
 def _accumulate(
-    table, sums, tensors, tiles, accum_weight, score_weight,
+    table, sums, weights, tensors, tiles,
     TYPE: tl.constexpr, SCORED: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
+    accum_weight = tl.load(weights).to(tl.float32)
+    score_weight = tl.load(weights + 1).to(tl.float32)
     program, which = tl.program_id(0), tl.arange(0, TENSORS)
     before = tl.load(table + which, mask=which < tensors, other=0) <= program
     index = tl.sum((before & (which < tensors)).to(tl.int32), axis=0) - 1
@@ -71,9 +73,7 @@ def _accumulate(
     tl.store(sums + program, tl.sum(squares, axis=0))
 
 
-def weighted_grad_accum(
-    gradients: list[Tensor], accum: list[Tensor], score: list[Tensor], accum_weight: float, score_weight: float
-) -> Tensor:
+def weighted_grad_accum(gradients: list[Tensor], accum: list[Tensor], score: list[Tensor], weights: Tensor) -> Tensor:
     """The sum of squares of all gradients; an empty `score` is left out."""
     device = gradients[0].device
     gradients = [gradient.contiguous() for gradient in gradients]  # copies must live until all is launched
@@ -84,7 +84,6 @@ def weighted_grad_accum(
             places = gradient.data_ptr(), a.data_ptr(), s.data_ptr()
             aligned = not (places[0] | places[1] | places[2]) % ALIGNMENT
             kinds.setdefault((gradient.dtype, aligned), []).append((size, *places))
-    weights = accum_weight, score_weight
     sums = [_launch(rows, device, TYPES[dtype], bool(score), aligned, weights)
             for (dtype, aligned), rows in kinds.items()]  # fmt: skip
     if not sums:
@@ -95,7 +94,7 @@ def weighted_grad_accum(
 
 def _launch(
     rows: list[tuple[int, ...]], device: torch.device, dtype: tl.dtype, scored: bool, aligned: bool,
-    weights: tuple[float, float],
+    weights: Tensor,
 ) -> Tensor:  # fmt: skip
     """The sums of squares of all programs; rows are a size and three addresses."""
     sizes, *places = zip(*rows, strict=True)
@@ -107,7 +106,7 @@ def _launch(
     table = _table((*firsts, *sizes, *places[0], *places[1], *places[2]), device)
     sums = torch.empty(programs, dtype=torch.float64, device=device)
     _accumulate[(programs,)](
-        table, sums, len(rows), tiles, *weights, dtype, scored, aligned, power_of_2(len(rows)), ELEMENTS,
+        table, sums, weights, len(rows), tiles, dtype, scored, aligned, power_of_2(len(rows)), ELEMENTS,
         num_warps=WARPS,
     )  # fmt: skip
     return sums

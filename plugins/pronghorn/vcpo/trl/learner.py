@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -58,6 +59,7 @@ class Learner:
         self._ranks: Ranks = Alone() if alone else ProcessGroup(accelerator.device)
         self.scaling = ESSScaling(self._args, self._ranks, self._metrics)
         self._records: RunRecords | None = None
+        self._entropies: list[Tensor] = []
 
     def learn(self, model: nn.Module, rollouts: list[Rollout]) -> Tensor:
         """Give parameters the gradient of a step, its learning rate to the callback, and its records to the disk.
@@ -85,6 +87,9 @@ class Learner:
         staleness = torch.tensor([self._trainer.state.global_step - rollout.policy_version for rollout in rollouts])
         self.scaling.observe(sequence_log_ratios(found.log_ratios), int(self._ranks.gather(staleness).max()))
         self._record(found, rollouts, minibatch)
+        if self._entropies:
+            self._metrics["entropy"].append(float(torch.stack(self._entropies).mean()))
+            self._entropies.clear()
         weights = sequence_weights(found.log_ratios, self._args)
         return -(weights * minibatch.advantages.double().cpu()).mean().to(self._trainer.accelerator.device)
 
@@ -95,19 +100,23 @@ class Learner:
 
         def log_probs_of(row: int) -> Tensor:
             rollout = rollouts[row]
-            padded = PaddedRollouts.of([rollout], self._pad, longest)
+            padded = PaddedRollouts.of([rollout], self._pad)
             labels = padded.input_ids.masked_fill(padded.attention_mask == 0, -100)
-            labels[:, :-longest] = -100
+            labels[:, : -padded.completion_length] = -100
             with self._trainer.accelerator.autocast():
                 outputs = policy(
                     input_ids=padded.input_ids, attention_mask=padded.attention_mask, labels=labels,
                     fused_lm_head=True, **rollout.forward,
                 )  # fmt: skip
-            found, entropies = outputs.log_probs[:, -longest:], outputs.entropy[:, -longest:]
-            self._metrics["entropy"].append(float(entropies.detach()[0][minibatch.mask[row]].mean()))
+            missing = longest - padded.completion_length
+            found, entropies = (
+                F.pad(part[0, -padded.completion_length :], (0, missing))
+                for part in (outputs.log_probs, outputs.entropy)
+            )
+            self._entropies.append(entropies.detach()[minibatch.mask[row]].mean())
             if rollout.sampler_log_probs is None:
-                minibatch.sampler_log_probs[row] = found[0].detach()
-            return found[0]
+                minibatch.sampler_log_probs[row] = found.detach()
+            return found
 
         return log_probs_of
 
@@ -120,15 +129,16 @@ class Learner:
             some = [rollouts[row] for row in rows]
             if any(rollout.forward for rollout in some):
                 raise ValueError("opob_grad_norm: got 'ghost' with images, accepted is 'exact'")
-            padded = PaddedRollouts.of(some, self._pad, longest)
+            padded = PaddedRollouts.of(some, self._pad)
+            length = padded.completion_length
             with self._trainer.accelerator.autocast():
                 logits = policy(
                     input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False,
-                    logits_to_keep=longest + 1,
+                    logits_to_keep=length + 1,
                 ).logits[:, :-1]  # fmt: skip
             scaled = (logits.float() if logits.dtype != torch.float64 else logits) / self._trainer.temperature
-            tokens = padded.input_ids[:, -longest:, None]
-            found = scaled.gather(-1, tokens)[..., 0] - scaled.logsumexp(-1)
+            tokens = padded.input_ids[:, -length:, None]
+            found = F.pad(scaled.gather(-1, tokens)[..., 0] - scaled.logsumexp(-1), (0, longest - length))
             for place, row in enumerate(rows):
                 if rollouts[row].sampler_log_probs is None:
                     minibatch.sampler_log_probs[row] = found[place].detach()
@@ -206,14 +216,14 @@ def load_state(folder: Path, scaling: ESSScaling) -> dict[str, Any]:
 
 
 def minibatch_of(rollouts: Sequence[Rollout]) -> Minibatch:
-    """What the method must know of some rollouts, padded; where the sampler was the learner, NaN stands for now.
+    """What the method must know of some rollouts, padded; zeros stand for log-probabilities of the learner itself.
 
     Raises:
         ValueError: as of `Minibatch`.
     """
     device = rollouts[0].completion_ids.device
     longest = max(1, *(len(rollout.completion_ids) for rollout in rollouts))
-    sampler = torch.full((len(rollouts), longest), torch.nan, device=device)
+    sampler = torch.zeros(len(rollouts), longest, device=device)
     mask = torch.zeros(len(rollouts), longest, dtype=torch.bool, device=device)
     for row, rollout in enumerate(rollouts):
         mask[row, : len(rollout.sampled)] = rollout.sampled
