@@ -21,8 +21,8 @@ class GroupedRollouts(GRPOTrainer):
     not change before the batch is used.
 
     Raises:
-        ValueError: a sampler other than the learner gave no log-probabilities, or a rank's part of a generation batch or
-            of an optimizer step does not hold whole groups.
+        ValueError: a sampler other than the learner gave no log-probabilities, or a rank's part of a generation batch
+            or of an optimizer step does not hold whole groups.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
