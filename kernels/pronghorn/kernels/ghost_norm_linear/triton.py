@@ -100,7 +100,7 @@ def _by_gram(
     b = _gram(
         gradients, trajectory, row, column, length, positions, tl.where(there, OUT, 0), OUT, OUT_TYPE, ROWS, OUT_DEPTH
     )
-    share = _sum_of_products(a, b) * 2.0
+    share = _sum_of_products(a, b) * tl.where(column > row, 2.0, 1.0)
     tl.store(shares + trajectory * tl.num_programs(0) + tl.program_id(0), share)
 
 

@@ -84,6 +84,7 @@ def weighted_grad_accum(gradients: list[Tensor], accum: list[Tensor], score: lis
             places = gradient.data_ptr(), a.data_ptr(), s.data_ptr()
             aligned = not (places[0] | places[1] | places[2]) % ALIGNMENT
             kinds.setdefault((gradient.dtype, aligned), []).append((size, *places))
+    weights = weights.contiguous()
     sums = [_launch(rows, device, TYPES[dtype], bool(score), aligned, weights)
             for (dtype, aligned), rows in kinds.items()]  # fmt: skip
     if not sums:
