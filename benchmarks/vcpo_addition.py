@@ -1,4 +1,4 @@
-"""Sums of two digits, learnt from random weights with rollouts that are 0, 8 and 32 updates old, by four methods.
+"""Sums answered in strokes, learnt from random weights with rollouts that are 0, 8 and 32 updates old, by four methods.
 
 All are `VCPOTrainer`: truncated ratios of sequences alone, with the learning rate's scaling, with the baseline, with
 both. The learning rate is one at which synchronous training learns, and old rollouts hurt. `make demo` runs it.
@@ -15,7 +15,6 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DATA, MODEL = ROOT / "examples" / "vcpo" / "addition.jsonl", ROOT / "examples" / "vcpo" / "model"
@@ -26,19 +25,14 @@ METHODS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 LAGS, SEEDS = (0, 8, 32), (0, 1, 2)
 STEPS, LAST = 250, 25
-LEARNING_RATE = 5e-3
-GROUPS, SIZE = 8, 8
-
-
-def right_digits(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """The share of an answer's digits that a completion has in their places."""
-    pairs = zip(completions, answer, strict=True)
-    return [sum(a == b for a, b in zip(text, right, strict=False)) / len(right) for text, right in pairs]
+LEARNING_RATE = 2e-3
+GROUPS, SIZE, LONGEST = 8, 8, 10
 
 
 def trained(case: tuple[str, int, int, int, float]) -> dict[str, list[float]]:
     """Rewards and effective samples of every update of one run."""
     method, lag, seed, steps, rate = case
+    sys.path.insert(0, str(ROOT))
     import torch
     import transformers
     from datasets import Dataset, disable_progress_bars
@@ -57,14 +51,12 @@ def trained(case: tuple[str, int, int, int, float]) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         args = VCPOConfig(
             folder, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no", seed=seed,
-            num_generations=SIZE, per_device_train_batch_size=GROUPS * SIZE, max_completion_length=2, max_steps=steps,
-            learning_rate=rate, lr_scheduler_type="constant", logging_strategy="no", gradient_checkpointing=False,
+            num_generations=SIZE, per_device_train_batch_size=GROUPS * SIZE, max_completion_length=LONGEST,
+            max_steps=steps, learning_rate=rate, lr_scheduler_type="constant", logging_strategy="no", gradient_checkpointing=False,
             opob_grad_norm="ghost", lag=lag, **METHODS[method],
         )  # fmt: skip
         tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
-        VCPOTrainer(
-            model, right_digits, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-        ).train()
+        VCPOTrainer(model, strokes, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
         run = read_run(folder)
         return {name: run.steps[name].tolist() for name in ("reward", "ess_ratio", "grad_norm")}
 
@@ -132,7 +124,7 @@ def _draw(found: dict[tuple[str, int], list[dict[str, list[float]]]], asked: arg
     axes[1, 0].set_ylabel("effective samples / samples")
     axes[0, 0].legend(frameon=False)
     figure.suptitle(
-        f"Sums of two digits, learning rate {asked.learning_rate:g}: middle and range of {len(SEEDS)} seeds"
+        f"Sums answered in strokes, learning rate {asked.learning_rate:g}: middle and range of {len(SEEDS)} seeds"
     )
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=100)

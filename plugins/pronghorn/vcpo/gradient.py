@@ -82,13 +82,12 @@ class GradientBuffers:
             self._accum.add_(self._score, alpha=-baseline)
             self._score.zero_()
 
-    def take(self, sums: Tensor, known: Tensor, later: Tensor) -> None:
+    def take(self, ghosts: GhostNorms, sums: Tensor, known: Tensor, later: Tensor) -> None:
         """Add the gradients of Σ known · sums to the first buffer, of Σ later · sums to the second."""
-        more = bool(later.any())
         first, second = torch.eye(2, device=sums.device)
-        self.add(_gradients(sums, known, self._parameters, retain_graph=more), first)
-        if more:
-            self.add(_gradients(sums, later, self._parameters), second)
+        self.add(ghosts.weighted(known, self._parameters), first)
+        if later.any():
+            self.add(ghosts.weighted(later, self._parameters), second)
 
     def gradients(self, ranks: Ranks, scale: float) -> list[Tensor]:
         """The first buffer, added up over ranks and multiplied, as one gradient for each parameter."""
@@ -110,8 +109,8 @@ class ShardedGradients:
         for parameter in parameters:
             parameter.grad = None
 
-    def take(self, sums: Tensor, known: Tensor, later: Tensor) -> None:
-        """Add the gradients of Σ known · sums.
+    def take(self, ghosts: GhostNorms, sums: Tensor, known: Tensor, later: Tensor) -> None:
+        """Add the gradients of Σ known · sums, by another backward.
 
         Raises:
             ValueError: some are to be added later, for which there is no buffer.
@@ -197,10 +196,10 @@ def accumulate_batched(
     micro_batches: Sequence[range],
     ranks: Ranks | None = None,
 ) -> Accumulated:
-    """The same gradient as of `accumulate`, with one forward and two backwards for many trajectories.
+    """The same gradient as of `accumulate`, with one forward and one backward for many trajectories.
 
-    A micro-batch that ends within a group, or within the minibatch with `opob="minibatch"`, takes a third backward and
-    a second buffer.
+    The backward gives the gradients of what layers gave; norms and the weighted gradient follow from those. Where a
+    micro-batch ends within a group, or within the minibatch with `opob="minibatch"`, a second buffer is needed.
 
     Args:
         log_probs_of: gives the learner's log-probabilities of some rows' tokens, [rows, tokens], with their graph, and
@@ -233,24 +232,26 @@ def accumulate_batched(
         with ghosts:
             log_probs, trajectories = log_probs_of(rows)
             sums = scopes.sums(log_probs, rows)
-            scopes.norms[rows.start : rows.stop] = ghosts.norms(sums.sum(), trajectories, len(rows))
-        scopes.check(rows)
-        known, later = torch.zeros(2, len(rows), dtype=torch.float64)
-        for scope in scopes.rows:
-            here = range(max(scope.start, rows.start), min(scope.stop, rows.stop))
-            if not here:
-                continue
-            inside = slice(here.start - rows.start, here.stop - rows.start)
-            values, scale = scopes.values(scope)
-            factors = scopes.factors(here).cpu() / scale
-            if config.opob != OFF and scope.stop <= rows.stop:
-                baselines.append(scopes.baseline(scope, values))
-                buffers.close(baselines[-1])  # for its trajectories of earlier micro-batches
-                values = values - baselines[-1]
-            elif config.opob != OFF:
-                later[inside] = factors
-            known[inside] = values[here.start - scope.start : here.stop - scope.start] * factors
-        buffers.take(sums, known, later)
+            scopes.norms[rows.start : rows.stop] = ghosts.norms(
+                sums.sum(), trajectories, len(rows), keep_graph=isinstance(buffers, ShardedGradients)
+            )
+            scopes.check(rows)
+            known, later = torch.zeros(2, len(rows), dtype=torch.float64)
+            for scope in scopes.rows:
+                here = range(max(scope.start, rows.start), min(scope.stop, rows.stop))
+                if not here:
+                    continue
+                inside = slice(here.start - rows.start, here.stop - rows.start)
+                values, scale = scopes.values(scope)
+                factors = scopes.factors(here).cpu() / scale
+                if config.opob != OFF and scope.stop <= rows.stop:
+                    baselines.append(scopes.baseline(scope, values))
+                    buffers.close(baselines[-1])  # for its trajectories of earlier micro-batches
+                    values = values - baselines[-1]
+                elif config.opob != OFF:
+                    later[inside] = factors
+                known[inside] = values[here.start - scope.start : here.stop - scope.start] * factors
+            buffers.take(ghosts, sums, known, later)
     return scopes.found(parameters, buffers, baselines)
 
 
@@ -315,9 +316,9 @@ class _Scopes:
         """Of one scope that was gone through; of the minibatch on all ranks where it is that."""
         scope = slice(rows.start, rows.stop)
         ratios = sequence_log_ratios(self.log_ratios[scope])
-        columns = (self.norms[scope].cpu(), ratios.cpu(), self._lengths[scope].cpu(), values)
+        columns = [self.norms[scope].cpu(), ratios.cpu(), self._lengths[scope].cpu(), values]
         if self._config.opob == MINIBATCH:
-            columns = tuple(self._ranks.gather(column) for column in columns)
+            columns = [self._ranks.gather(column) for column in columns]
         norms, ratios, lengths, values = columns
         return baseline(values, baseline_weights(norms, ratios, lengths, self._config), self._config)
 
@@ -350,10 +351,3 @@ class _Scopes:
 
 def _names(rows: range) -> str:
     return f"trajectory {rows.start}" if len(rows) == 1 else f"trajectories {rows.start} to {rows.stop - 1}"
-
-
-def _gradients(
-    sums: Tensor, weights: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool = False
-) -> Sequence[Tensor]:
-    objective = (weights.to(sums) * sums).sum()
-    return torch.autograd.grad(objective, parameters, materialize_grads=True, retain_graph=retain_graph)

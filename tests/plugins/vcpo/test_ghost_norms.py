@@ -48,6 +48,15 @@ def norms_one_by_one(model, sums):
     return torch.stack([torch.cat([part.flatten() for part in row]).norm() for row in found])
 
 
+def assert_weighted(ghosts, model, sums, tolerance=1e-10):
+    """What the layers saw gives the gradient of any weighted sum."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = torch.linspace(-1, 2, len(sums)).double()
+    wanted = torch.autograd.grad((weights * sums).sum(), parameters, retain_graph=True, materialize_grads=True)
+    for found, right in zip(ghosts.weighted(weights, parameters), wanted, strict=True):
+        assert (found - right).abs().max() <= tolerance * max(1, right.abs().max())
+
+
 class Layers(nn.Module):
     """Every kind of layer, one of them used twice."""
 
@@ -75,7 +84,8 @@ def test_kinds_of_layers_in_any_order_of_positions(width, padding_idx):
     with GhostNorms(model) as ghosts:
         values = model(ids).square().sum(-1)
         sums = torch.stack([values[trajectories == number].sum() for number in range(5)])
-        found = ghosts.norms(sums.sum(), trajectories, 5)
+        found = ghosts.norms(sums.sum(), trajectories, 5, keep_graph=True)
+        assert_weighted(ghosts, model, sums)
     torch.testing.assert_close(found, norms_one_by_one(model, sums), rtol=1e-10, atol=0)
 
 
@@ -98,7 +108,8 @@ def llama_norms(model, packed):
         logits = model(ids, **options).logits[:, :-1].log_softmax(-1)
         taken = logits.gather(-1, ids[:, 1:, None])[..., 0].masked_fill(trajectories[:, 1:] != trajectories[:, :-1], 0)
         sums = torch.stack([taken[trajectories[:, :-1] == number].sum() for number in range(4)])
-        found = ghosts.norms(sums.sum(), trajectories, 4)
+        found = ghosts.norms(sums.sum(), trajectories, 4, keep_graph=True)
+        assert_weighted(ghosts, model, sums, 1e-5)
     return found, norms_one_by_one(model, sums)
 
 

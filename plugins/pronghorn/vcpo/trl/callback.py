@@ -41,7 +41,8 @@ class VCPOCallback(ESSScaling):
         if settings.get("ess_reference") == AUTO:
             raise ValueError("ess_reference: got 'auto', which must know how old rollouts are; wanted a number")
         super().__init__(VCPOSettings(**{"opob": OFF, **settings}), ranks, trainer._metrics["train"])
-        self._trainer, self._seen = trainer, []
+        self._trainer = trainer
+        self._seen: list[Tensor] = []
         self._log_probs: Tensor | None = None
         self._compute_loss, self._get_log_probs = trainer._compute_loss, trainer._get_per_token_logps_and_entropies
         # What the loss is computed from is told to nobody else.
