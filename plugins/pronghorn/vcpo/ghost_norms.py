@@ -62,7 +62,7 @@ class _Use:
     rows: _Rows
 
     def places(self, tensor: Tensor) -> Tensor:
-        """[..., width] to [positions, width]; where a norm layer works head by head, a position's heads side by side."""
+        """[..., width] to [positions, width]; a position's heads, where a norm layer has them, side by side."""
         return tensor.reshape(self.rows.trajectories.numel(), -1)
 
 
