@@ -83,15 +83,16 @@ def load_function(path: str) -> Callable[..., Any]:
         ImportError, OSError: its module or file cannot be read.
     """
     file, colon, name = path.rpartition(":")
+    module: Any = None
     if colon:
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         if spec is None or spec.loader is None:
             raise ValueError(f"reward_funcs: got {path!r}, wanted a file that ends with .py before the colon")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    else:
+    elif "." in path:
         package, _, name = path.rpartition(".")
-        module = importlib.import_module(package) if package else None
+        module = importlib.import_module(package)
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"reward_funcs: got {path!r}, wanted package.module.function or file.py:function")
