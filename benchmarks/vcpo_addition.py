@@ -25,7 +25,7 @@ METHODS: dict[str, dict[str, str]] = {
     "VCPO": {},
 }  # fmt: skip
 LAGS, SEEDS = (0, 8, 32), (0, 1, 2)
-STEPS, LAST = 300, 30
+STEPS, LAST = 240, 24
 LEARNING_RATE = 1.5e-3
 GROUPS, SIZE, LONGEST = 8, 8, 10
 

@@ -16,6 +16,8 @@ from torch.func import functional_call
 
 from pronghorn.kernels.ghost_norm_linear import ghost_norm_linear
 
+KINDS = (nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm)
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -97,13 +99,15 @@ class GhostNorms:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._layers = [module for module in model.modules() if _learning(module)]
+        # Names are looked up once, for hundreds of layers ask at every call; sharding changes what they name.
+        self._learning = {module: names for module in model.modules() if (names := _learning_names(module))}
         for name, module in model.named_modules():
-            if _learning(module) and not _known(module):
+            if module in self._learning and not _known(module):
                 raise TypeError(f"model: {name} is a {type(module).__name__}, accepted are linear layers, embeddings "
                                 "without max_norm or scale_grad_by_freq, layer norms and RMS norms")  # fmt: skip
+        self._scales = {module for module in self._learning if _is_own_rms_norm(module) and _scales(module)}
         self._handles: list[Any] = []
-        self._recording = self._taking = False
+        self._recording = self._taking = self._checked = False
         self._clear()
 
     def _clear(self) -> None:
@@ -117,7 +121,7 @@ class GhostNorms:
     def __enter__(self) -> Self:
         self._clear()
         self._recording = True
-        self._handles = [layer.register_forward_hook(self._record) for layer in self._layers]
+        self._handles = [layer.register_forward_hook(self._record) for layer in self._learning]
         return self
 
     def __exit__(
@@ -134,7 +138,7 @@ class GhostNorms:
         if len(inputs) != 1:
             raise TypeError(f"model: a {type(module).__name__} got {len(inputs)} positional inputs, wanted one")
         (seen,) = inputs
-        self._uses.update(_learning(module))
+        self._uses.update(module.get_parameter(name) for name in self._learning[module])
         if not seen.requires_grad:
             self._sources.append(output)
         output.register_hook(partial(self._take, module, seen.detach()))
@@ -162,17 +166,18 @@ class GhostNorms:
                 f"trajectories: got {int(trajectories.min())} to {int(trajectories.max())}, wanted -1 to {count - 1}"
             )
         self._rows, self._count = _Rows.of(trajectories, count), count
-        self._squares = torch.zeros(count, dtype=torch.float64, device=total.device)
-        self._check_uses(total)
+        self._squares = [torch.zeros(count, dtype=torch.float64, device=total.device)]
+        if not self._checked:
+            self._check_uses(total)
+            self._checked = True
         self._recording, self._taking = False, True  # norm layers are run again below, and are not to be recorded
         try:
             # Nothing before these learns: no gradient of a weight is computed, only those of what layers gave.
             torch.autograd.grad(total, self._sources, retain_graph=keep_graph, allow_unused=True)
         finally:
             self._recording, self._taking = True, False
-        squares = self._squares
-        for vectors in self._vectors.values():
-            squares = squares + vectors.double().square().sum(-1)
+        vectors = [sums.double().square().sum(-1) for sums in self._vectors.values()]
+        squares = torch.stack([*self._squares, *vectors]).sum(0)
         for products in self._products.values():
             for number, one in enumerate(products):
                 squares = squares + sum(2 * _inner(one, another) for another in products[:number])
@@ -191,12 +196,16 @@ class GhostNorms:
             One for each parameter, of its dtype.
         """
         found: dict[Tensor, Tensor] = {}
+        for parameter, sums in self._vectors.items():
+            found[parameter] = (weights.to(sums) @ sums).view_as(parameter).to(parameter.dtype)
+        at: dict[int, Tensor] = {}  # by rows, of which nearly all layers have the same
         for use in self._taken:
-            at = use.rows.weights(weights.to(use.gradient.device))
-            at = at.to(torch.promote_types(use.gradient.dtype, torch.float32))
-            for name, parameter in _learning_by_name(use.module):
-                gradient = _weighted_gradient(use, name, parameter, at)
-                found[parameter] = found[parameter] + gradient if parameter in found else gradient
+            if id(use.rows) not in at:
+                wide = torch.promote_types(use.gradient.dtype, torch.float32)
+                at[id(use.rows)] = use.rows.weights(weights.to(use.gradient.device, wide))
+            parameter = use.module.weight
+            gradient = _weighted_gradient(use, at[id(use.rows)])
+            found[parameter] = found[parameter] + gradient if parameter in found else gradient
         return [found[p] if p in found else torch.zeros_like(p) for p in parameters]
 
     def _check_uses(self, total: Tensor) -> None:
@@ -220,15 +229,17 @@ class GhostNorms:
         if not self._taking:  # a later backward over the same graph
             return
         use = _Use(module, seen, gradient.detach(), self._rows_seen_by(module, seen))
-        self._taken.append(use)
-        for name, parameter in _learning_by_name(module):
+        for name in self._learning[module]:
+            parameter = module.get_parameter(name)
             if name == "weight" and isinstance(module, nn.Linear):
-                left, right = use.places(use.gradient), use.places(seen)
-                self._matrix(parameter, _Product(use.rows.cut(left), use.rows.take(right)))
+                product = _Product(use.rows.cut(use.places(use.gradient)), use.rows.take(use.places(seen)))
             elif isinstance(module, nn.Embedding):
-                self._matrix(parameter, _Product(use.rows.take(seen.flatten()), use.rows.cut(_embedded(use))))
+                product = _Product(use.rows.take(seen.flatten()), use.rows.cut(_embedded(use)))
             else:
-                self._vector(parameter, use.rows.cut(_vectors(use, name, parameter)))
+                self._vector(parameter, use.rows.cut(_vectors(use, name, parameter, module in self._scales)))
+                continue
+            self._taken.append(use)
+            self._matrix(parameter, product)
 
     def _rows_seen_by(self, module: nn.Module, seen: Tensor) -> _Rows:
         """Where trajectories are in what a layer saw."""
@@ -253,13 +264,13 @@ class GhostNorms:
         self._vectors[parameter] = self._vectors[parameter] + sums if parameter in self._vectors else sums
 
     def _matrix(self, parameter: nn.Parameter, product: _Product) -> None:
-        self._squares = self._squares + _square(product)
+        self._squares.append(_square(product))
         if self._uses[parameter] > 1:
             self._products[parameter].append(product)
 
 
-def _learning_by_name(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [entry for entry in module.named_parameters(recurse=False) if entry[1].requires_grad]
+def _learning_names(module: nn.Module) -> list[str]:
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
 
 
 def _embedded(use: _Use) -> Tensor:
@@ -270,27 +281,23 @@ def _embedded(use: _Use) -> Tensor:
     return gradient * (use.seen.flatten() != use.module.padding_idx)[:, None]
 
 
-def _vectors(use: _Use, name: str, parameter: nn.Parameter) -> Tensor:
+def _vectors(use: _Use, name: str, parameter: nn.Parameter, scales: bool) -> Tensor:
     """The gradient of a vector by each position, [positions, width]; of a norm layer's heads the sum."""
     gradient = _precise(use.gradient)
-    found = _weight_gradients(use.module, _precise(use.seen), gradient) if name == "weight" else gradient
+    found = _weight_gradients(use.module, _precise(use.seen), gradient, scales) if name == "weight" else gradient
     return found.reshape(use.rows.trajectories.numel(), -1, parameter.numel()).sum(1)
 
 
-def _weighted_gradient(use: _Use, name: str, parameter: nn.Parameter, weights: Tensor) -> Tensor:
-    """Σ weight · gradient of one parameter in one call; weights are of positions, [positions, 1]."""
-    if name == "weight" and isinstance(use.module, nn.Linear):
-        gradient = use.places(use.gradient)
-        scaled = torch.mul(gradient, weights, out=torch.empty_like(gradient))  # rounds once, in one pass
-        return (scaled.T @ use.places(use.seen).to(scaled.dtype)).to(parameter.dtype)
+def _weighted_gradient(use: _Use, weights: Tensor) -> Tensor:
+    """Σ weight · gradient of a matrix in one call; weights are of positions, [positions, 1]."""
+    parameter = use.module.weight
     if isinstance(use.module, nn.Embedding):
         scaled = (_embedded(use) * weights).to(parameter.dtype)
         return torch.zeros_like(parameter).index_add_(0, use.seen.flatten(), scaled)
-    return (_vectors(use, name, parameter) * weights).sum(0).view_as(parameter).to(parameter.dtype)
-
-
-def _learning(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+    gradient = use.places(use.gradient)
+    scaled = torch.mul(gradient, weights, out=torch.empty_like(gradient))  # rounds once, in one pass
+    product: Tensor = scaled.T @ use.places(use.seen).to(scaled.dtype)
+    return product.to(parameter.dtype)
 
 
 def _known(module: nn.Module) -> bool:
@@ -299,27 +306,40 @@ def _known(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
         return False
-    # transformers has an RMS norm of its own for each model
-    kinds = (nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm)
-    own = type(module).__name__.endswith("RMSNorm") and not isinstance(module, kinds)
-    return own or any(type(module).forward is kind.forward for kind in kinds)
+    return _is_own_rms_norm(module) or any(type(module).forward is kind.forward for kind in KINDS)
+
+
+def _is_own_rms_norm(module: nn.Module) -> bool:
+    """transformers has one for each model."""
+    return type(module).__name__.endswith("RMSNorm") and not isinstance(module, KINDS)
 
 
 def _precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _weight_gradients(module: Any, seen: Tensor, gradient: Tensor) -> Tensor:
+def _weight_gradients(module: Any, seen: Tensor, gradient: Tensor, scales: bool) -> Tensor:
     """Of the weight of a norm layer, for each row that it normalises."""
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(seen, module.normalized_shape, eps=module.eps) * gradient
     if isinstance(module, nn.RMSNorm):
         return F.rms_norm(seen, module.normalized_shape, eps=module.eps) * gradient
-    with torch.enable_grad():
-        # A weight for each position: the layer's own code then tells what it does with it.
-        weights = _precise(module.weight.detach()).expand_as(seen).clone().requires_grad_()
-        output = functional_call(module, {"weight": weights}, (seen,))
-        return torch.autograd.grad(output, weights, gradient.to(output.dtype))[0]
+    # What a norm layer gives is affine in its weight, with the normalised input as the slope.
+    slope = _with_weight(module, seen, 1.0)
+    return (slope if scales else slope - _with_weight(module, seen, 0.0)) * gradient
+
+
+def _scales(module: nn.Module) -> bool:
+    """Whether a norm layer gives zeros where its weight is zero: then what it gives with ones is the slope."""
+    weight = module.get_parameter("weight")
+    return not _with_weight(module, torch.ones(1, weight.numel(), device=weight.device), 0.0).any()
+
+
+@torch.no_grad()
+def _with_weight(module: nn.Module, seen: Tensor, value: float) -> Tensor:
+    weight = torch.full((seen.shape[-1],), value, dtype=seen.dtype, device=seen.device)
+    result: Tensor = functional_call(module, {"weight": weight}, (seen,))
+    return result
 
 
 def _square(product: _Product) -> Tensor:

@@ -136,7 +136,7 @@ class Accumulated:
         parameters: what gradients are of.
         gradients: of the loss to be minimised, of all ranks' trajectories, not yet clipped; one for each parameter.
         score_norms: ‖∇ Σ log p‖ of each trajectory, without its ratio, float64 [trajectories].
-        weights: of each trajectory in the loss, its truncated ratio, 1 where tokens are weighed, float64 [trajectories].
+        weights: of each trajectory in the loss, its truncated ratio, float64 [trajectories]; 1 where tokens have some.
         statistics: of the ratios, on the CPU.
         baselines: one for each group, one in all, or none.
     """
