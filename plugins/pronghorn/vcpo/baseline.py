@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pronghorn.vcpo.config import EXACT, MEAN, MEDIAN, PAPER, REFERENCE, VCPOConfig
+from pronghorn.vcpo.config import EXACT, MEAN, MEDIAN, PAPER, REFERENCE, VCPOSettings
 from pronghorn.vcpo.ratios import clipped_log_ratios, truncated_log_ratios
 
 REFERENCE_EPSILON = 1e-8
 TAIL = 0.05
 
 
-def baseline_weights(score_norms: Tensor, log_ratios: Tensor, lengths: Tensor, config: VCPOConfig) -> Tensor:
+def baseline_weights(score_norms: Tensor, log_ratios: Tensor, lengths: Tensor, config: VCPOSettings) -> Tensor:
     """How much each trajectory counts in the baseline of its scope.
 
     Computed from logarithms; save for the reference's they are divided by the largest, so that no ratio overflows.
@@ -48,7 +48,7 @@ def baseline_weights(score_norms: Tensor, log_ratios: Tensor, lengths: Tensor, c
     return weights
 
 
-def baseline(values: Tensor, weights: Tensor, config: VCPOConfig) -> float:
+def baseline(values: Tensor, weights: Tensor, config: VCPOSettings) -> float:
     """The baseline of one scope, 0 where nothing weighs anything.
 
     Args:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pronghorn.vcpo.config import AUTO, LOG, OFF, SQRT, VCPOConfig
+from pronghorn.vcpo.config import AUTO, LOG, OFF, SQRT, VCPOSettings
+from pronghorn.vcpo.ratios import clipped_log_ratios
 
 REFERENCE_EPSILON = 1e-8
 
@@ -38,6 +40,38 @@ def effective_sample_size(log_ratios: Tensor, space: str = LOG) -> float:
         return float((2 * log_ratios.logsumexp(0) - (2 * log_ratios).logsumexp(0)).exp())
     ratios = log_ratios.exp()
     return float(ratios.sum().square() / (ratios.square().sum() + REFERENCE_EPSILON))
+
+
+@dataclass(frozen=True)
+class MinibatchESS:
+    """Effective samples of a minibatch, by its ratios as they are and truncated.
+
+    Attributes:
+        ess: effective samples.
+        ess_ratio: the same over samples.
+        ess_clipped: effective samples by truncated ratios.
+        ess_ratio_clipped: the same over samples.
+    """
+
+    ess: float
+    ess_ratio: float
+    ess_clipped: float
+    ess_ratio_clipped: float
+
+    @classmethod
+    def of(cls, log_ratios: Tensor, config: VCPOSettings) -> MinibatchESS:
+        """From log-ratios of all trajectories on all ranks, [trajectories].
+
+        Raises:
+            ValueError: as of `effective_sample_size`.
+        """
+        ess = effective_sample_size(log_ratios, config.ess_space)
+        clipped = effective_sample_size(clipped_log_ratios(log_ratios, config), config.ess_space)
+        return cls(ess, ess / len(log_ratios), clipped, clipped / len(log_ratios))
+
+    def used(self, config: VCPOSettings) -> float:
+        """The share that scales the learning rate."""
+        return self.ess_ratio_clipped if config.ess_use_clipped else self.ess_ratio
 
 
 def learning_rate_scale(ess_ratio: float, reference: float, rule: str) -> float:
@@ -71,7 +105,7 @@ class ReferenceESS:
         config: its `ess_reference` and `ess_reference_decay`.
     """
 
-    def __init__(self, config: VCPOConfig) -> None:
+    def __init__(self, config: VCPOSettings) -> None:
         self._given = None if config.ess_reference == AUTO else float(config.ess_reference)
         self._decay = config.ess_reference_decay
         self._mean: float | None = None

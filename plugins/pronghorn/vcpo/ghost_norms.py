@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -13,17 +14,56 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pronghorn.kernels.ghost_norm_linear import ghost_norm_linear
+
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where each trajectory's positions are in a flattened batch, and which are there, [trajectories, longest]."""
+    """Where each trajectory's positions are in a flattened batch, and which are there, [trajectories, longest].
 
-    index: Tensor
+    Where each row of the batch is a trajectory, `index` is None: nothing is to be moved, for padding has no gradient.
+    """
+
+    trajectories: Tensor
+    index: Tensor | None
     there: Tensor
 
-    def of(self, tensor: Tensor) -> Tensor:
+    @classmethod
+    def of(cls, trajectories: Tensor, count: int) -> _Rows:
+        """Of the trajectory of each position, [batch, positions]; -1 for none."""
+        numbers = torch.arange(len(trajectories), device=trajectories.device)[:, None]
+        if len(trajectories) == count and ((trajectories == numbers) | (trajectories == -1)).all():
+            return cls(trajectories, None, trajectories != -1)
+        flat = trajectories.flatten()
+        found = [(flat == number).nonzero()[:, 0] for number in range(count)]
+        index = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+        return cls(trajectories, index.clamp(min=0), index >= 0)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """[positions, ...] to [trajectories, longest, ...], anything where nothing is."""
+        return tensor.unflatten(0, self.there.shape) if self.index is None else tensor[self.index]
+
+    def cut(self, tensor: Tensor) -> Tensor:
         """[positions, width] to [trajectories, longest, width], zeros where nothing is."""
-        return tensor[self.index].masked_fill(~self.there[..., None], 0)
+        return self.take(tensor).masked_fill(~self.there[..., None], 0)
+
+    def weights(self, weights: Tensor) -> Tensor:
+        """[trajectories] to [positions, 1], zeros where nothing is."""
+        return torch.cat([weights, weights.new_zeros(1)])[self.trajectories.flatten(), None]
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One call of a layer: what it saw, and the gradient of what it gave, of all positions."""
+
+    module: Any
+    seen: Tensor
+    gradient: Tensor
+    rows: _Rows
+
+    def places(self, tensor: Tensor) -> Tensor:
+        """[..., width] to [positions, width]; where a norm layer works head by head, a position's heads side by side."""
+        return tensor.reshape(self.rows.trajectories.numel(), -1)
 
 
 @dataclass(frozen=True)
@@ -67,6 +107,8 @@ class GhostNorms:
         self._sources: list[Tensor] = []
         self._vectors: dict[nn.Parameter, Tensor] = {}
         self._products: defaultdict[nn.Parameter, list[_Product]] = defaultdict(list)
+        self._taken: list[_Use] = []
+        self._suffixes: dict[tuple[int, ...], _Rows] = {}
 
     def __enter__(self) -> Self:
         self._clear()
@@ -93,44 +135,65 @@ class GhostNorms:
             self._sources.append(output)
         output.register_hook(partial(self._take, module, seen.detach()))
 
-    def norms(self, total: Tensor, trajectories: Tensor, count: int) -> Tensor:
+    def norms(self, total: Tensor, trajectories: Tensor, count: int, *, keep_graph: bool = False) -> Tensor:
         """The norm of each trajectory's gradient.
 
         Args:
             total: the sum of what each trajectory's gradient is of, such as its log-probability; from a forward while
-                this was entered. Its graph stays for another backward.
+                this was entered.
             trajectories: which trajectory each position of the model's input belongs to, integers
                 [batch, positions]; -1 for padding.
             count: the number of trajectories.
+            keep_graph: for another backward.
 
         Returns:
             float64 [count].
 
         Raises:
-            ValueError: a number is not of a trajectory, a layer saw other positions than those, or a parameter is used
-                outside of its layer.
+            ValueError: a number is not of a trajectory, a layer saw other positions than those (a linear layer may have
+                seen the last ones alone), or a parameter is used outside of its layer.
         """
         if trajectories.numel() and not -1 <= int(trajectories.min()) <= int(trajectories.max()) < count:
             raise ValueError(
                 f"trajectories: got {int(trajectories.min())} to {int(trajectories.max())}, wanted -1 to {count - 1}"
             )
-        self._rows = _rows_of(trajectories.flatten(), count)
-        self._shape, self._positions = trajectories.shape, trajectories.numel()
+        self._rows, self._count = _Rows.of(trajectories, count), count
         self._squares = torch.zeros(count, dtype=torch.float64, device=total.device)
         self._check_uses(total)
         self._recording, self._taking = False, True  # norm layers are run again below, and are not to be recorded
         try:
             # Nothing before these learns: no gradient of a weight is computed, only those of what layers gave.
-            torch.autograd.grad(total, self._sources, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(total, self._sources, retain_graph=keep_graph, allow_unused=True)
         finally:
             self._recording, self._taking = True, False
         squares = self._squares
         for vectors in self._vectors.values():
             squares = squares + vectors.double().square().sum(-1)
         for products in self._products.values():
-            for one in products:
-                squares = squares + sum(_inner(one, another) for another in products)
+            for number, one in enumerate(products):
+                squares = squares + sum(2 * _inner(one, another) for another in products[:number])
         return squares.clamp(min=0).sqrt()
+
+    def weighted(self, weights: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Σ weight · gradient over trajectories, from what layers saw; after `norms`, and while this is entered.
+
+        A trajectory's weight is a factor of all gradients that the backward came by, for none depends on another.
+
+        Args:
+            weights: [count].
+            parameters: of the model.
+
+        Returns:
+            One for each parameter, of its dtype.
+        """
+        found: dict[Tensor, Tensor] = {}
+        for use in self._taken:
+            at = use.rows.weights(weights.to(use.gradient.device))
+            at = at.to(torch.promote_types(use.gradient.dtype, torch.float32))
+            for name, parameter in _learning_by_name(use.module):
+                gradient = _weighted_gradient(use, name, parameter, at)
+                found[parameter] = found[parameter] + gradient if parameter in found else gradient
+        return [found[p] if p in found else torch.zeros_like(p) for p in parameters]
 
     def _check_uses(self, total: Tensor) -> None:
         """Every way from the loss to a parameter leads through a layer that was recorded."""
@@ -152,40 +215,73 @@ class GhostNorms:
         """One layer's share, as soon as the backward reaches it."""
         if not self._taking:  # a later backward over the same graph
             return
-        places = seen if isinstance(module, nn.Embedding) else seen[..., 0]
-        in_rows, flat = places.shape[:2] == self._shape, places.shape[:1] == (self._positions,)
-        heads = places.numel() > self._positions and not isinstance(module, nn.Embedding | nn.Linear)
-        if not (in_rows or flat) or (places.numel() != self._positions and not heads):
-            raise ValueError(
-                f"trajectories: got {list(self._shape)}, but a {type(module).__name__} saw {list(seen.shape)}"
-            )
-        gradient = _precise(gradient.detach())
-        if isinstance(module, nn.Embedding):
-            ids, gradient = seen.flatten(), gradient.reshape(self._positions, -1)
-            if module.padding_idx is not None:
-                gradient = gradient * (ids != module.padding_idx)[:, None]
-            self._matrix(module.get_parameter("weight"), _Product(ids[self._rows.index], self._rows.of(gradient)))
-            return
-        seen = _precise(seen)
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
+        use = _Use(module, seen, gradient.detach(), self._rows_seen_by(module, seen))
+        self._taken.append(use)
+        for name, parameter in _learning_by_name(module):
             if name == "weight" and isinstance(module, nn.Linear):
-                left, right = (self._rows.of(part.reshape(self._positions, -1)) for part in (gradient, seen))
-                self._matrix(parameter, _Product(left, right))
+                left, right = use.places(use.gradient), use.places(seen)
+                self._matrix(parameter, _Product(use.rows.cut(left), use.rows.take(right)))
+            elif isinstance(module, nn.Embedding):
+                self._matrix(parameter, _Product(use.rows.take(seen.flatten()), use.rows.cut(_embedded(use))))
             else:
-                self._vector(parameter, _weight_gradients(module, seen, gradient) if name == "weight" else gradient)
+                self._vector(parameter, use.rows.cut(_vectors(use, name, parameter)))
+
+    def _rows_seen_by(self, module: nn.Module, seen: Tensor) -> _Rows:
+        """Where trajectories are in what a layer saw."""
+        places = seen if isinstance(module, nn.Embedding) else seen[..., 0]
+        trajectories = self._rows.trajectories
+        (batch, length), shape = tuple(trajectories.shape), tuple(places.shape)
+        if isinstance(module, nn.Linear) and len(shape) == 2 and shape[0] == batch and shape[1] < length:
+            # An output layer that is asked for logits of the last positions alone.
+            if shape not in self._suffixes:
+                self._suffixes[shape] = _Rows.of(trajectories[:, length - shape[1] :], self._count)
+            return self._suffixes[shape]
+        in_rows, flat = shape[:2] == (batch, length), shape[:1] == (batch * length,)
+        heads = places.numel() > batch * length and not isinstance(module, nn.Embedding | nn.Linear)
+        if not (in_rows or flat) or (places.numel() != batch * length and not heads):
+            raise ValueError(
+                f"trajectories: got {[batch, length]}, but a {type(module).__name__} saw {list(seen.shape)}"
+            )
+        return self._rows
 
     def _vector(self, parameter: nn.Parameter, gradients: Tensor) -> None:
-        """Where a norm layer works head by head, those of a position belong together."""
-        sums = self._rows.of(gradients.reshape(self._positions, -1, parameter.numel()).sum(1)).sum(1)
+        sums = gradients.sum(1)
         self._vectors[parameter] = self._vectors[parameter] + sums if parameter in self._vectors else sums
 
     def _matrix(self, parameter: nn.Parameter, product: _Product) -> None:
-        if self._uses[parameter] == 1:
-            self._squares = self._squares + _square(product)
-        else:
+        self._squares = self._squares + _square(product)
+        if self._uses[parameter] > 1:
             self._products[parameter].append(product)
+
+
+def _learning_by_name(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [entry for entry in module.named_parameters(recurse=False) if entry[1].requires_grad]
+
+
+def _embedded(use: _Use) -> Tensor:
+    """The gradient of what an embedding gave, [positions, width], without those of its padding."""
+    gradient = use.places(use.gradient)
+    if use.module.padding_idx is None:
+        return gradient
+    return gradient * (use.seen.flatten() != use.module.padding_idx)[:, None]
+
+
+def _vectors(use: _Use, name: str, parameter: nn.Parameter) -> Tensor:
+    """The gradient of a vector by each position, [positions, width]; of a norm layer's heads the sum."""
+    gradient = _precise(use.gradient)
+    found = _weight_gradients(use.module, _precise(use.seen), gradient) if name == "weight" else gradient
+    return found.reshape(use.rows.trajectories.numel(), -1, parameter.numel()).sum(1)
+
+
+def _weighted_gradient(use: _Use, name: str, parameter: nn.Parameter, weights: Tensor) -> Tensor:
+    """Σ weight · gradient of one parameter in one call; weights are of positions, [positions, 1]."""
+    if name == "weight" and isinstance(use.module, nn.Linear):
+        scaled = (use.places(use.gradient) * weights).to(use.gradient.dtype)
+        return (scaled.T @ use.places(use.seen).to(scaled.dtype)).to(parameter.dtype)
+    if isinstance(use.module, nn.Embedding):
+        scaled = (_embedded(use) * weights).to(parameter.dtype)
+        return torch.zeros_like(parameter).index_add_(0, use.seen.flatten(), scaled)
+    return (_vectors(use, name, parameter) * weights).sum(0).view_as(parameter).to(parameter.dtype)
 
 
 def _learning(module: nn.Module) -> list[nn.Parameter]:
@@ -208,12 +304,6 @@ def _precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _rows_of(trajectories: Tensor, count: int) -> _Rows:
-    found = [(trajectories == number).nonzero()[:, 0] for number in range(count)]
-    index = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
-    return _Rows(index.clamp(min=0), index >= 0)
-
-
 def _weight_gradients(module: Any, seen: Tensor, gradient: Tensor) -> Tensor:
     """Of the weight of a norm layer, for each row that it normalises."""
     if isinstance(module, nn.LayerNorm):
@@ -228,11 +318,9 @@ def _weight_gradients(module: Any, seen: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _square(product: _Product) -> Tensor:
-    """‖leftᵀ right‖² of each trajectory, by the cheaper of both ways, [trajectories]."""
-    (_, longest, rows), columns = product.left.shape if product.left.dim() == 3 else (0, 0, 1), product.right.shape[-1]
-    if product.left.dim() == 3 and longest * (rows + columns) > rows * columns:
-        pairs = zip(product.left, product.right, strict=True)
-        return torch.stack([(left.T @ right).double().square().sum() for left, right in pairs])
+    """‖leftᵀ right‖² of each trajectory, float64 [trajectories]."""
+    if product.left.dim() == 3:
+        return ghost_norm_linear(product.right, product.left)
     return _inner(product, product)
 
 
@@ -241,9 +329,9 @@ def _inner(one: _Product, another: _Product) -> Tensor:
     if one.left.dim() < another.left.dim():
         return _inner(another, one)
     if another.left.dim() == 3:
-        left = one.left @ another.left.mT
+        left = _precise(one.left) @ _precise(another.left).mT
     elif one.left.dim() == 3:
         left = one.left.gather(2, another.left[:, None].expand(-1, one.left.shape[1], -1))
     else:
         left = one.left[:, :, None] == another.left[:, None]
-    return (left * (one.right @ another.right.mT)).double().sum((1, 2))
+    return (left * (_precise(one.right) @ _precise(another.right).mT)).double().sum((1, 2))

@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 
-from pronghorn.vcpo.config import VCPOConfig
-from pronghorn.vcpo.ess import ReferenceESS, effective_sample_size, learning_rate_scale, scaled_learning_rate
+from pronghorn.vcpo.config import VCPOSettings
+from pronghorn.vcpo.ess import MinibatchESS, ReferenceESS, learning_rate_scale, scaled_learning_rate
 from pronghorn.vcpo.gradient import Accumulated
 from pronghorn.vcpo.minibatch import Minibatch
+from pronghorn.vcpo.ranks import Alone, Ranks
 from pronghorn.vcpo.ratios import (
     clipped_log_ratios,
     geometric_mean_ratios,
     k3_divergence,
     sequence_log_ratios,
-    truncated_log_ratios,
+    sequence_weights,
 )
 
 
@@ -54,14 +55,10 @@ class TrajectoryStats:
 
 
 @dataclass(frozen=True)
-class StepMetrics:
-    """What a step was.
+class StepMetrics(MinibatchESS):
+    """What a step was, beside the effective samples of its minibatch.
 
     Attributes:
-        ess: effective samples, by the ratios as they are.
-        ess_ratio: the same over samples.
-        ess_clipped: effective samples by truncated ratios.
-        ess_ratio_clipped: the same over samples.
         ess_reference: the share at which the learning rate is whole.
         learning_rates: that were used, one for each parameter group.
         grad_norm: of the gradient before it was clipped.
@@ -69,10 +66,6 @@ class StepMetrics:
         trajectories: one record each.
     """
 
-    ess: float
-    ess_ratio: float
-    ess_clipped: float
-    ess_ratio_clipped: float
     ess_reference: float
     learning_rates: list[float]
     grad_norm: float
@@ -84,9 +77,10 @@ def vcpo_step(
     found: Accumulated,
     optimizer: torch.optim.Optimizer,
     minibatch: Minibatch,
-    config: VCPOConfig,
+    config: VCPOSettings,
     reference: ReferenceESS,
     staleness: int,
+    ranks: Ranks | None = None,
 ) -> StepMetrics:
     """Update parameters by one minibatch: clip the gradient's norm, then step at the rate that the ratios allow.
 
@@ -99,6 +93,7 @@ def vcpo_step(
         config: how.
         reference: the share of effective samples without lag; it learns of this minibatch after the step.
         staleness: how many updates the oldest trajectory is behind.
+        ranks: those of `accumulate`.
 
     Raises:
         ValueError: `staleness` is negative, or the effective sample size overflowed, which it does with
@@ -107,15 +102,11 @@ def vcpo_step(
     """
     if type(staleness) is not int or staleness < 0:
         raise ValueError(f"staleness: got {staleness!r}, wanted a whole number of at least 0")
-    sequences = sequence_log_ratios(found.log_ratios)
-    count = len(minibatch)
-    ess = effective_sample_size(sequences, config.ess_space)
-    clipped = effective_sample_size(clipped_log_ratios(sequences, config), config.ess_space)
-    used = (clipped if config.ess_use_clipped else ess) / count
-    scale = learning_rate_scale(used, reference.value, config.ess_scaling)
+    ess = MinibatchESS.of((ranks or Alone()).gather(sequence_log_ratios(found.log_ratios)), config)
+    scale = learning_rate_scale(ess.used(config), reference.value, config.ess_scaling)
     for parameter, gradient in zip(found.parameters, found.gradients, strict=True):
         parameter.grad = gradient.to(parameter.dtype)
-    limit = float("inf") if config.max_grad_norm is None else config.max_grad_norm
+    limit = config.max_grad_norm or float("inf")
     norm = float(torch.nn.utils.clip_grad_norm_(found.parameters, limit))
     if not norm < float("inf"):
         raise FloatingPointError(f"the norm of the step's gradient is {norm}, wanted a finite number")
@@ -123,18 +114,17 @@ def vcpo_step(
     with scaled_learning_rate(optimizer, scale):
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         optimizer.step()
-    reference.update(used, staleness)
-    return StepMetrics(
-        ess, ess / count, clipped, clipped / count, rate_reference, rates, norm, found.baselines,
-        trajectory_stats(found, minibatch, config),
-    )  # fmt: skip
+    reference.update(ess.used(config), staleness)
+    records = trajectory_stats(found, minibatch, config)
+    return StepMetrics(**asdict(ess), ess_reference=rate_reference, learning_rates=rates, grad_norm=norm,
+                       baselines=found.baselines, trajectories=records)  # fmt: skip
 
 
-def trajectory_stats(found: Accumulated, minibatch: Minibatch, config: VCPOConfig) -> list[TrajectoryStats]:
+def trajectory_stats(found: Accumulated, minibatch: Minibatch, config: VCPOSettings) -> list[TrajectoryStats]:
     """A record of each trajectory, for diagnosis."""
     mask, sequences = minibatch.mask.cpu(), sequence_log_ratios(found.log_ratios)
     advantages = minibatch.advantages.double().cpu()
-    norms = found.score_norms * truncated_log_ratios(sequences, config).exp()
+    norms = found.score_norms * sequence_weights(found.log_ratios, config)
     columns = (
         minibatch.groups, minibatch.lengths, minibatch.rewards.double(), advantages, norms * advantages.abs(), norms,
         k3_divergence(found.log_ratios, mask), geometric_mean_ratios(found.log_ratios, mask), sequences.exp(),

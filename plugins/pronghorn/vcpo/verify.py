@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pronghorn.vcpo.baseline import baseline
-from pronghorn.vcpo.config import MEAN, MEDIAN, OFF, REFERENCE, WINSORIZED, VCPOConfig
+from pronghorn.vcpo.config import MEAN, MEDIAN, OFF, REFERENCE, WINSORIZED, VCPOSettings
 from pronghorn.vcpo.ess import ReferenceESS, effective_sample_size
 from pronghorn.vcpo.gradient import accumulate
 from pronghorn.vcpo.minibatch import Minibatch
@@ -66,12 +66,12 @@ def replay(path: Path, device: torch.device | str = "cpu") -> list[Check]:
     raise ValueError(f"{path.name}: unknown kind of golden file; known are {', '.join(_KINDS)}")
 
 
-def _config(about: dict[str, Any]) -> VCPOConfig:
+def _config(about: dict[str, Any]) -> VCPOSettings:
     opob, ess = dict(about["opob"]), dict(about["ess"])
     values = {OPTIONS[name]: value for name, value in opob.items() if name != "enable"}
     if not opob["enable"]:
         values["opob"] = OFF
-    return VCPOConfig(
+    return VCPOSettings(
         **values, opob_weight=REFERENCE, is_truncation=about["threshold"], ess_space=REFERENCE,
         ess_scaling=ess["scaling_rule"] if ess["enable"] else OFF, ess_reference=ess["base_ess_ratio"],
         ess_use_clipped=ess["use_clipped"], loss_aggregation=about["loss_agg_mode"],
@@ -135,7 +135,7 @@ def _replay_ess(path: Path, device: torch.device) -> list[Check]:
             torch.tensor(case[key], dtype=torch.float64, device=device) for key in ("current_logp", "rollout_logp")
         )
         mask = torch.tensor(case["mask"], device=device).bool()
-        config = VCPOConfig(is_truncation=case["threshold"])
+        config = VCPOSettings(is_truncation=case["threshold"])
         tokens = token_log_ratios(learner, sampler, mask)
         ratios = sequence_log_ratios(tokens)
         clipped = clipped_log_ratios(ratios, config)
@@ -165,7 +165,7 @@ def _replay_aggregations(path: Path, device: torch.device) -> list[Check]:
     for number, case in enumerate(json.loads(path.read_text())):
         values, weights = (torch.tensor(case[key], dtype=torch.float64, device=device) for key in ("values", "weights"))
         for key, aggregation in (("mean", MEAN), ("median", MEDIAN), ("winsorized", WINSORIZED)):
-            config = VCPOConfig(opob_weight=REFERENCE, opob_aggregation=aggregation)
+            config = VCPOSettings(opob_weight=REFERENCE, opob_aggregation=aggregation)
             checks.append(_close(f"{number}: {key}", [baseline(values, weights, config)], [case[key]], TABLE))
     return checks
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pronghorn.vcpo import VCPOConfig
+from pronghorn.vcpo import VCPOSettings
 from pronghorn.vcpo.baseline import baseline, baseline_weights
 
 NORMS = torch.tensor([3.0, 1.0, 0.5, 2.0]).double()
@@ -31,16 +31,16 @@ def formula(config):
 @pytest.mark.parametrize("clipped", [True, False])
 @pytest.mark.parametrize("length", [True, False])
 def test_weights(weight, use, clipped, length):
-    config = VCPOConfig(
+    config = VCPOSettings(
         opob_weight=weight, use_is_weights=use, use_clipped_is_ratios=clipped, normalize_by_length=length
     )
     check_weights(config)
 
 
 def test_exact_weights_are_the_references_with_two_options():
-    found = check_weights(VCPOConfig(opob_weight="exact"))
+    found = check_weights(VCPOSettings(opob_weight="exact"))
     options = {"use_is_weights": False, "normalize_by_length": True}
-    reference = baseline_weights(NORMS, LOGS, LENGTHS, VCPOConfig(opob_weight="reference", **options))
+    reference = baseline_weights(NORMS, LOGS, LENGTHS, VCPOSettings(opob_weight="reference", **options))
     assert torch.allclose(found, reference / reference.max(), rtol=1e-12)
 
 
@@ -56,15 +56,15 @@ def test_ratios_that_overflow():
     norms, lengths = torch.ones(2), torch.ones(2)
     logs = torch.tensor([1000.0, 1000.0])
     for weight in ("paper", "exact"):
-        assert baseline_weights(norms, logs, lengths, VCPOConfig(opob_weight=weight)).tolist() == [1, 1]
+        assert baseline_weights(norms, logs, lengths, VCPOSettings(opob_weight=weight)).tolist() == [1, 1]
     with pytest.raises(ValueError, match="weights overflow"):
-        baseline_weights(norms, logs, lengths, VCPOConfig(opob_weight="reference"))
+        baseline_weights(norms, logs, lengths, VCPOSettings(opob_weight="reference"))
 
 
 @pytest.mark.parametrize("weight", ["paper", "exact", "reference"])
 def test_nothing_weighs(weight):
     """Only empty completions, or gradients that vanish."""
-    config = VCPOConfig(opob_weight=weight)
+    config = VCPOSettings(opob_weight=weight)
     weights = baseline_weights(torch.zeros(3), torch.zeros(3), torch.zeros(3), config)
     assert weights.tolist() == [0, 0, 0]
     assert baseline(torch.ones(3), weights, config) == 0
@@ -75,7 +75,7 @@ def test_nothing_weighs(weight):
 def test_whole_weights_are_repetitions(pairs):
     repeated = sorted(value for value, weight in pairs for _ in range(weight))
     values, weights = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
-    found = {mode: baseline(values, weights, VCPOConfig(opob_aggregation=mode)) for mode in MODES}
+    found = {mode: baseline(values, weights, VCPOSettings(opob_aggregation=mode)) for mode in MODES}
     if not repeated:
         assert set(found.values()) == {0}
         return
@@ -96,9 +96,9 @@ MODES = ("mean", "median", "winsorized_mean")
 def test_bad_weights():
     for value in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="weights: got a negative number, NaN or infinity"):
-            baseline(torch.ones(2), torch.tensor([1.0, value]), VCPOConfig())
+            baseline(torch.ones(2), torch.tensor([1.0, value]), VCPOSettings())
     with pytest.raises(ValueError, match=r"weights: got \[3\], wanted"):
-        baseline(torch.ones(2), torch.ones(3), VCPOConfig())
+        baseline(torch.ones(2), torch.ones(3), VCPOSettings())
 
 
 def bandit(samples=100_000):
@@ -118,8 +118,8 @@ def bandit(samples=100_000):
 def test_the_variance_is_least_at_the_papers_baseline():
     logs, score, rewards, lengths = bandit()
     found = {
-        weight: baseline(rewards, baseline_weights(score.abs(), logs, lengths, VCPOConfig(opob_weight=weight)),
-                         VCPOConfig(opob_weight=weight))
+        weight: baseline(rewards, baseline_weights(score.abs(), logs, lengths, VCPOSettings(opob_weight=weight)),
+                         VCPOSettings(opob_weight=weight))
         for weight in ("paper", "exact", "reference")
     }  # fmt: skip
     grid = torch.linspace(0, 1.2, 1201).double()

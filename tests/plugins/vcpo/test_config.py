@@ -4,23 +4,23 @@ import json
 
 import pytest
 
-from pronghorn.vcpo import VCPOConfig
+from pronghorn.vcpo import VCPOSettings
 
 
 def test_the_papers_values():
-    config = VCPOConfig()
+    config = VCPOSettings()
     assert (config.is_truncation, config.max_grad_norm, config.ess_reference) == (8.0, 1.0, 1.0)
     assert (config.opob, config.opob_weight, config.opob_aggregation) == ("group", "paper", "mean")
     assert (config.ess_scaling, config.ess_space, config.loss_aggregation) == ("sqrt", "log", "seq-mean-token-mean")
 
 
 def test_json():
-    config = VCPOConfig(
+    config = VCPOSettings(
         is_truncation=None, opob="minibatch", opob_weight="exact", ess_reference="auto", ess_scaling="linear"
     )
-    assert VCPOConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert VCPOSettings.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match="clip_rho"):
-        VCPOConfig.from_dict({"clip_rho": 1})
+        VCPOSettings.from_dict({"clip_rho": 1})
 
 
 @pytest.mark.parametrize(
@@ -30,15 +30,15 @@ def test_json():
         ("opob_weight", "code"), ("opob_aggregation", "mode"), ("opob_norm_by_std", 1), ("use_is_weights", None),
         ("ess_scaling", "log"), ("ess_reference", 0), ("ess_reference", 1.5), ("ess_reference", "first"),
         ("ess_reference_decay", 1.0), ("ess_use_clipped", "no"), ("ess_space", "linear"),
-        ("loss_aggregation", "token-mean"), ("max_grad_norm", 0),
+        ("loss_aggregation", "token-mean"), ("max_grad_norm", -1),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named(name, value):
     with pytest.raises((ValueError, TypeError), match=f"^{name}: got"):
-        VCPOConfig(**{name: value})
+        VCPOSettings(**{name: value})
 
 
 @pytest.mark.parametrize("changed", [{"use_is_weights": False}, {"normalize_by_length": True}])
 def test_the_exact_weight_has_no_options(changed):
     with pytest.raises(ValueError, match="no meaning with opob_weight='exact'"):
-        VCPOConfig(opob_weight="exact", **changed)
+        VCPOSettings(opob_weight="exact", **changed)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pronghorn.vcpo import ReferenceESS, VCPOConfig, effective_sample_size, learning_rate_scale, scaled_learning_rate
+from pronghorn.vcpo import ReferenceESS, VCPOSettings, effective_sample_size, learning_rate_scale, scaled_learning_rate
 
 LOGS = st.lists(st.floats(-30, 30), min_size=1, max_size=20)
 
@@ -56,7 +56,7 @@ def test_scale():
 
 
 def test_the_automatic_reference():
-    reference = ReferenceESS(VCPOConfig(ess_reference="auto", ess_reference_decay=0.5))
+    reference = ReferenceESS(VCPOSettings(ess_reference="auto", ess_reference_decay=0.5))
     assert reference.value == 1.0
     reference.update(0.1, staleness=3)
     assert reference.value == 1.0
@@ -64,7 +64,7 @@ def test_the_automatic_reference():
     assert reference.value == 0.6
     reference.update(0.4, staleness=0)
     assert reference.value == pytest.approx(0.5)
-    again = ReferenceESS(VCPOConfig(ess_reference="auto"))
+    again = ReferenceESS(VCPOSettings(ess_reference="auto"))
     again.load_state_dict(reference.state_dict())
     assert again.value == reference.value
     with pytest.raises(ValueError, match="staleness: got -1"):
@@ -72,7 +72,7 @@ def test_the_automatic_reference():
 
 
 def test_a_given_reference_stays():
-    reference = ReferenceESS(VCPOConfig(ess_reference=0.55))
+    reference = ReferenceESS(VCPOSettings(ess_reference=0.55))
     reference.update(0.9, staleness=0)
     assert reference.value == 0.55
 

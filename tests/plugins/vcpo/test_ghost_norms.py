@@ -6,7 +6,7 @@ from tests.models import tiny_model
 from tests.plugins.vcpo.policy import Policy, log_probs, one_by_one, rollouts
 from torch import nn
 
-from pronghorn.vcpo import GhostNorms, VCPOConfig, accumulate, accumulate_batched
+from pronghorn.vcpo import GhostNorms, VCPOSettings, accumulate, accumulate_batched
 
 RANGES = [range(4), range(4, 7)]
 EVERYTHING = [range(7)]
@@ -25,7 +25,7 @@ def together(policy, ids):
 @pytest.mark.parametrize(("opob", "weight", "micro_batches"), CASES)
 @pytest.mark.parametrize("empty", [False, True])
 def test_batched_equals_one_by_one(opob, weight, micro_batches, empty):
-    policy, config = Policy(), VCPOConfig(opob=opob, opob_weight=weight)
+    policy, config = Policy(), VCPOSettings(opob=opob, opob_weight=weight)
     ids, minibatch = rollouts(policy, groups=(4, 3))
     if empty:
         minibatch.mask[1] = False
@@ -46,6 +46,15 @@ def norms_one_by_one(model, sums):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = [torch.autograd.grad(one, parameters, retain_graph=True, materialize_grads=True) for one in sums]
     return torch.stack([torch.cat([part.flatten() for part in row]).norm() for row in found])
+
+
+def assert_weighted(ghosts, model, sums, tolerance=1e-10):
+    """What the layers saw gives the gradient of any weighted sum."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = torch.linspace(-1, 2, len(sums)).double()
+    wanted = torch.autograd.grad((weights * sums).sum(), parameters, retain_graph=True, materialize_grads=True)
+    for found, right in zip(ghosts.weighted(weights, parameters), wanted, strict=True):
+        assert (found - right).abs().max() <= tolerance * max(1, right.abs().max())
 
 
 class Layers(nn.Module):
@@ -75,7 +84,8 @@ def test_kinds_of_layers_in_any_order_of_positions(width, padding_idx):
     with GhostNorms(model) as ghosts:
         values = model(ids).square().sum(-1)
         sums = torch.stack([values[trajectories == number].sum() for number in range(5)])
-        found = ghosts.norms(sums.sum(), trajectories, 5)
+        found = ghosts.norms(sums.sum(), trajectories, 5, keep_graph=True)
+        assert_weighted(ghosts, model, sums)
     torch.testing.assert_close(found, norms_one_by_one(model, sums), rtol=1e-10, atol=0)
 
 
@@ -98,7 +108,8 @@ def llama_norms(model, packed):
         logits = model(ids, **options).logits[:, :-1].log_softmax(-1)
         taken = logits.gather(-1, ids[:, 1:, None])[..., 0].masked_fill(trajectories[:, 1:] != trajectories[:, :-1], 0)
         sums = torch.stack([taken[trajectories[:, :-1] == number].sum() for number in range(4)])
-        found = ghosts.norms(sums.sum(), trajectories, 4)
+        found = ghosts.norms(sums.sum(), trajectories, 4, keep_graph=True)
+        assert_weighted(ghosts, model, sums, 1e-5)
     return found, norms_one_by_one(model, sums)
 
 
@@ -148,30 +159,34 @@ def test_what_cannot_be_followed_is_refused():
             ghosts.norms(total, torch.tensor([[0, 0, 1]]), 1)
     with GhostNorms(model) as ghosts:
         total = model(torch.tensor([[1, 2]])).sum()
-        with pytest.raises(ValueError, match=r"^trajectories: got \[1, 3\], but a Linear saw \[1, 2, 4\]"):
+        with pytest.raises(ValueError, match=r"^trajectories: got \[1, 3\], but a RMSNorm saw \[1, 2, 4\]"):
             ghosts.norms(total, trajectories, 1)
 
 
-@pytest.mark.parametrize(
-    ("opob", "micro_batches", "message"),
-    [
-        ("group", [range(3), range(3, 7)], "cuts what a baseline is over; wanted whole groups"),
-        ("minibatch", RANGES, "cuts what a baseline is over; wanted whole minibatchs"),
-        ("off", [range(4)], "wanted all 7 rows in order"),
-    ],
-)
-def test_micro_batches_that_cut(opob, micro_batches, message):
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("opob", ["group", "minibatch", "off"])
+def test_micro_batches_that_cut_a_scope(opob, size):
+    """A group that goes on over several micro-batches, one that ends where another begins, and all in one."""
+    policy, config = Policy(), VCPOSettings(opob=opob)
+    ids, minibatch = rollouts(policy, groups=(4, 3, 4))
+    micro_batches = [range(start, min(start + size, 11)) for start in range(0, 11, size)]
+    ghost = accumulate_batched(together(policy, ids), policy, minibatch, config, micro_batches)
+    assert_equal(ghost, accumulate(one_by_one(policy, ids), list(policy.parameters()), minibatch, config))
+
+
+@pytest.mark.parametrize("micro_batches", [[range(4)], [range(4), range(3, 7)], [range(4, 7), range(4)]])
+def test_micro_batches_that_are_not_the_minibatch(micro_batches):
     policy = Policy()
     ids, minibatch = rollouts(policy, groups=(4, 3))
-    with pytest.raises(ValueError, match=f"^micro_batches: got .*{message}"):
-        accumulate_batched(together(policy, ids), policy, minibatch, VCPOConfig(opob=opob), micro_batches)
+    with pytest.raises(ValueError, match=r"^micro_batches: got .*wanted all of 0 to 6, in order"):
+        accumulate_batched(together(policy, ids), policy, minibatch, VCPOSettings(), micro_batches)
 
 
 def test_nothing_learns():
     policy = Policy().requires_grad_(False)
     ids, minibatch = rollouts(policy)
     with pytest.raises(ValueError, match=r"^model: nothing learns"):
-        accumulate_batched(together(policy, ids), policy, minibatch, VCPOConfig(), [range(8)])
+        accumulate_batched(together(policy, ids), policy, minibatch, VCPOSettings(), [range(8)])
 
 
 def test_what_the_learner_must_not_give():
@@ -182,8 +197,8 @@ def test_what_the_learner_must_not_give():
         values, trajectories = together(policy, ids)(rows)
         return values.masked_fill(torch.tensor(rows.start > 0), torch.nan), trajectories
 
-    with pytest.raises(ValueError, match=r"^trajectories from 4 on: log_probs: got nan at \[0, 0\]"):
-        accumulate_batched(log_probs_of, policy, minibatch, VCPOConfig(), RANGES)
+    with pytest.raises(ValueError, match=r"^trajectory 4: log_probs: got nan at \[0\]"):
+        accumulate_batched(log_probs_of, policy, minibatch, VCPOSettings(), RANGES)
 
 
 def test_a_gradient_that_is_not_finite():
@@ -195,5 +210,5 @@ def test_a_gradient_that_is_not_finite():
         values.register_hook(lambda gradient: gradient * torch.inf)
         return values, trajectories
 
-    with pytest.raises(FloatingPointError, match="trajectories 0 to 6: a gradient's norm is not finite"):
-        accumulate_batched(log_probs_of, policy, minibatch, VCPOConfig(), EVERYTHING)
+    with pytest.raises(FloatingPointError, match="trajectory 0: the norm of its gradient is nan"):
+        accumulate_batched(log_probs_of, policy, minibatch, VCPOSettings(), EVERYTHING)

@@ -5,13 +5,15 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from tests.plugins.vcpo.policy import Policy, log_probs, one_by_one, rollouts
 
-from pronghorn.vcpo import VCPOConfig, accumulate
+from pronghorn.vcpo import Minibatch, VCPOSettings, accumulate
 from pronghorn.vcpo.baseline import baseline, baseline_weights
+from pronghorn.vcpo.ranks import ProcessGroup
 
 CONFIGS = [
-    VCPOConfig(opob=opob, opob_weight=weight, opob_aggregation=aggregation, loss_aggregation=loss)
+    VCPOSettings(opob=opob, opob_weight=weight, opob_aggregation=aggregation, loss_aggregation=loss)
     for opob, weight, aggregation, loss in [
         ("group", "paper", "mean", "seq-mean-token-mean"), ("group", "exact", "median", "seq-mean-token-mean"),
         ("group", "reference", "winsorized_mean", "seq-mean-token-sum"),
@@ -57,12 +59,12 @@ def test_a_tied_parameter_counts_once():
     policy = Policy()
     ids, minibatch = rollouts(policy)
     twice = [policy.embedding.weight, policy.layer.weight, policy.head.weight]
-    found = accumulate(one_by_one(policy, ids), twice, minibatch, VCPOConfig())
-    once = accumulate(one_by_one(policy, ids), twice[:2], minibatch, VCPOConfig())
+    found = accumulate(one_by_one(policy, ids), twice, minibatch, VCPOSettings())
+    once = accumulate(one_by_one(policy, ids), twice[:2], minibatch, VCPOSettings())
     assert torch.equal(found.score_norms, once.score_norms)
     assert len(found.gradients) == 2
     with pytest.raises(ValueError, match="parameters: got none"):
-        accumulate(one_by_one(policy, ids), [], minibatch, VCPOConfig())
+        accumulate(one_by_one(policy, ids), [], minibatch, VCPOSettings())
 
 
 def test_on_policy_the_baseline_weighs_by_norms():
@@ -70,7 +72,7 @@ def test_on_policy_the_baseline_weighs_by_norms():
     ids, minibatch = rollouts(policy, groups=(5,), lag=0.0)
     for weight in ("paper", "reference"):
         found = accumulate(
-            one_by_one(policy, ids), list(policy.parameters()), minibatch, VCPOConfig(opob_weight=weight)
+            one_by_one(policy, ids), list(policy.parameters()), minibatch, VCPOSettings(opob_weight=weight)
         )
         squares = found.score_norms.square()
         assert found.baselines[0] == pytest.approx(float((squares * minibatch.rewards).sum() / squares.sum()), rel=1e-8)
@@ -89,7 +91,7 @@ def test_equal_norms_on_policy_are_grpo():
     def log_probs_of(row):
         return bias.log_softmax(0)[row].expand(mask.shape[1])
 
-    found = accumulate(log_probs_of, [bias], minibatch, VCPOConfig())
+    found = accumulate(log_probs_of, [bias], minibatch, VCPOSettings())
     rewards = minibatch.rewards
     assert found.baselines[0] == pytest.approx(float(rewards.mean()))
     advantages = (rewards - rewards.mean()) / rewards.std(correction=0)
@@ -131,19 +133,23 @@ def test_an_empty_completion_has_no_gradient_and_is_not_asked_for():
         asked.append(row)
         return one_by_one(policy, ids)(row)
 
-    found = accumulate(log_probs_of, list(policy.parameters()), dataclasses.replace(minibatch, mask=mask), VCPOConfig())
+    found = accumulate(
+        log_probs_of, list(policy.parameters()), dataclasses.replace(minibatch, mask=mask), VCPOSettings()
+    )
     assert asked == [0, 1, 3, 4, 5, 6, 7]
     assert found.score_norms[2] == 0
     assert not found.log_ratios[2].any()
     kept = [0, 1, 3]
-    weights = baseline_weights(found.score_norms[kept], found.log_ratios.sum(1)[kept], mask.sum(1)[kept], VCPOConfig())
-    assert found.baselines[0] == pytest.approx(baseline(minibatch.rewards[kept], weights, VCPOConfig()))
+    weights = baseline_weights(
+        found.score_norms[kept], found.log_ratios.sum(1)[kept], mask.sum(1)[kept], VCPOSettings()
+    )
+    assert found.baselines[0] == pytest.approx(baseline(minibatch.rewards[kept], weights, VCPOSettings()))
 
 
 def test_a_group_of_one_is_its_own_baseline():
     policy = Policy()
     ids, minibatch = rollouts(policy, groups=(1, 1))
-    found = accumulate(one_by_one(policy, ids), list(policy.parameters()), minibatch, VCPOConfig())
+    found = accumulate(one_by_one(policy, ids), list(policy.parameters()), minibatch, VCPOSettings())
     assert found.baselines == pytest.approx(minibatch.rewards.tolist())
     assert max(float(part.abs().max()) for part in found.gradients) < 1e-12
 
@@ -151,7 +157,7 @@ def test_a_group_of_one_is_its_own_baseline():
 def test_bfloat16_parameters_are_summed_in_float32():
     policy = Policy().bfloat16()
     ids, minibatch = rollouts(policy)
-    found = accumulate(one_by_one(policy, ids), list(policy.parameters()), minibatch, VCPOConfig())
+    found = accumulate(one_by_one(policy, ids), list(policy.parameters()), minibatch, VCPOSettings())
     assert {part.dtype for part in found.gradients} == {torch.float32}
 
 
@@ -160,15 +166,15 @@ def test_what_the_learner_must_not_give():
     ids, minibatch = rollouts(policy)
     parameters = list(policy.parameters())
     right = one_by_one(policy, ids)
-    with pytest.raises(ValueError, match=r"^log_probs_of: gave \[5\] for 0, wanted \[tokens\] \[6\]"):
-        accumulate(lambda row: right(row)[1:], parameters, minibatch, VCPOConfig())
+    with pytest.raises(ValueError, match=r"^log_probs_of: gave \[1, 5\] for trajectory 0, wanted \[1, 6\]"):
+        accumulate(lambda row: right(row)[1:], parameters, minibatch, VCPOSettings())
     for value in (math.nan, -math.inf):
         added = torch.zeros(8).index_fill(0, torch.tensor(3), value)
         with pytest.raises(ValueError, match=rf"^trajectory 3: log_probs: got {value} at \[0\]"):
-            accumulate(lambda row, added=added: right(row) + added[row], parameters, minibatch, VCPOConfig())
+            accumulate(lambda row, added=added: right(row) + added[row], parameters, minibatch, VCPOSettings())
     explodes = [torch.tensor(0.0, dtype=torch.float64, requires_grad=True)]
     with pytest.raises(FloatingPointError, match="trajectory 0: the norm of its gradient is inf"):
-        accumulate(lambda row: right(row).detach() - explodes[0].sqrt(), explodes, minibatch, VCPOConfig())
+        accumulate(lambda row: right(row).detach() - explodes[0].sqrt(), explodes, minibatch, VCPOSettings())
 
 
 @pytest.mark.parametrize(
@@ -189,3 +195,70 @@ def test_a_bad_minibatch(changed, message):
     _, minibatch = rollouts(Policy())
     with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         dataclasses.replace(minibatch, **changed)
+
+
+def loss_of(policy, ids, minibatch, config):
+    """The loss with its weights as constants, from their definitions."""
+    learner = log_probs(policy, ids)
+    ratios = (learner.detach() - minibatch.sampler_log_probs).masked_fill(~minibatch.mask, 0)
+    of_sequence = ratios.sum(-1, keepdim=True)
+    logs = (ratios if "token" in config.is_mode else of_sequence).clamp(-20, 20)
+    weights = logs.exp()
+    if "truncate" in config.is_mode:
+        weights = weights.clamp(max=config.is_truncation)
+    else:
+        weights = weights * (weights <= config.is_truncation)
+    if config.is_whitening:
+        weights = weights / (weights[minibatch.mask] if "token" in config.is_mode else weights).mean()
+    means = (weights * learner * minibatch.mask).sum(-1) / minibatch.mask.sum(-1)
+    return -(minibatch.advantages * means).mean()
+
+
+@pytest.mark.parametrize("whitening", [False, True])
+@pytest.mark.parametrize("mode", ["sequence_truncate", "sequence_mask", "token_truncate", "token_mask"])
+def test_every_way_to_weigh(mode, whitening):
+    policy = Policy()
+    ids, minibatch = rollouts(policy, lag=0.6)
+    config = VCPOSettings(is_mode=mode, is_whitening=whitening, is_truncation=1.2, opob="off")
+    parameters = list(policy.parameters())
+    wanted = torch.autograd.grad(loss_of(policy, ids, minibatch, config), parameters)
+    found = accumulate(one_by_one(policy, ids), parameters, minibatch, config)
+    torch.testing.assert_close(found.gradients, list(wanted), rtol=1e-9, atol=1e-12)
+
+
+def _rank(rank, folder, config, groups):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        found = accumulate_part(config, groups, rank, ProcessGroup(torch.device("cpu")))
+        torch.save([found.gradients, found.score_norms, found.baselines], f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def accumulate_part(config, groups, rank, ranks):
+    """What one rank sees of a minibatch: its own groups."""
+    policy = Policy()
+    ids, minibatch = rollouts(policy, groups=groups)
+    mine = minibatch.groups % 2 == rank
+    part = Minibatch(*(getattr(minibatch, field.name)[mine] for field in dataclasses.fields(minibatch)))
+    return accumulate(one_by_one(policy, ids[mine]), list(policy.parameters()), part, config, ranks)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [VCPOSettings(), VCPOSettings(opob="minibatch"), VCPOSettings(opob="off", is_whitening=True)],
+    ids=["group", "minibatch", "off"],
+)
+def test_two_ranks_equal_one(config, tmp_path):
+    """Of groups of different sizes; a rank's own groups make the order of trajectories another."""
+    groups = (4, 3, 2)
+    torch.multiprocessing.spawn(_rank, (str(tmp_path), config, groups), nprocs=2)
+    policy = Policy()
+    ids, minibatch = rollouts(policy, groups=groups)
+    alone = accumulate(one_by_one(policy, ids), list(policy.parameters()), minibatch, config)
+    for rank in range(2):
+        gradients, norms, baselines = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(gradients, alone.gradients, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(norms, alone.score_norms[minibatch.groups % 2 == rank])
+        wanted = alone.baselines[rank::2] if config.opob == "group" else alone.baselines
+        assert baselines == pytest.approx(wanted)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pronghorn.vcpo import VCPOConfig, ratios
+from pronghorn.vcpo import VCPOSettings, ratios
 
 
 def drawn(seed, rows=5, tokens=7):
@@ -35,10 +35,10 @@ def test_definitions(seed):
 
 def test_truncation_and_clamp():
     logs = torch.tensor([-50.0, -1.0, 1.0, 3.0, 900.0])
-    loss = ratios.truncated_log_ratios(logs, VCPOConfig()).exp()
+    loss = ratios.truncated_log_ratios(logs, VCPOSettings()).exp()
     assert loss.tolist() == pytest.approx([math.exp(-20), math.exp(-1), math.e, 8, 8])
-    assert ratios.clipped_log_ratios(logs, VCPOConfig())[0] == -50
-    free = VCPOConfig(is_truncation=None, log_ratio_clamp=2.0)
+    assert ratios.clipped_log_ratios(logs, VCPOSettings())[0] == -50
+    free = VCPOSettings(is_truncation=None, log_ratio_clamp=2.0)
     assert ratios.truncated_log_ratios(logs, free).tolist() == [-2, -1, 1, 2, 2]
 
 

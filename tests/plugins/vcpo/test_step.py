@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.plugins.vcpo.policy import Policy, log_probs, one_by_one, rollouts
 
-from pronghorn.vcpo import ReferenceESS, VCPOConfig, accumulate, vcpo_step
+from pronghorn.vcpo import ReferenceESS, VCPOSettings, accumulate, vcpo_step
 
 
 def step(policy, config, ids, minibatch, staleness=1, rate=0.1, reference=None):
@@ -26,7 +26,7 @@ def step(policy, config, ids, minibatch, staleness=1, rate=0.1, reference=None):
 def test_the_update_is_the_clipped_gradient_at_the_scaled_rate(rule, limit):
     policy = Policy()
     ids, minibatch = rollouts(policy, lag=1.0)
-    config = VCPOConfig(ess_scaling=rule, max_grad_norm=limit)
+    config = VCPOSettings(ess_scaling=rule, max_grad_norm=limit)
     gradients = accumulate(one_by_one(policy, ids), list(policy.parameters()), minibatch, config).gradients
     before = [parameter.detach().clone() for parameter in policy.parameters()]
     metrics = step(policy, config, ids, minibatch)
@@ -44,7 +44,7 @@ def test_the_update_is_the_clipped_gradient_at_the_scaled_rate(rule, limit):
 def test_on_policy_nothing_is_damped():
     policy = Policy()
     ids, minibatch = rollouts(policy, lag=0.0)
-    metrics = step(policy, VCPOConfig(), ids, minibatch, staleness=0)
+    metrics = step(policy, VCPOSettings(), ids, minibatch, staleness=0)
     assert metrics.ess_ratio == pytest.approx(1, rel=1e-8)
     assert metrics.learning_rates == pytest.approx([0.1], rel=1e-8)
     assert [record.ratio for record in metrics.trajectories] == pytest.approx([1.0] * 8)
@@ -55,8 +55,8 @@ def test_what_a_step_reports():
     ids, minibatch = rollouts(policy, lag=2.0)
     with torch.no_grad():
         logs = ((log_probs(policy, ids) - minibatch.sampler_log_probs) * minibatch.mask).sum(1)
-    norms = accumulate(one_by_one(policy, ids), list(policy.parameters()), minibatch, VCPOConfig()).score_norms
-    metrics = step(policy, VCPOConfig(), ids, minibatch)
+    norms = accumulate(one_by_one(policy, ids), list(policy.parameters()), minibatch, VCPOSettings()).score_norms
+    metrics = step(policy, VCPOSettings(), ids, minibatch)
     ratios = logs.exp()
     clipped = ratios.clamp(max=8)
     assert ratios.max() > 8
@@ -79,7 +79,7 @@ def test_what_a_step_reports():
 def test_clipped_ratios_may_scale_the_rate():
     policy = Policy()
     ids, minibatch = rollouts(policy, lag=2.0)
-    metrics = step(policy, VCPOConfig(ess_use_clipped=True, ess_scaling="linear"), ids, minibatch)
+    metrics = step(policy, VCPOSettings(ess_use_clipped=True, ess_scaling="linear"), ids, minibatch)
     assert metrics.learning_rates == pytest.approx([0.1 * metrics.ess_ratio_clipped])
     assert metrics.ess_ratio_clipped != metrics.ess_ratio
 
@@ -87,7 +87,7 @@ def test_clipped_ratios_may_scale_the_rate():
 def test_the_automatic_reference_learns_after_the_step():
     policy = Policy()
     ids, minibatch = rollouts(policy, lag=1.0)
-    config = VCPOConfig(ess_reference="auto", ess_scaling="linear")
+    config = VCPOSettings(ess_reference="auto", ess_scaling="linear")
     reference = ReferenceESS(config)
     first = step(policy, config, ids, minibatch, staleness=0, rate=1e-12, reference=reference)
     second = step(policy, config, ids, minibatch, staleness=4, rate=1e-12, reference=reference)
@@ -102,14 +102,14 @@ def test_a_refused_step_changes_nothing():
     ids, minibatch = rollouts(policy)
     before = copy.deepcopy(policy.state_dict())
     with pytest.raises(ValueError, match="staleness: got -1"):
-        step(policy, VCPOConfig(), ids, minibatch, staleness=-1)
+        step(policy, VCPOSettings(), ids, minibatch, staleness=-1)
     sampler = minibatch.sampler_log_probs
     never = dataclasses.replace(minibatch, sampler_log_probs=sampler.masked_fill(minibatch.mask, -math.inf))
     with pytest.raises(ValueError, match="sampler_log_probs: got -inf"):
-        step(policy, VCPOConfig(), ids, never)
+        step(policy, VCPOSettings(), ids, never)
     far = dataclasses.replace(minibatch, sampler_log_probs=sampler - 1e3)
     with pytest.raises(ValueError, match="ess_space='log' cannot overflow"):
-        step(policy, VCPOConfig(ess_space="reference", opob="off"), ids, far)
+        step(policy, VCPOSettings(ess_space="reference", opob="off"), ids, far)
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
 
 
@@ -118,7 +118,7 @@ def test_a_frozen_parameter_stays():
     policy.layer.requires_grad_(False)
     ids, minibatch = rollouts(policy)
     before = copy.deepcopy(policy.layer.state_dict())
-    step(policy, VCPOConfig(), ids, minibatch)
+    step(policy, VCPOSettings(), ids, minibatch)
     assert all(torch.equal(value, before[name]) for name, value in policy.layer.state_dict().items())
     assert policy.layer.weight.grad is None
 
@@ -126,7 +126,7 @@ def test_a_frozen_parameter_stays():
 def test_damping_rises_with_lag():
     """The whole point: the older the rollouts, the shorter the step."""
     policy = Policy()
-    rates = [step(policy, VCPOConfig(), *rollouts(policy, lag=lag), rate=1e-9).learning_rates[0]
+    rates = [step(policy, VCPOSettings(), *rollouts(policy, lag=lag), rate=1e-9).learning_rates[0]
              for lag in (0.0, 0.3, 1.0, 3.0)]  # fmt: skip
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < rates[0]

@@ -1,0 +1,1 @@
+"""VCPO for TRL: trainers, their configurations, and a callback for other trainers."""

@@ -1,0 +1,94 @@
+"""Training from the command line: TRL's parser, its arguments for models and data, and VCPO's trainers."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset, get_peft_config
+
+from pronghorn.vcpo.trl.config import VCPOConfig
+from pronghorn.vcpo.trl.trainer import VCPOTrainer
+
+START = "start"
+
+
+@dataclass
+class VCPOScriptArguments(ScriptArguments):
+    """What the script itself needs.
+
+    Attributes:
+        reward_funcs: import paths of functions as `GRPOTrainer` takes them; the folder of the call is searched too.
+        from_scratch: begin with random weights of the architecture that `model_name_or_path` describes.
+        resume: go on from the last checkpoint in `output_dir`, if there is one.
+    """
+
+    # TRL asks for a data set's name, which `datasets` in a file of settings makes needless.
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set of the hub or a local path."})
+    reward_funcs: list[str] = field(default_factory=list, metadata={"help": "Import paths of reward functions."})
+    from_scratch: bool = field(default=False, metadata={"help": "Begin with random weights."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+
+
+def main(arguments: list[str] | None = None) -> VCPOTrainer:
+    """Train as the command line says, and save the model.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+
+    Raises:
+        ValueError: there is no reward function, or no data.
+    """
+    parser = TrlParser((VCPOScriptArguments, VCPOConfig, ModelConfig, DatasetMixtureConfig))
+    script, config, model, data = parser.parse_args_and_config(arguments)
+    path = model.model_name_or_path
+    if script.from_scratch:
+        path = _random_weights(path, Path(config.output_dir) / START, config.seed)
+    config.model_init_kwargs = {
+        "revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype,
+        **(config.model_init_kwargs or {}),
+    }  # fmt: skip
+    trainer = VCPOTrainer(
+        model=path, reward_funcs=_functions(script.reward_funcs), args=config, train_dataset=_rows(script, data),
+        processing_class=AutoTokenizer.from_pretrained(path), peft_config=get_peft_config(model),
+    )  # fmt: skip
+    there = any(Path(config.output_dir).glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=script.resume and there)
+    trainer.save_model(config.output_dir)
+    return trainer
+
+
+def _random_weights(path: str, folder: Path, seed: int) -> str:
+    set_seed(seed)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    return str(folder)
+
+
+def _functions(paths: list[str]) -> list[Callable[..., Any]]:
+    if not paths:
+        raise ValueError("reward_funcs: got none, wanted import paths of functions")
+    sys.path.insert(0, str(Path.cwd()))
+    found = []
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        function = getattr(importlib.import_module(module), name, None) if module else None
+        if not callable(function):
+            raise ValueError(f"reward_funcs: got {path!r}, wanted the import path of a function")
+        found.append(function)
+    return found
+
+
+def _rows(script: VCPOScriptArguments, data: DatasetMixtureConfig) -> Any:
+    if data.datasets:
+        return get_dataset(data)[script.dataset_train_split]
+    if script.dataset_name is None:
+        raise ValueError("datasets: got none, and no dataset_name; wanted one of both")
+    from datasets import load_dataset
+
+    return load_dataset(script.dataset_name, name=script.dataset_config)[script.dataset_train_split]
