@@ -22,7 +22,7 @@ from pronghorn.vcpo import Minibatch, ReferenceESS, VCPOSettings, accumulate, ac
 
 GPU = torch.cuda.is_available()
 TRAJECTORIES, GROUP, PROMPT, ANSWER = (64, 8, 512, 512) if GPU else (8, 4, 16, 16)
-MICRO_BATCHES = (1, 2, 4, 8, 16) if GPU else (1, 2, 4)
+MICRO_BATCHES = (1, 4, 8, 16) if GPU else (1, 2, 4)
 STEPS = 3
 SIZES = (
     {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
@@ -31,6 +31,8 @@ SIZES = (
     else {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
           "num_key_value_heads": 2, "vocab_size": 512}
 )  # fmt: skip
+# Of each way and micro-batch: seconds a step, and MiB at the most.
+Results = dict[str, dict[int, tuple[dict[str, float], float]]]
 REACH = {"exact": 1 / 1.35, "ghost": 1 / 1.25}
 
 
@@ -104,9 +106,11 @@ def ghost(problem: Problem, size: int) -> None:
     vcpo_step(found, problem.optimizer, problem.minibatch, settings, ReferenceESS(settings), staleness=1)
 
 
-def measured(step: Callable[[Problem, int], None], size: int) -> tuple[dict[str, float], float] | None:
+def measured(
+    step: Callable[[Problem, int], None], problem: Problem, size: int
+) -> tuple[dict[str, float], float] | None:
     """Seconds a step, and the most memory in MiB; None where it does not fit."""
-    problem, times = Problem.make(), []
+    times = []
     try:
         for number in range(STEPS):
             problem.optimizer.zero_grad(set_to_none=True)
@@ -120,7 +124,7 @@ def measured(step: Callable[[Problem, int], None], size: int) -> tuple[dict[str,
     except torch.OutOfMemoryError:
         return None
     finally:
-        del problem
+        problem.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if GPU:
             torch.cuda.empty_cache()
@@ -128,9 +132,8 @@ def measured(step: Callable[[Problem, int], None], size: int) -> tuple[dict[str,
     return median(times[1:]), memory
 
 
-def sampling() -> dict[str, float]:
+def sampling(problem: Problem) -> dict[str, float]:
     """Seconds of transformers' `generate` for all answers."""
-    problem = Problem.make()
     prompts = problem.ids[:, :PROMPT]
     times = []
     for length in (8, ANSWER):
@@ -151,34 +154,43 @@ def _wait() -> None:
 
 
 def main() -> None:
-    """Measure and write the results, after each step."""
-    shape = f"{TRAJECTORIES} x ({PROMPT} + {ANSWER})"
-    rows: list[dict[str, Any]] = []
-    found: dict[str, dict[int, tuple[dict[str, float], float]]] = {}
-    for name, step, sizes in (("GRPO", grpo, MICRO_BATCHES), ("exact", exact, (1,)), ("ghost", ghost, MICRO_BATCHES)):
+    """Measure and write the results, after each of them."""
+    problem = Problem.make()
+    found: Results = {}
+    for name, step, sizes in (
+        ("GRPO", grpo, MICRO_BATCHES), ("exact", exact, (1,)), ("ghost", ghost, MICRO_BATCHES[1:]),
+    ):  # fmt: skip
         for size in sizes:
-            result = measured(step, size)
+            result = measured(step, problem, size)
             sys.stdout.write(f"{name}, micro-batch {size}: {result}\n")
             sys.stdout.flush()
             if result is None:
                 break
             found.setdefault(name, {})[size] = result
+            write("vcpo", _rows(found))
+    if GPU:
+        best = found["ghost"][_best(found["ghost"])][0]
+        shape = f"{TRAJECTORIES} x {ANSWER} tokens"
+        generated = row("sampling by transformers", "VCPO's step, ghost norms", shape, sampling(problem), best)
+        write("vcpo", [*_rows(found), generated])
+
+
+def _rows(found: Results) -> list[dict[str, Any]]:
+    rows = []
     for name in ("exact", "ghost"):
         for against, peer in (("GRPO, micro-batch 1", 1), ("GRPO at its best", _best(found["GRPO"]))):
+            if name not in found:
+                continue
             size = _best(found[name])
             (mine, memory), (theirs, other) = found[name][size], found["GRPO"][peer]
             reach = REACH[name] if (name == "exact") == (peer == 1) else None
             what, note = f"VCPO, {name} norms, micro-batch {size}", f"GRPO at micro-batch {peer}"
+            shape = f"{TRAJECTORIES} x ({PROMPT} + {ANSWER})"
             rows.append(row(f"step, {what}", against, shape, mine, theirs, reach=reach, note=note))
             if GPU:
                 ours, others = dict.fromkeys(mine, memory), dict.fromkeys(mine, other)
                 rows.append(row(f"memory, {what}", against, shape, ours, others, unit="MiB", note=note))
-    write("vcpo", rows)
-    if GPU:
-        generated = sampling()
-        best = found["ghost"][_best(found["ghost"])][0]
-        rows.append(row("sampling by transformers", "VCPO's step, ghost norms", shape, generated, best))
-        write("vcpo", rows)
+    return rows
 
 
 def _best(results: dict[int, tuple[dict[str, float], float]]) -> int:

@@ -17,7 +17,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-DATA, MODEL = ROOT / "examples" / "vcpo" / "addition.jsonl", ROOT / "examples" / "vcpo" / "model"
+EXAMPLE = ROOT / "examples" / "vcpo"
+DATA, MODEL, REWARDS = EXAMPLE / "addition.jsonl", EXAMPLE / "model", EXAMPLE / "rewards.py"
 PICTURE = ROOT / "docs" / "assets" / "vcpo_addition.png"
 METHODS: dict[str, dict[str, str]] = {
     "TIS": {"opob": "off", "ess_scaling": "off"}, "TIS + ESS": {"opob": "off"}, "TIS + OPOB": {"ess_scaling": "off"},
@@ -32,13 +33,13 @@ GROUPS, SIZE, LONGEST = 8, 8, 10
 def trained(case: tuple[str, int, int, int, float]) -> dict[str, list[float]]:
     """Rewards and effective samples of every update of one run."""
     method, lag, seed, steps, rate = case
-    sys.path.insert(0, str(ROOT))
     import torch
     import transformers
     from datasets import Dataset, disable_progress_bars
 
     from pronghorn.vcpo import VCPOConfig, VCPOTrainer
     from pronghorn.vcpo.records import read_run
+    from pronghorn.vcpo.trl.script import load_function
 
     torch.set_num_threads(1)
     disable_progress_bars()
@@ -48,15 +49,17 @@ def trained(case: tuple[str, int, int, int, float]) -> dict[str, list[float]]:
     config = transformers.AutoConfig.from_pretrained(MODEL)
     model = transformers.AutoModelForCausalLM.from_config(config)
     rows = [json.loads(line) for line in DATA.read_text().splitlines()]
+    reward = load_function(f"{REWARDS}:strokes")
     with tempfile.TemporaryDirectory() as folder:
         args = VCPOConfig(
             folder, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no", seed=seed,
             num_generations=SIZE, per_device_train_batch_size=GROUPS * SIZE, max_completion_length=LONGEST,
-            max_steps=steps, learning_rate=rate, lr_scheduler_type="constant", logging_strategy="no", gradient_checkpointing=False,
+            max_steps=steps, learning_rate=rate, lr_scheduler_type="constant", logging_strategy="no",
+            gradient_checkpointing=False,
             opob_grad_norm="ghost", lag=lag, **METHODS[method],
         )  # fmt: skip
         tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
-        VCPOTrainer(model, strokes, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
+        VCPOTrainer(model, reward, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
         run = read_run(folder)
         return {name: run.steps[name].tolist() for name in ("reward", "ess_ratio", "grad_norm")}
 

@@ -19,6 +19,7 @@ from trl.experimental.async_grpo.async_rollout_worker import (
 from pronghorn.trl.async_rollouts import GROUP_ROWS, VERSION_END, Position
 
 GATE_SECONDS = 0.02
+STOP_SECONDS = 15.0
 
 
 class GroupRolloutLoop(_AsyncRolloutLoop):
@@ -105,9 +106,21 @@ class GroupWorker(AsyncRolloutWorker):
     def start(self) -> None:
         """Start the child process."""
         if self._process is None:
-            for event in (self._stop_event_mp, self._child_ready_event, self._failed_event):
-                event.clear()
+            event = self._mp_ctx.Event
+            self._stop_event_mp, self._child_ready_event, self._failed_event = event(), event(), event()
         super().start()
+
+    def stop(self) -> None:
+        """End the child process, which may be dead."""
+        process = self._process
+        if process is not None and self._failed_event.is_set():
+            process.join(STOP_SECONDS)
+            process.kill()
+            process.join()
+        # TRL tells the child by an event, and telling one that a dead process waited for takes for ever.
+        if process is not None and process.is_alive():
+            super().stop()
+        self._process = None
 
     def check_health(self, stale_after_s: float) -> None:
         """Raise a RuntimeError if the child failed, was killed, or shows no sign of life."""

@@ -25,6 +25,8 @@ class GroupedRollouts(GRPOTrainer):
             or of an optimizer step does not hold whole groups.
     """
 
+    _buffered_inputs: list[dict[str, Any]] | None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._generations = 0

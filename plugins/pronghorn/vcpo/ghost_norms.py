@@ -21,23 +21,26 @@ from pronghorn.kernels.ghost_norm_linear import ghost_norm_linear
 class _Rows:
     """Where each trajectory's positions are in a flattened batch, and which are there, [trajectories, longest].
 
-    Where each row of the batch is a trajectory, `index` is None: nothing is to be moved, for padding has no gradient.
+    Where each row of the batch is a trajectory, `index` is None: nothing is to be moved. `full` tells that
+    nothing is missing.
     """
 
     trajectories: Tensor
     index: Tensor | None
     there: Tensor
+    full: bool
 
     @classmethod
     def of(cls, trajectories: Tensor, count: int) -> _Rows:
         """Of the trajectory of each position, [batch, positions]; -1 for none."""
         numbers = torch.arange(len(trajectories), device=trajectories.device)[:, None]
         if len(trajectories) == count and ((trajectories == numbers) | (trajectories == -1)).all():
-            return cls(trajectories, None, trajectories != -1)
+            there = trajectories != -1
+            return cls(trajectories, None, there, bool(there.all()))
         flat = trajectories.flatten()
         found = [(flat == number).nonzero()[:, 0] for number in range(count)]
         index = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
-        return cls(trajectories, index.clamp(min=0), index >= 0)
+        return cls(trajectories, index.clamp(min=0), index >= 0, bool((index >= 0).all()))
 
     def take(self, tensor: Tensor) -> Tensor:
         """[positions, ...] to [trajectories, longest, ...], anything where nothing is."""
@@ -45,7 +48,8 @@ class _Rows:
 
     def cut(self, tensor: Tensor) -> Tensor:
         """[positions, width] to [trajectories, longest, width], zeros where nothing is."""
-        return self.take(tensor).masked_fill(~self.there[..., None], 0)
+        taken = self.take(tensor)
+        return taken if self.full else taken.masked_fill(~self.there[..., None], 0)
 
     def weights(self, weights: Tensor) -> Tensor:
         """[trajectories] to [positions, 1], zeros where nothing is."""
@@ -62,7 +66,7 @@ class _Use:
     rows: _Rows
 
     def places(self, tensor: Tensor) -> Tensor:
-        """[..., width] to [positions, width]; where a norm layer works head by head, a position's heads side by side."""
+        """[..., width] to [positions, width]; a position's heads, where a norm layer has them, side by side."""
         return tensor.reshape(self.rows.trajectories.numel(), -1)
 
 
@@ -276,7 +280,8 @@ def _vectors(use: _Use, name: str, parameter: nn.Parameter) -> Tensor:
 def _weighted_gradient(use: _Use, name: str, parameter: nn.Parameter, weights: Tensor) -> Tensor:
     """Σ weight · gradient of one parameter in one call; weights are of positions, [positions, 1]."""
     if name == "weight" and isinstance(use.module, nn.Linear):
-        scaled = (use.places(use.gradient) * weights).to(use.gradient.dtype)
+        gradient = use.places(use.gradient)
+        scaled = torch.mul(gradient, weights, out=torch.empty_like(gradient))  # rounds once, in one pass
         return (scaled.T @ use.places(use.seen).to(scaled.dtype)).to(parameter.dtype)
     if isinstance(use.module, nn.Embedding):
         scaled = (_embedded(use) * weights).to(parameter.dtype)

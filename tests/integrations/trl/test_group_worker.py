@@ -30,11 +30,10 @@ class Scripted(_AsyncRolloutLoop):
 
     async def _generate_one(self, prompt, tool_dict, tools, group_id=0):
         self.seen = [*getattr(self, "seen", []), group_id]
-        version = self.model_version
+        first, version = self.seen.count(group_id) == 1, self.model_version
         await asyncio.sleep(0)
         while self.holds(group_id) and self.model_version == version:
             await asyncio.sleep(0.001)
-        first = self.seen.count(group_id) == 1
         rows = [TrainingSequence([1, 2, row], [0, 0, 1], [0.0, 0.0, -1.0], f"{group_id}-{first}") for row in (0, 1)]
         rows = rows if first else [] if group_id == 1 else rows[:1]
         return [{"role": "assistant", "content": "12"}], [1, 2], rows, 0, 0, None
@@ -67,7 +66,7 @@ def loop(kind=Loop, allowed=2, **settings):
 
 def samples(one, count):
     """So many, and the loop has ended."""
-    thread = threading.Thread(target=one.run)
+    thread = threading.Thread(target=one.run, daemon=True)
     thread.start()
     found = [one.rollout_buffer.get(timeout=30) for _ in range(count)]
     one._loop.call_soon_threadsafe(one._stop_event.set)
@@ -96,7 +95,7 @@ def test_a_rows_versions_are_those_of_its_tokens():
             return group_id == 0
 
     one = loop(Held)
-    thread = threading.Thread(target=one.run)
+    thread = threading.Thread(target=one.run, daemon=True)
     thread.start()
     found = [one.rollout_buffer.get(timeout=30) for _ in range(3)]  # of group 1, which waits for nothing
     assert {(sample.model_version, sample.metrics["model_version_end"]) for sample in found} == {(3, 3.0)}
@@ -113,11 +112,14 @@ def test_a_rows_versions_are_those_of_its_tokens():
 def test_it_goes_on_where_a_run_was():
     one = loop(allowed=104, dataset_start_index=98, first_group=98, done=(99, 101))
     found = samples(one, 7)
-    assert list(dict.fromkeys(sample.group_id for sample in found)) == [98, 100, 102]
-    assert list(dict.fromkeys(sample.prompt for sample in found)) == ["9+8=", "0+0=", "0+2="]
+    assert {sample.group_id: sample.prompt for sample in found} == {98: "9+8=", 100: "0+0=", 102: "0+2="}
 
 
-def worker(port=1, dataset=None):
+def broken(completions, **kwargs):
+    raise ZeroDivisionError("the judge has died")
+
+
+def worker(port=1, dataset=None, reward=reward):
     words = tokenizer()
     words.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     words.response_template = {"content": r"(?P<content>.*)"}
@@ -187,4 +189,18 @@ def test_the_child_process(port):
             with pytest.raises(RuntimeError, match="the child process has ended with exit code -9"):
                 one.check_health(60.0)
         one.stop()
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_a_child_that_fails(port):
+    """It says why, and stopping what is dead takes no time; TRL's own worker would wait for ever."""
+    one = worker(port, reward=broken)
+    one.allow(2)
+    one.start()
+    assert one._failed_event.wait(120)
+    with pytest.raises(RuntimeError, match="has failed") as caught:
+        one.check_health(60.0)
+    assert "ZeroDivisionError: the judge has died" in str(caught.value.__cause__)
+    one.stop()
     assert multiprocessing.active_children() == []

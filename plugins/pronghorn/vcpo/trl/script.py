@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import sys
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +23,16 @@ class VCPOScriptArguments(ScriptArguments):
     """What the script itself needs.
 
     Attributes:
-        reward_funcs: import paths of functions as `GRPOTrainer` takes them; the folder of the call is searched too.
+        reward_funcs: functions as `GRPOTrainer` takes them, each by `package.module.function` or `file.py:function`.
         from_scratch: begin with random weights of the architecture that `model_name_or_path` describes.
         resume: go on from the last checkpoint in `output_dir`, if there is one.
     """
 
     # TRL asks for a data set's name, which `datasets` in a file of settings makes needless.
     dataset_name: str | None = field(default=None, metadata={"help": "Data set of the hub or a local path."})
-    reward_funcs: list[str] = field(default_factory=list, metadata={"help": "Import paths of reward functions."})
+    reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "Rewards: package.module.function or file.py:function."}
+    )
     from_scratch: bool = field(default=False, metadata={"help": "Begin with random weights."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
 
@@ -46,6 +48,8 @@ def main(arguments: list[str] | None = None) -> VCPOTrainer:
     """
     parser = TrlParser((VCPOScriptArguments, VCPOConfig, ModelConfig, DatasetMixtureConfig))
     script, config, model, data = parser.parse_args_and_config(arguments)
+    if not script.reward_funcs:
+        raise ValueError("reward_funcs: got none, wanted functions as package.module.function or file.py:function")
     path = model.model_name_or_path
     if script.from_scratch:
         path = _random_weights(path, Path(config.output_dir) / START, config.seed)
@@ -54,7 +58,8 @@ def main(arguments: list[str] | None = None) -> VCPOTrainer:
         **(config.model_init_kwargs or {}),
     }  # fmt: skip
     trainer = VCPOTrainer(
-        model=path, reward_funcs=_functions(script.reward_funcs), args=config, train_dataset=_rows(script, data),
+        model=path, reward_funcs=[load_function(name) for name in script.reward_funcs], args=config,
+        train_dataset=_rows(script, data),
         processing_class=AutoTokenizer.from_pretrained(path), peft_config=get_peft_config(model),
     )  # fmt: skip
     there = any(Path(config.output_dir).glob("checkpoint-*"))
@@ -70,17 +75,28 @@ def _random_weights(path: str, folder: Path, seed: int) -> str:
     return str(folder)
 
 
-def _functions(paths: list[str]) -> list[Callable[..., Any]]:
-    if not paths:
-        raise ValueError("reward_funcs: got none, wanted import paths of functions")
-    sys.path.insert(0, str(Path.cwd()))
-    found = []
-    for path in paths:
-        module, _, name = path.rpartition(".")
-        function = getattr(importlib.import_module(module), name, None) if module else None
-        if not callable(function):
-            raise ValueError(f"reward_funcs: got {path!r}, wanted the import path of a function")
-        found.append(function)
+def load_function(path: str) -> Callable[..., Any]:
+    """A function by its import path, `package.module.function`, or by its file, `folder/file.py:function`.
+
+    Raises:
+        ValueError: there is none.
+        ImportError, OSError: its module or file cannot be read.
+    """
+    file, colon, name = path.rpartition(":")
+    module: Any = None
+    if colon:
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"reward_funcs: got {path!r}, wanted a file that ends with .py before the colon")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    elif "." in path:
+        package, _, name = path.rpartition(".")
+        module = importlib.import_module(package)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"reward_funcs: got {path!r}, wanted package.module.function or file.py:function")
+    found: Callable[..., Any] = function
     return found
 
 

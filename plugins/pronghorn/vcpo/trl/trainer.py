@@ -41,6 +41,7 @@ class VCPOTrainer(GroupedRollouts):
     _tag_names: ClassVar = ["trl", "vcpo"]
     _name = "VCPO"
     args: VCPOConfig
+    _current_train_step_time: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         named = inspect.signature(GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
