@@ -144,7 +144,7 @@ def demo(session: nox.Session) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # What it measures is left there: benchmarks/results holds what was committed.
     measured = {**env, "OUT": str(folder), "OMP_WAIT_POLICY": "passive"}
-    for script in ("torchsparse_lidar.py", "dcae_photos.py", "dcae_digits.py"):
+    for script in ("torchsparse_lidar.py", "dcae_photos.py", "dcae_digits.py", "vcpo_addition.py"):
         run(session, measured, "python", str(ROOT / "benchmarks" / script))
 
 

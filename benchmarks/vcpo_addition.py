@@ -25,8 +25,8 @@ METHODS: dict[str, dict[str, str]] = {
     "VCPO": {},
 }  # fmt: skip
 LAGS, SEEDS = (0, 8, 32), (0, 1, 2)
-STEPS, LAST = 250, 25
-LEARNING_RATE = 2e-3
+STEPS, LAST = 300, 30
+LEARNING_RATE = 1.5e-3
 GROUPS, SIZE, LONGEST = 8, 8, 10
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pronghorn.kernels.seq_is_stats import SequenceStatistics, seq_is_stats
 from pronghorn.kernels.weighted_grad_accum import weighted_grad_accum
 from pronghorn.vcpo.baseline import baseline, baseline_weights
 from pronghorn.vcpo.config import (
@@ -135,14 +136,16 @@ class Accumulated:
         parameters: what gradients are of.
         gradients: of the loss to be minimised, of all ranks' trajectories, not yet clipped; one for each parameter.
         score_norms: ‖∇ Σ log p‖ of each trajectory, without its ratio, float64 [trajectories].
-        log_ratios: of the tokens, 0 where masked, float64 [trajectories, tokens].
+        weights: of each trajectory in the loss, its truncated ratio, 1 where tokens are weighed, float64 [trajectories].
+        statistics: of the ratios, on the CPU.
         baselines: one for each group, one in all, or none.
     """
 
     parameters: list[Tensor]
     gradients: list[Tensor]
     score_norms: Tensor
-    log_ratios: Tensor
+    weights: Tensor
+    statistics: SequenceStatistics
     baselines: list[float]
 
 
@@ -265,7 +268,7 @@ class _Scopes:
         self.empty = (~minibatch.mask.any(-1)).tolist()
         # Where the model is: nothing is waited for until a scope or a micro-batch is whole.
         self.norms = torch.zeros(len(minibatch), dtype=torch.float64, device=device)
-        self.log_ratios = torch.zeros(minibatch.mask.shape, dtype=torch.float64, device=device)
+        self.log_probs = torch.zeros(minibatch.mask.shape, device=device)
         self.ranks = ranks.count
         self._minibatch, self._config, self._ranks = minibatch, config, ranks
         self._lengths = minibatch.lengths
@@ -293,20 +296,29 @@ class _Scopes:
             raise ValueError(
                 f"log_probs_of: gave {list(log_probs.shape)} for {_names(rows)}, wanted {list(mask.shape)}"
             )
-        found = unchecked_log_ratios(log_probs, self._minibatch.sampler_log_probs[of_rows], mask)
-        self.log_ratios[of_rows] = found
-        return (log_probs * token_weights(found, self._config).to(log_probs)).masked_fill(~mask, 0).sum(-1)
+        self.log_probs = self.log_probs.to(torch.promote_types(self.log_probs.dtype, log_probs.dtype))
+        self.log_probs[of_rows] = log_probs.detach()
+        weights = token_weights(self._log_ratios(rows), self._config).to(log_probs)
+        return (log_probs * weights).masked_fill(~mask, 0).sum(-1)
+
+    def _log_ratios(self, rows: range) -> Tensor:
+        """Of tokens, 0 where masked, float64 [rows, tokens]."""
+        here = slice(rows.start, rows.stop)
+        return unchecked_log_ratios(
+            self.log_probs[here], self._minibatch.sampler_log_probs[here], self._minibatch.mask[here]
+        )
 
     def check(self, rows: range) -> None:
         """Of trajectories that were gone through."""
-        wrong = ~self.log_ratios[rows.start : rows.stop].isfinite()
+        here = slice(rows.start, rows.stop)
+        wrong = ~self.log_probs[here].isfinite() & self._minibatch.mask[here]
         if wrong.any():
             row, token = wrong.nonzero()[0].tolist()
-            value = float(self.log_ratios[rows.start + row, token])
+            value = float(self.log_probs[rows.start + row, token])
             raise ValueError(
                 f"trajectory {rows.start + row}: log_probs: got {value} at [{token}], wanted a finite number"
             )
-        wrong = ~self.norms[rows.start : rows.stop].isfinite()
+        wrong = ~self.norms[here].isfinite()
         if wrong.any():
             row = rows.start + int(wrong.nonzero()[0])
             norm = float(self.norms[row])
@@ -315,7 +327,7 @@ class _Scopes:
     def baseline(self, rows: range, values: Tensor) -> float:
         """Of one scope that was gone through; of the minibatch on all ranks where it is that."""
         scope = slice(rows.start, rows.stop)
-        ratios = sequence_log_ratios(self.log_ratios[scope])
+        ratios = sequence_log_ratios(self._log_ratios(rows))
         columns = [self.norms[scope].cpu(), ratios.cpu(), self._lengths[scope].cpu(), values]
         if self._config.opob == MINIBATCH:
             columns = [self._ranks.gather(column) for column in columns]
@@ -325,7 +337,7 @@ class _Scopes:
     def factors(self, rows: range) -> Tensor:
         """d loss / d log p of sequences whose value is 1, float64 [rows]."""
         scope = slice(rows.start, rows.stop)
-        weights = sequence_weights(self.log_ratios[scope], self._config)
+        weights = sequence_weights(self._log_ratios(rows), self._config)
         if self._config.loss_aggregation == SEQUENCE_MEAN:
             weights = weights / self._lengths[scope].clamp(min=1)
         return -weights / self._count
@@ -335,14 +347,17 @@ class _Scopes:
     ) -> Accumulated:
         """All of it, when every trajectory was gone through."""
         gradients = buffers.gradients(self._ranks, 1 / self._mean_weight())
-        return Accumulated(parameters, gradients, self.norms.cpu(), self.log_ratios.cpu(), baselines)
+        truncation = self._config.is_truncation
+        found = seq_is_stats(self.log_probs, self._minibatch.sampler_log_probs, self._minibatch.mask, truncation)
+        statistics = SequenceStatistics(*(part.cpu() for part in found))
+        weights = sequence_weights(self._log_ratios(range(len(self.norms))), self._config).cpu()
+        return Accumulated(parameters, gradients, self.norms.cpu(), weights, statistics, baselines)
 
     def _mean_weight(self) -> float:
         if not self._config.is_whitening:
             return 1.0
-        weights = (
-            token_weights(self.log_ratios, self._config) * sequence_weights(self.log_ratios, self._config)[:, None]
-        )
+        ratios = self._log_ratios(range(len(self.norms)))
+        weights = token_weights(ratios, self._config) * sequence_weights(ratios, self._config)[:, None]
         # Of tokens where they are weighed, else of sequences; an empty one counts as a sequence of ratio 1.
         of_tokens = self._config.is_mode in (TOKEN_MASK, TOKEN_TRUNCATE)
         found = self._ranks.gather(weights[self._minibatch.mask] if of_tokens else weights[:, 0])

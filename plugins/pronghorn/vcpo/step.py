@@ -14,10 +14,6 @@ from pronghorn.vcpo.minibatch import Minibatch
 from pronghorn.vcpo.ranks import Alone, Ranks
 from pronghorn.vcpo.ratios import (
     clipped_log_ratios,
-    geometric_mean_ratios,
-    k3_divergence,
-    sequence_log_ratios,
-    sequence_weights,
 )
 
 
@@ -102,7 +98,7 @@ def vcpo_step(
     """
     if type(staleness) is not int or staleness < 0:
         raise ValueError(f"staleness: got {staleness!r}, wanted a whole number of at least 0")
-    ess = MinibatchESS.of((ranks or Alone()).gather(sequence_log_ratios(found.log_ratios)), config)
+    ess = MinibatchESS.of((ranks or Alone()).gather(found.statistics.log_ratios), config)
     scale = learning_rate_scale(ess.used(config), reference.value, config.ess_scaling)
     for parameter, gradient in zip(found.parameters, found.gradients, strict=True):
         parameter.grad = gradient.to(parameter.dtype)
@@ -122,12 +118,10 @@ def vcpo_step(
 
 def trajectory_stats(found: Accumulated, minibatch: Minibatch, config: VCPOSettings) -> list[TrajectoryStats]:
     """A record of each trajectory, for diagnosis."""
-    mask, sequences = minibatch.mask.cpu(), sequence_log_ratios(found.log_ratios)
-    advantages = minibatch.advantages.double().cpu()
-    norms = found.score_norms * sequence_weights(found.log_ratios, config)
+    of, advantages = found.statistics, minibatch.advantages.double().cpu()
+    norms = found.score_norms * found.weights
     columns = (
-        minibatch.groups, minibatch.lengths, minibatch.rewards.double(), advantages, norms * advantages.abs(), norms,
-        k3_divergence(found.log_ratios, mask), geometric_mean_ratios(found.log_ratios, mask), sequences.exp(),
-        clipped_log_ratios(sequences, config).exp(),
+        minibatch.groups, of.counts, minibatch.rewards.double(), advantages, norms * advantages.abs(), norms, of.k3,
+        of.geometric_mean, of.log_ratios.exp(), clipped_log_ratios(of.log_ratios, config).exp(),
     )  # fmt: skip
     return [TrajectoryStats(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]

@@ -138,10 +138,11 @@ def test_an_empty_completion_has_no_gradient_and_is_not_asked_for():
     )
     assert asked == [0, 1, 3, 4, 5, 6, 7]
     assert found.score_norms[2] == 0
-    assert not found.log_ratios[2].any()
+    assert found.statistics.log_ratios[2] == 0
+    assert found.weights[2] == 1
     kept = [0, 1, 3]
     weights = baseline_weights(
-        found.score_norms[kept], found.log_ratios.sum(1)[kept], mask.sum(1)[kept], VCPOSettings()
+        found.score_norms[kept], found.statistics.log_ratios[kept], mask.sum(1)[kept], VCPOSettings()
     )
     assert found.baselines[0] == pytest.approx(baseline(minibatch.rewards[kept], weights, VCPOSettings()))
 

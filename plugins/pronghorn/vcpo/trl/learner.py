@@ -19,7 +19,6 @@ from pronghorn.vcpo.config import GHOST
 from pronghorn.vcpo.gradient import Accumulated, accumulate, accumulate_batched
 from pronghorn.vcpo.minibatch import Minibatch
 from pronghorn.vcpo.ranks import Alone, ProcessGroup, Ranks
-from pronghorn.vcpo.ratios import sequence_log_ratios, sequence_weights
 from pronghorn.vcpo.records import RunRecords
 from pronghorn.vcpo.step import trajectory_stats
 from pronghorn.vcpo.trl.scaling import ESSScaling
@@ -85,13 +84,12 @@ class Learner:
         for parameter, gradient in zip(found.parameters, found.gradients, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
         staleness = torch.tensor([self._trainer.state.global_step - rollout.policy_version for rollout in rollouts])
-        self.scaling.observe(sequence_log_ratios(found.log_ratios), int(self._ranks.gather(staleness).max()))
+        self.scaling.observe(found.statistics.log_ratios, int(self._ranks.gather(staleness).max()))
         self._record(found, rollouts, minibatch)
         if self._entropies:
             self._metrics["entropy"].append(float(torch.stack(self._entropies).mean()))
             self._entropies.clear()
-        weights = sequence_weights(found.log_ratios, self._args)
-        return -(weights * minibatch.advantages.double().cpu()).mean().to(self._trainer.accelerator.device)
+        return -(found.weights * minibatch.advantages.double().cpu()).mean().to(self._trainer.accelerator.device)
 
     def _log_probs_of_one(
         self, policy: nn.Module, rollouts: list[Rollout], minibatch: Minibatch
@@ -163,7 +161,7 @@ class Learner:
             }
             for number, (rollout, stats, ratio) in enumerate(
                 zip(rollouts, trajectory_stats(found, minibatch, self._args),
-                    sequence_log_ratios(found.log_ratios).tolist(), strict=True)
+                    found.statistics.log_ratios.tolist(), strict=True)
             )
         ]  # fmt: skip
         rows = self._gathered(own)
