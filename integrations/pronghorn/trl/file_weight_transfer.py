@@ -15,6 +15,7 @@ from trl.experimental.async_grpo.vllm_client import VLLMClient
 
 _log = logging.getLogger(__name__)
 
+EXTENSION = "pronghorn.vllm.weight_files.WeightFiles"
 CONTROL_SECONDS = 300
 SHARD_BYTES = 4 << 30
 
@@ -22,11 +23,13 @@ SHARD_BYTES = 4 << 30
 class FileWeightTransfer:
     """TRL's `WeightTransferProtocol` by files: a trainer's weights are saved, and the server's workers load them.
 
-    The server runs with `VLLM_SERVER_DEV_MODE=1`, and with `--logprobs-mode processed_logprobs`, so that temperature
-    counts. Requests that run while weights change are kept: vLLM computes their keys and values anew. All parameters
-    of a layer that learns must be sent; a layer that is frozen whole stays as it is.
+        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs \\
+            --worker-extension-cls pronghorn.vllm.weight_files.WeightFiles
 
-        transfer = FileWeightTransfer("http://127.0.0.1:8000", "/dev/shm/weights")
+        trainer = ...(MODEL, args=args, weight_transfer=FileWeightTransfer("http://127.0.0.1:8000", "/dev/shm/weights"))
+
+    Requests that run while weights change are kept, and vLLM computes their keys and values anew. All parameters of a
+    layer that learns must be sent; a layer that is frozen whole stays as it is.
 
     Args:
         server: its address.
@@ -66,10 +69,13 @@ class FileWeightTransfer:
         self._sent += 1
         path = self._folder / f"weights-{self._sent}"
         self._warn_of_precision(_save(iterator, path))
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
+        body = {"method": "load_weight_files", "kwargs": {"path": str(path)}}
         answer = requests.post(f"{self._client.server_url}/collective_rpc", json=body, timeout=self._load_seconds)
         if answer.status_code != requests.codes.ok:
-            raise RuntimeError(f"{self._client.server_url} loaded no weights from {path}: {answer.text[:500]}")
+            raise RuntimeError(
+                f"{self._client.server_url} loaded no weights from {path}; it is to see that folder, and to run with "
+                f"--worker-extension-cls {EXTENSION}: {answer.text[:500]}"
+            )
         shutil.rmtree(self._folder / f"weights-{self._sent - 1}", ignore_errors=True)  # there is none at first
 
     def resume(self) -> None:
