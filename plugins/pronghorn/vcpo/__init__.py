@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from pronghorn.vcpo.ranks import ProcessGroup
     from pronghorn.vcpo.records import Run, RunRecords, read_run
     from pronghorn.vcpo.step import StepMetrics, TrajectoryStats, vcpo_step
+    from pronghorn.vcpo.trl.async_config import AsyncVCPOConfig
+    from pronghorn.vcpo.trl.async_trainer import AsyncVCPOTrainer
     from pronghorn.vcpo.trl.callback import VCPOCallback
     from pronghorn.vcpo.trl.config import VCPOConfig
     from pronghorn.vcpo.trl.early_warning import EarlyWarning
     from pronghorn.vcpo.trl.trainer import VCPOTrainer
 
 __all__ = [
+    "AsyncVCPOConfig",
+    "AsyncVCPOTrainer",
     "EarlyWarning",
     "GhostNorms",
     "Minibatch",
@@ -53,6 +57,8 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "AsyncVCPOConfig": "trl.async_config",
+    "AsyncVCPOTrainer": "trl.async_trainer",
     "EarlyWarning": "trl.early_warning",
     "GhostNorms": "ghost_norms",
     "Minibatch": "minibatch",
