@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import requests
 import torch
@@ -69,14 +70,16 @@ class FileWeightTransfer:
         self._sent += 1
         path = self._folder / f"weights-{self._sent}"
         self._warn_of_precision(_save(iterator, path))
-        body = {"method": "load_weight_files", "kwargs": {"path": str(path)}}
+        body: dict[str, Any] = {"method": "load_weight_files", "kwargs": {"path": str(path)}}
         answer = requests.post(f"{self._client.server_url}/collective_rpc", json=body, timeout=self._load_seconds)
         if answer.status_code != requests.codes.ok:
             raise RuntimeError(
                 f"{self._client.server_url} loaded no weights from {path}; it is to see that folder, and to run with "
                 f"--worker-extension-cls {EXTENSION}: {answer.text[:500]}"
             )
-        shutil.rmtree(self._folder / f"weights-{self._sent - 1}", ignore_errors=True)  # there is none at first
+        for older in self._folder.glob("weights-*"):
+            if older != path:
+                shutil.rmtree(older)
 
     def resume(self) -> None:
         """Let requests go on."""

@@ -78,6 +78,8 @@ class GroupWorker(AsyncRolloutWorker):
         ImportError: vLLM or aiohttp is not installed.
     """
 
+    _process: Any
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._groups_allowed = self._mp_ctx.Value("q", 0)

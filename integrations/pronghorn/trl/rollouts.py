@@ -52,11 +52,13 @@ class Rollout:
 
     def to(self, device: torch.device | str) -> Rollout:
         """The same on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        forward = {
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        moved["forward"] = {
             name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.forward.items()
         }
-        return replace(self, **moved, forward=forward)
+        return replace(self, **moved)
 
 
 def rollouts_of(batch: dict[str, Any]) -> list[Rollout]:

@@ -23,6 +23,6 @@ class WeightFiles:
         worker.reload_weights(weights_path=path)
         if worker.model_config.hf_text_config.tie_word_embeddings:
             for module in worker.model_runner.get_model().modules():
-                # On a CPU a head is packed by itself; one that is tied is not in the checkpoint, and keeps its old pack.
+                # On a CPU a head is packed by itself; one that is tied is not in the checkpoint, and kept its old pack.
                 if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
                     module.quant_method.process_weights_after_loading(module)

@@ -115,8 +115,8 @@ def test_a_group_is_whole_with_its_last_row_however_rows_are_mixed():
     assert [buffer.add(rollout(group), rows=2) for group in (0, 1, 1, 0)] == [False, False, True, True]
     assert [[member.group for member in group] for group in buffer.waiting] == [[1, 1], [0, 0]]
     assert buffer.position == Position(2)
+    buffer.add(rollout(7), rows=2)
     with pytest.raises(ValueError, match="group 7: got 2 rows, and it said that it has 1"):
-        buffer.add(rollout(7), rows=2)
         buffer.add(rollout(7), rows=1)
 
 
@@ -140,7 +140,8 @@ def test_what_waits_survives_on_disk(tmp_path):
     buffer.save(path)
     found = GroupBuffer()
     found.load(path)
-    for ours, theirs in zip(sum(found.waiting, []), sum(buffer.waiting, []), strict=True):
+    ours_theirs = zip(*([row for group in one.waiting for row in group] for one in (found, buffer)), strict=True)
+    for ours, theirs in ours_theirs:
         for name, value in vars(theirs).items():
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(getattr(ours, name), value, rtol=0, atol=0)

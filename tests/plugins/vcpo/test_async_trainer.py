@@ -1,4 +1,4 @@
-"""The asynchronous trainer: how old what it learns from is, what a checkpoint keeps, and how it ends when a part does."""
+"""The asynchronous trainer: how old its rollouts are, what a checkpoint keeps, and how it ends when a part does."""
 
 import json
 import math
@@ -207,7 +207,7 @@ def test_what_is_too_old_is_dropped_whole(start, tmp_path):
     dropped = trainer.rollouts.dropped
     assert dropped >= 2
     assert sum(logged(trainer, "sample/dropped_groups_total")) == dropped
-    trained_groups = sum(groups_by_step(run), [])
+    trained_groups = [group for groups in groups_by_step(run) for group in groups]
     assert all(trained_groups.count(group) == SIZE for group in trained_groups)
     assert len(trained_groups) == 5 * ROWS
 

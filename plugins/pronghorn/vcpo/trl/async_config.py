@@ -14,7 +14,7 @@ OF_TRLS_LOSS = ("epsilon", "epsilon_high", "token_budget")
 
 
 @dataclass
-class AsyncVCPOConfig(VCPOSettings, AsyncGRPOConfig):  # type: ignore[misc]  # its max_grad_norm may be None
+class AsyncVCPOConfig(VCPOSettings, AsyncGRPOConfig):
     """Everything of `AsyncGRPOConfig` and `VCPOSettings`, and what follows.
 
     An optimizer step learns from `per_device_train_batch_size * gradient_accumulation_steps` rollouts of each process,

@@ -49,6 +49,8 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
     _tag_names = ["trl", "async-vcpo"]  # noqa: RUF012 - as TRL has it
     _name = "AsyncVCPO"
     args: AsyncVCPOConfig
+    rollout_worker: Any
+    control: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         named = inspect.signature(AsyncGRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
@@ -67,12 +69,11 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
         self._collected: list[Rollout] = []
         self.rollouts: GroupSource | None = None
         if self.accelerator.is_main_process:
-            worker: Any = self.rollout_worker
             if named.get("rollout_worker") is None:
-                worker = GroupWorker.like(worker)
-                self.rollout_worker, self.rollout_queue = worker, worker.rollout_buffer
+                self.rollout_worker = GroupWorker.like(self.rollout_worker)
+                self.rollout_queue = self.rollout_worker.rollout_buffer
             self.rollouts = GroupSource(
-                worker, num_generations=config.num_generations, groups_per_step=config.groups_per_step,
+                self.rollout_worker, num_generations=config.num_generations, groups_per_step=config.groups_per_step,
                 max_age=config.max_age, metrics=self._metrics["train"], stale_after_s=config.heartbeat_stale_after_s,
             )  # fmt: skip
         self._rollout_dataset: Any = self.rollouts  # where TRL looks for the seconds of waiting
