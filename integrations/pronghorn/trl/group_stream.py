@@ -75,15 +75,14 @@ class GroupSource:
 
     def start(self, position: Position | None = None, trained: int = 0, dropped: int = 0) -> None:
         """Before the worker starts: forget what is there, and go on from a position, or from the first prompt."""
-        while True:  # what an earlier run left in the queue is not done, and will be made anew
-            try:
-                self._worker.rollout_buffer.get_nowait()
-            except queue.Empty:
-                break
+        left = sum(1 for _ in self._in_queue())
+        if left:
+            _log.warning("%d rows that the queue held before the start are not used: they will be made anew", left)
         self.buffer = GroupBuffer()
         self.buffer.position = position or Position()
         self.trained, self.dropped, self.wait_s = trained, dropped, 0.0
         self._updates_of.clear()
+        self._first_group = 0
         if isinstance(self._worker, PacedWorker):
             self._worker.go_on(self.buffer.position)
         elif position is not None:
@@ -118,11 +117,16 @@ class GroupSource:
 
     def drain(self) -> None:
         """Take all that lies in the worker's queue."""
+        for sample in self._in_queue():
+            self._add(sample)
+
+    def _in_queue(self) -> Iterator[Any]:
         while True:
             try:
-                self._add(self._worker.rollout_buffer.get_nowait())
+                sample = self._worker.rollout_buffer.get_nowait()
             except queue.Empty:
                 return
+            yield sample
 
     def _receive(self) -> None:
         try:

@@ -25,6 +25,11 @@ from pronghorn.trl.group_worker import GroupRolloutLoop, GroupWorker
 SIZE = 2
 
 
+@pytest.fixture(autouse=True)
+def _state():
+    PartialState(cpu=True)  # TRL's log needs one
+
+
 class Scripted(_AsyncRolloutLoop):
     """Conversations without a server: the first of a group is cut into two rows, the second has none in group 1."""
 
@@ -51,7 +56,6 @@ def reward(completions, **kwargs):
 
 
 def loop(kind=Loop, allowed=2, **settings):
-    PartialState(cpu=True)  # TRL's log needs one
     words = tokenizer()
     words.response_template = {}  # TRL looks for one that it knows otherwise
     shared = SimpleNamespace
