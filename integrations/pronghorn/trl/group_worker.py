@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import queue
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from pronghorn.trl.async_rollouts import GROUP_ROWS, VERSION_END, Position
 
 GATE_SECONDS = 0.02
 STOP_SECONDS = 15.0
+REASON_SECONDS = 5.0  # the event of a failure may be here before its reason
 
 
 class GroupRolloutLoop(_AsyncRolloutLoop):
@@ -126,6 +128,12 @@ class GroupWorker(AsyncRolloutWorker):
 
     def check_health(self, stale_after_s: float) -> None:
         """Raise a RuntimeError if the child failed, was killed, or shows no sign of life."""
+        if self._failed_event.is_set():
+            try:
+                kind, message, trace = self._exception_info_queue.get(timeout=REASON_SECONDS)
+            except queue.Empty:
+                raise RuntimeError("the child process has failed, and did not say why") from None
+            raise RuntimeError("the child process has failed") from RuntimeError(f"{kind}: {message}\n{trace}")
         super().check_health(stale_after_s)
         if self._process is not None and not self._process.is_alive():
             raise RuntimeError(f"the child process has ended with exit code {self._process.exitcode}")

@@ -190,6 +190,15 @@ def test_a_run_that_goes_on_is_the_run(lag, tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-4), name
 
 
+def test_training_again_begins_the_records_anew(tmp_path):
+    trainer = trained(tmp_path, steps=2)
+    before = read_run(tmp_path).steps["reward"].tolist()
+    trainer.train()
+    again = read_run(tmp_path).steps
+    assert again["step"].tolist() == [0, 1]
+    assert again["reward"].tolist() != before
+
+
 class StopAt(transformers.TrainerCallback):
     """Ends training after a step."""
 

@@ -169,7 +169,9 @@ class Learner:
         metrics["vcpo/staleness_mean"].append(sum(ages) / len(ages))
         if not self._args.save_records or not self._trainer.accelerator.is_main_process:
             return
-        if self._records is None:
+        last = None if self._records is None else self._records.last_step
+        if self._records is None or (last is not None and last >= step):
+            # A run that goes on, or begins anew, is not told twice.
             self._records = RunRecords(self._args.output_dir)
             self._records.truncate(step - 1)
         rate = max(group["lr"] for group in self._trainer.optimizer.param_groups) * self.scaling.scale
