@@ -136,7 +136,7 @@ def tables(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Each method on SmolLM2, LiDAR scans or photographs: what it is for, and whether it does it."""
+    """Each method on SmolLM2, LiDAR scans, photographs or sums: what it is for, and whether it does it."""
     env = environment(session, "main")
     for script in sorted((ROOT / "examples" / "demo").glob("*_smollm2.py")):
         run(session, env, "python", str(script), *session.posargs)

@@ -55,22 +55,24 @@ class Problem:
             ids = torch.randint(SIZES["vocab_size"], (TRAJECTORIES, PROMPT + ANSWER))
             mask = torch.ones(TRAJECTORIES, ANSWER, dtype=torch.bool)
             rewards, groups = torch.rand(TRAJECTORIES), torch.arange(TRAJECTORIES) // GROUP
-            problem = cls(model, torch.optim.AdamW(model.parameters(), lr=1e-6, fused=GPU), ids, None)  # type: ignore[arg-type]
             with torch.no_grad():
-                learner = torch.cat([problem.log_probs(range(place, place + 1)) for place in range(TRAJECTORIES)])
+                learner = torch.cat([_log_probs(model, one) for one in ids.split(1)])
             sampler = learner + 0.01 * torch.randn_like(learner)
-        problem.minibatch = Minibatch(sampler, mask, rewards, rewards - rewards.mean(), groups)
-        return problem
+        minibatch = Minibatch(sampler, mask, rewards, rewards - rewards.mean(), groups)
+        return cls(model, torch.optim.AdamW(model.parameters(), lr=1e-6, fused=GPU), ids, minibatch)
 
     def log_probs(self, rows: range) -> Tensor:
         """Of answers' tokens, [rows, tokens]."""
-        ids = self.ids[rows.start : rows.stop]
-        logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=ANSWER + 1).logits[:, :-1].float()
-        return logits.gather(-1, ids[:, -ANSWER:, None])[..., 0] - logits.logsumexp(-1)
+        return _log_probs(self.model, self.ids[rows.start : rows.stop])
 
     def micro_batches(self, size: int) -> list[range]:
         """Rows of each forward."""
         return [range(start, start + size) for start in range(0, TRAJECTORIES, size)]
+
+
+def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=ANSWER + 1).logits[:, :-1].float()
+    return logits.gather(-1, ids[:, -ANSWER:, None])[..., 0] - logits.logsumexp(-1)
 
 
 def grpo(problem: Problem, size: int) -> None:

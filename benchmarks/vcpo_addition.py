@@ -86,9 +86,9 @@ def main() -> None:
     _draw(found, asked)
 
 
-def _last(runs: list[dict[str, list[float]]], name: str = "reward") -> dict[str, float]:
+def _last(runs: list[dict[str, list[float]]]) -> dict[str, float]:
     """Over seeds: the worst, the middle and the best mean of the last updates."""
-    means = sorted(sum(run[name][-LAST:]) / len(run[name][-LAST:]) for run in runs)
+    means = sorted(sum(run["reward"][-LAST:]) / len(run["reward"][-LAST:]) for run in runs)
     return {"p20": means[0], "p50": means[len(means) // 2], "p80": means[-1]}
 
 

@@ -7,7 +7,6 @@ eight minutes on two cores.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import socket
@@ -64,18 +63,14 @@ def server(model: Path) -> Iterator[str]:
 
 def main() -> None:
     """Train, and write the results."""
-    spec = importlib.util.spec_from_file_location("smollm2", ROOT / "examples" / "demo" / "smollm2.py")
-    assert spec is not None  # noqa: S101
-    assert spec.loader is not None  # noqa: S101
-    source = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(source)
     from datasets import Dataset
     from transformers import AutoTokenizer
 
     from pronghorn.trl.file_weight_transfer import FileWeightTransfer
     from pronghorn.vcpo import AsyncVCPOConfig, AsyncVCPOTrainer, read_run
+    from pronghorn.vcpo.trl.script import load_function
 
-    model = source.smollm2()
+    model = load_function(f"{ROOT / 'examples' / 'demo' / 'smollm2.py'}:smollm2")()
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.response_template = TEMPLATE
     data = Dataset.from_list([

@@ -98,13 +98,3 @@ def sequence_weights(token_log_ratios: Tensor, config: VCPOSettings) -> Tensor:
 def clipped_log_ratios(log_ratios: Tensor, config: VCPOSettings) -> Tensor:
     """Log-ratios truncated above alone, as diagnoses have them."""
     return log_ratios if config.is_truncation is None else log_ratios.clamp(max=math.log(config.is_truncation))
-
-
-def geometric_mean_ratios(token_log_ratios: Tensor, mask: Tensor) -> Tensor:
-    """exp of the mean log-ratio of a sequence's tokens, [trajectories]; 1 for an empty one."""
-    return (token_log_ratios.sum(-1) / mask.sum(-1).clamp(min=1)).exp()
-
-
-def k3_divergence(token_log_ratios: Tensor, mask: Tensor) -> Tensor:
-    """Schulman's estimate of the divergence of the sampler from the learner, [trajectories], a mean over tokens."""
-    return (token_log_ratios.expm1() - token_log_ratios).sum(-1) / mask.sum(-1).clamp(min=1)

@@ -12,9 +12,7 @@ from pronghorn.vcpo.ess import MinibatchESS, ReferenceESS, learning_rate_scale, 
 from pronghorn.vcpo.gradient import Accumulated
 from pronghorn.vcpo.minibatch import Minibatch
 from pronghorn.vcpo.ranks import Alone, Ranks
-from pronghorn.vcpo.ratios import (
-    clipped_log_ratios,
-)
+from pronghorn.vcpo.ratios import clipped_log_ratios
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pronghorn.kernels.seq_is_stats import seq_is_stats
 from pronghorn.vcpo.baseline import baseline
 from pronghorn.vcpo.config import MEAN, MEDIAN, OFF, REFERENCE, WINSORIZED, VCPOSettings
 from pronghorn.vcpo.ess import ReferenceESS, effective_sample_size
 from pronghorn.vcpo.gradient import accumulate
 from pronghorn.vcpo.minibatch import Minibatch
-from pronghorn.vcpo.ratios import (
-    clipped_log_ratios,
-    geometric_mean_ratios,
-    k3_divergence,
-    sequence_log_ratios,
-    token_log_ratios,
-)
+from pronghorn.vcpo.ratios import clipped_log_ratios
 from pronghorn.vcpo.step import vcpo_step
 from pronghorn.verification import Check
 
@@ -136,14 +131,10 @@ def _replay_ess(path: Path, device: torch.device) -> list[Check]:
         )
         mask = torch.tensor(case["mask"], device=device).bool()
         config = VCPOSettings(is_truncation=case["threshold"])
-        tokens = token_log_ratios(learner, sampler, mask)
-        ratios = sequence_log_ratios(tokens)
+        found = seq_is_stats(learner, sampler, mask, config.is_truncation)
+        ratios = found.log_ratios
         clipped = clipped_log_ratios(ratios, config)
-        tables = {
-            "seq_is": ratios.exp(),
-            "geom": geometric_mean_ratios(tokens, mask),
-            "k3": k3_divergence(tokens, mask),
-        }
+        tables = {"seq_is": ratios.exp(), "geom": found.geometric_mean, "k3": found.k3}
         if config.is_truncation is not None:
             tables["seq_is_clipped"] = clipped.exp()
         for name, ours in tables.items():

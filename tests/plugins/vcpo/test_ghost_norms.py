@@ -142,6 +142,29 @@ def test_gradient_checkpointing():
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
+def test_in_bfloat16_both_ways_round_alike():
+    """As models are trained: the weighted gradient is as near to float64 as autograd's own is."""
+    exact = llama("llama")
+    model = tiny_model("llama").bfloat16()
+    model.load_state_dict(exact.state_dict())
+    exact.load_state_dict(model.state_dict())  # the same weights, rounded
+    ids = torch.randint(3, 128, (4, 10), generator=torch.Generator().manual_seed(0))
+    trajectories, weights = torch.arange(4)[:, None].expand(-1, 10), torch.tensor([1.0, -0.5, 0.3, 2.0])
+
+    def sums(policy):
+        logits = policy(ids).logits[:, :-1].float() if policy is model else policy(ids).logits[:, :-1]
+        return logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).sum((1, 2))
+
+    wanted = torch.autograd.grad((weights.double() * sums(exact)).sum(), list(exact.parameters()))
+    with GhostNorms(model) as ghosts:
+        found = sums(model)
+        ghosts.norms(found.sum(), trajectories, 4, keep_graph=True)
+        ours = ghosts.weighted(weights, list(model.parameters()))
+        theirs = torch.autograd.grad((weights * found).sum(), list(model.parameters()))
+    for mine, other, right in zip(ours, theirs, wanted, strict=True):
+        assert (mine.double() - right).norm() <= 1.5 * (other.double() - right).norm() + 1e-3 * right.norm()
+
+
 def test_what_cannot_be_followed_is_refused():
     with pytest.raises(TypeError, match=r"^model: 0 is a Conv1d, accepted are linear layers"):
         GhostNorms(nn.Sequential(nn.Conv1d(2, 2, 1)))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pronghorn.kernels.seq_is_stats import seq_is_stats
 from pronghorn.vcpo import VCPOSettings, ratios
 
 
@@ -21,16 +22,17 @@ def drawn(seed, rows=5, tokens=7):
 @given(seed=st.integers(0, 2**16))
 def test_definitions(seed):
     learner, sampler, mask = drawn(seed)
-    tokens = ratios.token_log_ratios(learner, sampler, mask)
+    tokens, found = ratios.token_log_ratios(learner, sampler, mask), seq_is_stats(learner, sampler, mask)
     for row in range(len(mask)):
         pairs = [(float(learner[row, t]), float(sampler[row, t])) for t in range(7) if mask[row, t]]
         differences = np.array([a - b for a, b in pairs])
         length = max(len(pairs), 1)
         ratio = math.prod(math.exp(a) / math.exp(b) for a, b in pairs)
         k3 = (np.exp(differences) - differences - 1).sum() / length
-        assert float(ratios.sequence_log_ratios(tokens)[row].exp()) == pytest.approx(ratio, rel=1e-10)
-        assert float(ratios.geometric_mean_ratios(tokens, mask)[row]) == pytest.approx(ratio ** (1 / length), rel=1e-10)
-        assert float(ratios.k3_divergence(tokens, mask)[row]) == pytest.approx(k3, rel=1e-10, abs=1e-15)
+        for logs in (ratios.sequence_log_ratios(tokens), found.log_ratios):
+            assert float(logs[row].exp()) == pytest.approx(ratio, rel=1e-10)
+        assert float(found.geometric_mean[row]) == pytest.approx(ratio ** (1 / length), rel=1e-10)
+        assert float(found.k3[row]) == pytest.approx(k3, rel=1e-10, abs=1e-15)
 
 
 def test_truncation_and_clamp():
@@ -55,8 +57,8 @@ def test_an_empty_completion_has_ratio_one():
     mask[3] = False
     tokens = ratios.token_log_ratios(learner, sampler, mask)
     assert ratios.sequence_log_ratios(tokens)[3] == 0
-    assert ratios.geometric_mean_ratios(tokens, mask)[3] == 1
-    assert ratios.k3_divergence(tokens, mask)[3] == 0
+    found = seq_is_stats(learner, sampler, mask)
+    assert (found.log_ratios[3], found.geometric_mean[3], found.k3[3]) == (0, 1, 0)
 
 
 def test_a_sampler_without_a_number_counts_as_one_and_is_said_once(caplog):

@@ -6,7 +6,7 @@ import inspect
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
     Source: Stable Asynchrony: Variance-Controlled Off-Policy RL for LLMs (arXiv 2602.17616).
     """
 
-    _tag_names = ["trl", "async-vcpo"]  # noqa: RUF012 - as TRL has it
+    _tag_names: ClassVar = ["trl", "async-vcpo"]
     _name = "AsyncVCPO"
     args: AsyncVCPOConfig
     rollout_worker: Any

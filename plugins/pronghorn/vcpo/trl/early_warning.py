@@ -59,7 +59,7 @@ class EarlyWarning(TrainerCallback):
         self._scaling, self._threshold, self._patience = scaling, threshold, patience
         self._action, self._factor, self._keep_every = action, factor, keep_every
         self._low = 0
-        self._kept: tuple[int, list[Tensor], dict[str, Any]] | None = None
+        self._kept: tuple[int, list[Tensor], dict[str, Any]] = (0, [], {})  # filled before the first update
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -107,7 +107,6 @@ class EarlyWarning(TrainerCallback):
         self._kept = (step, weights, copy.deepcopy(optimizer.state_dict()))
 
     def _restore(self, model: Any, optimizer: Any) -> None:
-        assert self._kept is not None  # noqa: S101 - there is always the start
         step, weights, state = self._kept
         rates = [group["lr"] for group in optimizer.param_groups]
         with torch.no_grad():

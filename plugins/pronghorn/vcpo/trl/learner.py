@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from pronghorn.trl.rollouts import PaddedRollouts, Rollout
 from pronghorn.vcpo.config import GHOST
+from pronghorn.vcpo.ess import MinibatchESS
 from pronghorn.vcpo.gradient import Accumulated, accumulate, accumulate_batched
 from pronghorn.vcpo.minibatch import Minibatch
 from pronghorn.vcpo.ranks import Alone, ProcessGroup, Ranks
@@ -84,8 +86,8 @@ class Learner:
         for parameter, gradient in zip(found.parameters, found.gradients, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
         staleness = torch.tensor([self._trainer.state.global_step - rollout.policy_version for rollout in rollouts])
-        self.scaling.observe(found.statistics.log_ratios, int(self._ranks.gather(staleness).max()))
-        self._record(found, rollouts, minibatch)
+        ess = self.scaling.observe(found.statistics.log_ratios, int(self._ranks.gather(staleness).max()))
+        self._record(found, ess, rollouts, minibatch)
         if self._entropies:
             self._metrics["entropy"].append(float(torch.stack(self._entropies).mean()))
             self._entropies.clear()
@@ -145,10 +147,8 @@ class Learner:
 
         return log_probs_of
 
-    def _record(self, found: Accumulated, rollouts: list[Rollout], minibatch: Minibatch) -> None:
-        norm = _norm(found.gradients)
-        step, ess = self._trainer.state.global_step, self.scaling.ess
-        assert ess is not None  # noqa: S101 - for mypy
+    def _record(self, found: Accumulated, ess: MinibatchESS, rollouts: list[Rollout], minibatch: Minibatch) -> None:
+        norm, step = _norm(found.gradients), self._trainer.state.global_step
         metrics = self._metrics
         metrics["vcpo/baseline"] += found.baselines
         own = [
@@ -177,8 +177,7 @@ class Learner:
         rate = max(group["lr"] for group in self._trainer.optimizer.param_groups) * self.scaling.scale
         self._records.append(
             {
-                "step": step, "ess": ess.ess, "ess_ratio": ess.ess_ratio, "ess_clipped": ess.ess_clipped,
-                "ess_ratio_clipped": ess.ess_ratio_clipped, "ess_reference": metrics["vcpo/ess_reference"][-1],
+                "step": step, **asdict(ess), "ess_reference": metrics["vcpo/ess_reference"][-1],
                 "learning_rate": rate, "learning_rate_scale": self.scaling.scale, "grad_norm": norm,
                 "reward": sum(row["reward"] for row in rows) / len(rows), "staleness_mean": sum(ages) / len(ages),
                 "staleness_max": max(ages), "trajectories": len(rows),

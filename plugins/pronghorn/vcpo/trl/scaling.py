@@ -24,24 +24,25 @@ class ESSScaling(TrainerCallback):
 
     Attributes:
         reference: the share of effective samples at which the rate is whole.
-        ess: of the last minibatch, None before the first.
         scale: what the last update's learning rate was multiplied with.
         ratio_to_reference: the share of effective samples of the last minibatch over the reference.
     """
 
     def __init__(self, settings: VCPOSettings, ranks: Ranks, metrics: MutableMapping[str, list[float]]) -> None:
         self.reference = ReferenceESS(settings)
-        self.ess: MinibatchESS | None = None
         self.scale = self.ratio_to_reference = 1.0
         self._settings, self._ranks, self._metrics = settings, ranks, metrics
         self._rates = ExitStack()
 
-    def observe(self, log_ratios: Tensor, staleness: int) -> None:
+    def observe(self, log_ratios: Tensor, staleness: int) -> MinibatchESS:
         """Take in the minibatch of the update that follows.
 
         Args:
             log_ratios: of this rank's sequences, not truncated, [trajectories].
             staleness: updates that the oldest trajectory on any rank is behind.
+
+        Returns:
+            Its effective samples, on all ranks.
 
         Raises:
             ValueError: as of `effective_sample_size` and `learning_rate_scale`.
@@ -49,7 +50,7 @@ class ESSScaling(TrainerCallback):
         ess = MinibatchESS.of(self._ranks.gather(log_ratios), self._settings)
         used = ess.used(self._settings)
         self.scale = learning_rate_scale(used, self.reference.value, self._settings.ess_scaling)
-        self.ess, self.ratio_to_reference = ess, used / self.reference.value
+        self.ratio_to_reference = used / self.reference.value
         for name, value in (
             ("ess", ess.ess), ("ess_ratio", ess.ess_ratio), ("ess_clipped", ess.ess_clipped),
             ("ess_ratio_clipped", ess.ess_ratio_clipped), ("ess_reference", self.reference.value),
@@ -57,6 +58,7 @@ class ESSScaling(TrainerCallback):
         ):  # fmt: skip
             self._metrics[f"vcpo/{name}"].append(value)
         self.reference.update(used, staleness)
+        return ess
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """After clipping: lower the rate."""
