@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 
 import pytest
 import torch
@@ -11,9 +12,20 @@ from tests.plugins.vcpo.test_async_trainer import in_process, large_digits, logg
 
 from pronghorn.trl.group_stream import RolloutError
 from pronghorn.vcpo.records import read_run
+from pronghorn.vcpo.trl.async_trainer import AsyncVCPOTrainer
 
 HALF = {"per_device_train_batch_size": 4, "ddp_backend": "gloo", "max_staleness": 0}
 CUTS = ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "opob": "minibatch"})
+
+
+def _late(owner, method, seconds=1.0):
+    punctual = getattr(owner, method)
+
+    def late(*args):
+        time.sleep(seconds)
+        return punctual(*args)
+
+    setattr(owner, method, late)
 
 
 def _rank(rank, port, folder):
@@ -23,6 +35,8 @@ def _rank(rank, port, folder):
         trainer = trained(f"{folder}/{number}", f"{folder}/start", steps=2, **{**HALF, **cut})
         torch.save((weights(trainer), logged(trainer, "grad_norm")), f"{folder}/{number}-{rank}.pt")
         assert (trainer.rollout_worker is None) == (rank == 1)
+    if rank == 1:  # it hears of the end when the other writes already
+        _late(AsyncVCPOTrainer, "_save_last_update")
     reward = FailAtCall(large_digits, 4, ZeroDivisionError("the judge has died"))
     with pytest.raises(RolloutError) as caught:
         trained(f"{folder}/dead", f"{folder}/start", worker=in_process(f"{folder}/start", reward), **HALF,

@@ -120,6 +120,7 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
             self.rollouts.published(self.model_version, self.state.global_step)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._saved_step = 0
         self._trained_groups.clear()
         self._last_groups_trained = 0
         for callback in self.callback_handler.callbacks:
@@ -134,7 +135,8 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
             raise
 
     def _save_last_update(self, trial: Any) -> None:
-        if self.args.save_strategy == SaveStrategy.NO or not self.state.global_step or self._folder(trial).exists():
+        # Every process comes to the same answer: whether the folder is there changes while the first one writes it.
+        if self.args.save_strategy == SaveStrategy.NO or self._saved_step == self.state.global_step:
             return
         self._write_checkpoint(self.model_wrapped, trial)  # a queue whose writer died must not be read
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
@@ -145,8 +147,9 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
         self._write_checkpoint(model, trial)
 
     def _write_checkpoint(self, model: Any, trial: Any) -> None:
+        self._saved_step = self.state.global_step
         if self.rollouts is not None:
-            folder = self._folder(trial)
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             save_state(folder, self._learner.scaling)
             self.rollouts.buffer.save(folder / WAITING)
@@ -162,6 +165,7 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self._saved_step = self.state.global_step
         folder = Path(checkpoint)
         load_state(folder, self._learner.scaling)
         if self.rollouts is not None:
@@ -172,6 +176,3 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
             self._groups_before_resume = state["trained"]
             self.model_version = state["model_version"]
             self.rollout_worker.update_model_version(self.model_version)
-
-    def _folder(self, trial: Any) -> Path:
-        return Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
