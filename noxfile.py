@@ -20,8 +20,9 @@ CACHE = Path(
     os.environ.get("PRONGHORN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pronghorn"
 )
 SOURCES = [ROOT / name for name in ("kernels", "integrations", "plugins")]
-TORCH = {"main": "torch==2.13.0", "oldest": "torch==2.11.0"}
+TORCH = {"main": "torch==2.13.0", "oldest": "torch==2.11.0", "lerobot": "torch==2.11.0"}
 WORKERS = "2"
+LEROBOT_TESTS = ["tests/integrations/lerobot", "tests/plugins/vlash/lerobot"]
 
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "test"]
@@ -82,6 +83,14 @@ def test(session: nox.Session) -> None:
     env = {**environment(session, "main"), **one_thread()}
     arguments = session.posargs or ["-n", WORKERS, "--dist", "loadgroup", "-m", "not slow"]
     run(session, env, "python", "-m", "pytest", "-q", *arguments)
+
+
+@nox.session
+def lerobot(session: nox.Session) -> None:
+    """The tests of what ships to LeRobot, with the real one, which wants a Python and libraries of its own."""
+    env = {**environment(session, "lerobot", _python_312(session)), **one_thread()}
+    arguments = session.posargs or ["-n", WORKERS, "--dist", "loadgroup", "-m", "not slow"]
+    run(session, env, "python", "-m", "pytest", "-q", *LEROBOT_TESTS, *arguments)
 
 
 @nox.session
