@@ -93,7 +93,7 @@ def _measured(name: str, precision: str) -> Iterator[dict[str, Any]]:
 
 
 def _best_of_turns(runs: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
-    """The best of several turns of each, in turn: launching takes longer than small graphs, and is disturbed at times."""
+    """The best of several turns of each: launching takes longer than small graphs, and is disturbed at times."""
     found = [(name, measure(run, repeats=20, graphed=False)) for name, run in list(runs.items()) * TURNS]
     return {name: min((t for of, t in found if of == name), key=lambda t: t["p50"]) for name in runs}
 
