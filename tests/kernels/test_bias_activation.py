@@ -24,9 +24,17 @@ def every_second(tensor):
     return torch.stack([tensor, tensor * 2], dim=-1)[..., 0]
 
 
+# Only where channels lie inside does their number matter; else each is a program of its own, slow to interpret.
+FORMS = [
+    (shape, form)
+    for shape in SHAPES
+    for form in (torch.Tensor.contiguous, channels_last, every_second)
+    if form is channels_last or shape[1] < 1000
+]
+
+
 @pytest.mark.parametrize("which", BACKENDS)
-@pytest.mark.parametrize("form", [torch.Tensor.contiguous, channels_last, every_second])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "form"), FORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_it_is_what_it_says(shape, form, which, activation):
     x, bias, residual = random(*shape), random(shape[1], seed=1), random(*shape, seed=2)

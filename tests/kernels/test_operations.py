@@ -54,7 +54,9 @@ def test_gradients(name):
             return operation.function(**{**arguments, **dict(zip(operation.trains, values, strict=True))})
 
         with backend("reference"):
-            assert torch.autograd.gradcheck(call, trained)
+            # Entry by entry, or where there are thousands along a random direction.
+            many = sum(tensor.numel() for tensor in trained) > 2000
+            assert torch.autograd.gradcheck(call, trained, fast_mode=many)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

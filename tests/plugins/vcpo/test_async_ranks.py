@@ -14,6 +14,8 @@ from pronghorn.trl.group_stream import RolloutError
 from pronghorn.vcpo.records import read_run
 from pronghorn.vcpo.trl.async_trainer import AsyncVCPOTrainer
 
+pytestmark = pytest.mark.xdist_group("async_ranks")  # its processes run once
+
 HALF = {"per_device_train_batch_size": 4, "ddp_backend": "gloo", "max_staleness": 0}
 CUTS = ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "opob": "minibatch"})
 

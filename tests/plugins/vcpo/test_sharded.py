@@ -13,6 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from pronghorn.vcpo import Minibatch, VCPOSettings, accumulate_batched
 from pronghorn.vcpo.ranks import ProcessGroup
 
+pytestmark = pytest.mark.xdist_group("sharded")  # its processes run once
+
 GROUPS, SIZE, TOKENS = 4, 3, 5
 CASES = {
     "group": VCPOSettings(opob_grad_norm="ghost"), "off": VCPOSettings(opob="off", is_whitening=True),

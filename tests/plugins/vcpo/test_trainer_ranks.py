@@ -9,6 +9,8 @@ from tests.plugins.vcpo.test_trainer import SeededRollouts, logged, trained, wei
 
 from pronghorn.vcpo.records import read_run
 
+pytestmark = pytest.mark.xdist_group("trainer_ranks")  # its processes run once
+
 RUNS = [
     {"opob": "group"}, {"opob": "minibatch", "opob_weight": "exact"}, {"opob": "group", "opob_grad_norm": "ghost"},
     {"opob": "off", "estimator": "trl", "loss_type": "grpo"},

@@ -1,0 +1,16 @@
+"""LeRobot: `import pronghorn.lerobot` registers every installed method with it."""
+
+from __future__ import annotations
+
+from pronghorn.methods import Outcome, register_all
+from pronghorn.versions import require
+
+require("lerobot")
+
+
+def register() -> list[Outcome]:
+    """Register all methods again, such as one that was installed since; those that are there stay as they are."""
+    return register_all("lerobot")
+
+
+register()

@@ -1,0 +1,185 @@
+"""`pronghorn vlash …`: sweep, bench and profile."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+
+TASKS = ("tracking",)
+ROWS = 12  # of the tables of a profile
+
+Policy = Annotated[
+    str, typer.Argument(help="A LeRobot checkpoint, or package.module:function, which gives (callable, observation).")
+]
+Device = Annotated[str | None, typer.Option(help="cuda, cpu …; the GPU if there is one.")]
+
+
+@app.callback()
+def vlash() -> None:
+    """VLASH: robots that act while their policy computes, from the state in which they will be."""
+
+
+@app.command()
+def sweep(
+    task: Annotated[str, typer.Option(help="tracking, or package.module:function, which gives a Task.")] = "tracking",
+    modes: Annotated[str, typer.Option(help="Methods, with commas.")] = "sync,naive,rtc,vlash",
+    delays: Annotated[str, typer.Option(help="Control periods that the policy takes: 0:4, or with commas.")] = "0:4",
+    seeds: Annotated[int, typer.Option(help="How many: episodes, and a policy where one is trained.")] = 3,
+    out: Annotated[Path | None, typer.Option("--json", help="Rows; what it already holds is not run again.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Picture to draw.")] = None,
+    train_steps: Annotated[int, typer.Option(help="tracking: updates of each policy.")] = 6000,
+    environments: Annotated[int, typer.Option(help="tracking: robots at a time.")] = 512,
+    policies: Annotated[Path | None, typer.Option(help="tracking: folder that keeps trained policies.")] = None,
+) -> None:
+    """Run a task under growing delays: success, stalls, reaction latency, jumps and jerk of each method."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pronghorn.vlash.sweep import draw, over_delays, read_rows, write_rows
+    from pronghorn.vlash.sweep import sweep as run
+
+    if png is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--png needs matplotlib: pip install matplotlib")
+    if seeds < 1:
+        raise ValueError(f"seeds: got {seeds}, wanted at least 1")
+    asked = _task(task, train_steps, environments, policies)
+    names, waits = modes.split(","), _delays(delays)
+    earlier = read_rows(out, asked) if out is not None else []
+    rows = []
+    for row in run(asked, names, waits, range(seeds), earlier):
+        rows.append(row)
+        if out is not None:
+            write_rows(out, asked, [*rows, *(old for old in earlier if old.key not in {new.key for new in rows})])
+    table = Table("success at delay", *map(str, waits))
+    for mode in names:
+        over = over_delays(rows, mode, "success")
+        table.add_row(mode, *(_spread(over[delay]) for delay in waits))
+    Console().print(table)
+    if png is not None:
+        draw(rows, png, f"{asked.name}, {seeds} seeds")
+    for path in (out, png):
+        if path is not None:
+            typer.echo(path)
+
+
+@app.command()
+def bench(
+    policy: Policy,
+    fps: Annotated[float, typer.Option(help="Commands a second.")] = 30.0,
+    n_action_steps: Annotated[int, typer.Option(help="Actions of a chunk that are executed.")] = 32,
+    samples: Annotated[int, typer.Option(help="Timed chunks.")] = 16,
+    warm_up: Annotated[int, typer.Option(help="Chunks before them.")] = 10,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    device: Device = None,
+) -> None:
+    """Time a policy, and say how far ahead its chunks are to be asked for."""
+    from pronghorn.vlash.bench import measure
+
+    if not 0 < fps < math.inf or n_action_steps < 1:
+        raise ValueError(f"fps, n_action_steps: got {fps} and {n_action_steps}, wanted positive numbers")
+    call, _ = _load(policy, device)
+    found = measure(call, samples=samples, warm_up=warm_up)
+    quantiles = {percent: found.percentile(percent) for percent in (5, 50, 95, 100)}
+    typer.echo(f"{found.mean * 1e3:.2f} ms a chunk, mean of {samples}")
+    typer.echo(", ".join(f"p{percent} {seconds * 1e3:.2f}" for percent, seconds in quantiles.items()))
+    overlap = found.overlap(fps, n_action_steps)
+    chunk = f"n_action_steps {n_action_steps} at {fps:g} fps, {n_action_steps / fps * 1e3:.0f} ms"
+    typer.echo(f"{chunk}: " + (f"inference_overlap_steps {overlap}" if overlap else "too short, the robot would wait"))
+    if out is not None:
+        figures = {"seconds": found.seconds, "mean": found.mean, "fps": fps, "n_action_steps": n_action_steps}
+        out.write_text(json.dumps({**figures, "inference_overlap_steps": overlap}, indent=1) + "\n")
+
+
+@app.command()
+def profile(
+    policy: Policy,
+    depth: Annotated[int, typer.Option(help="Levels of modules below the policy.")] = 2,
+    samples: Annotated[int, typer.Option(help="Recorded chunks.")] = 3,
+    device: Device = None,
+) -> None:
+    """Where the time of a chunk goes: modules, with all that is inside of them, and operators."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pronghorn.vlash.bench import profile as run
+
+    call, module = _load(policy, device)
+    modules, operators = run(call, module, depth=depth, samples=samples)
+    total = sum(part.seconds for part in operators)
+    for title, parts in (("module", modules), ("operator", operators)):
+        if not parts:
+            continue
+        table = Table(title, "calls", "ms a chunk", "share")
+        for part in parts[:ROWS]:
+            share = part.seconds / total
+            table.add_row(part.name, f"{part.calls:g}", f"{part.seconds * 1e3:.3f}", f"{share:.1%}")
+        if len(parts) > ROWS:
+            table.caption = f"the first {ROWS} of {len(parts)}"
+        Console().print(table)
+
+
+def _task(name: str, train_steps: int, environments: int, policies: Path | None) -> Any:
+    if ":" in name:
+        return _function("task", name)()
+    if name not in TASKS:
+        raise ValueError(f"task: got {name!r}, accepted are {', '.join(TASKS)} and package.module:function")
+    from pronghorn.vlash.tracking import TrackingTask
+
+    return TrackingTask(train_steps=train_steps, environments=environments, folder=policies)
+
+
+def _load(policy: str, device: str | None) -> tuple[Callable[[], Any], Any]:
+    """What computes one chunk of an example, and the module in it, if there is one."""
+    import torch
+    from torch import nn
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if ":" in policy and not Path(policy).exists():
+        call, example = _function("policy", policy)(where)
+    else:
+        from pronghorn.vlash.lerobot import load_policy
+
+        call, example = load_policy(policy, where)
+    owner = getattr(call, "__self__", call)
+    return lambda: call(example), owner if isinstance(owner, nn.Module) else None
+
+
+def _function(name: str, value: str) -> Callable[..., Any]:
+    module, _, function = value.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name}: got {value!r}, wanted package.module:function; {error}") from error
+    if not callable(found):
+        raise ValueError(f"{name}: got {value!r}, wanted a function, not {type(found).__name__}")
+    return found
+
+
+def _delays(text: str) -> list[int]:
+    """Of "0:4", both included, or "0,2,4"."""
+    try:
+        if ":" in text:
+            first, last = map(int, text.split(":"))
+            found = list(range(first, last + 1))
+        else:
+            found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"wanted 0:4 or numbers with commas, got {text!r}") from None
+    if not found or min(found) < 0:
+        raise typer.BadParameter(f"wanted 0:4 or numbers with commas, got {text!r}")
+    return found
+
+
+def _spread(values: list[float]) -> str:
+    middle = f"{statistics.fmean(values):.3f}"
+    return middle if len(values) == 1 else f"{middle} ±{(max(values) - min(values)) / 2:.3f}"
