@@ -19,7 +19,9 @@ ROOT = Path(__file__).parent
 CACHE = Path(
     os.environ.get("PRONGHORN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pronghorn"
 )
-SOURCES = [ROOT / name for name in ("kernels", "integrations", "plugins")]
+# The second is what LeRobot finds by its name; it has one module.
+PROJECTS = [ROOT, ROOT / "integrations" / "lerobot_policy_pronghorn"]
+SOURCES = [*(ROOT / name for name in ("kernels", "integrations", "plugins")), PROJECTS[1]]
 TORCH = {"main": "torch==2.13.0", "oldest": "torch==2.11.0", "lerobot": "torch==2.11.0"}
 WORKERS = "2"
 LEROBOT_TESTS = ["tests/integrations/lerobot", "tests/plugins/vlash/lerobot"]
@@ -49,15 +51,15 @@ def environment(session: nox.Session, name: str, python: str = sys.executable) -
 
 def variables(session: nox.Session, home: Path) -> dict[str, str]:
     """PATH and PYTHONPATH for an environment and this clone."""
-    site = (
-        ROOT / ".pronghorn" / f"{home.name}-{hashlib.sha256((ROOT / 'pyproject.toml').read_bytes()).hexdigest()[:12]}"
-    )
+    described = b"".join((project / "pyproject.toml").read_bytes() for project in PROJECTS)
+    site = ROOT / ".pronghorn" / f"{home.name}-{hashlib.sha256(described).hexdigest()[:12]}"
     if not (site / "ready").exists():
         shutil.rmtree(site, ignore_errors=True)
-        # An editable install into a folder of this clone: its metadata hold the entry points.
+        # Editable installs into a folder of this clone: their metadata hold names and entry points.
+        editable = [word for project in PROJECTS for word in ("--editable", str(project))]
         session.run(
             str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
-            "--target", str(site), "--editable", str(ROOT), external=True, silent=True,
+            "--target", str(site), *editable, external=True, silent=True,
         )  # fmt: skip
         (site / "ready").touch()
     return {
