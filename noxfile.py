@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent
 CACHE = Path(
     os.environ.get("PRONGHORN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pronghorn"
 )
-# The second is what LeRobot finds by its name; it has one module.
+# The second is what LeRobot finds by its name, with one module; where LeRobot is not, nobody imports it.
 PROJECTS = [ROOT, ROOT / "integrations" / "lerobot_policy_pronghorn"]
 SOURCES = [*(ROOT / name for name in ("kernels", "integrations", "plugins")), PROJECTS[1]]
 TORCH = {"main": "torch==2.13.0", "oldest": "torch==2.11.0", "lerobot": "torch==2.11.0"}
@@ -59,7 +59,7 @@ def variables(session: nox.Session, home: Path) -> dict[str, str]:
         editable = [word for project in PROJECTS for word in ("--editable", str(project))]
         session.run(
             str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
-            "--target", str(site), *editable, external=True, silent=True,
+            "--ignore-requires-python", "--target", str(site), *editable, external=True, silent=True,
         )  # fmt: skip
         (site / "ready").touch()
     return {
