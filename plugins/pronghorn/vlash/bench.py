@@ -63,6 +63,21 @@ class Part:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Profile:
+    """Of a policy.
+
+    Attributes:
+        seconds: of a call.
+        modules: longest first; those inside of others count in both.
+        operators: longest first; on a processor the Python between them is in none.
+    """
+
+    seconds: float
+    modules: list[Part]
+    operators: list[Part]
+
+
 def measure(call: Callable[[], Any], *, samples: int = 16, warm_up: int = 10) -> Latency:
     """Time a policy; on a GPU until the device has done its work.
 
@@ -89,10 +104,8 @@ def measure(call: Callable[[], Any], *, samples: int = 16, warm_up: int = 10) ->
     return Latency(seconds)
 
 
-def profile(
-    call: Callable[[], Any], module: nn.Module | None = None, *, depth: int = 2, samples: int = 3
-) -> tuple[list[Part], list[Part]]:
-    """Where the time of a chunk goes, as torch.profiler sees it, longest first.
+def profile(call: Callable[[], Any], module: nn.Module | None = None, *, depth: int = 2, samples: int = 3) -> Profile:
+    """Where the time of a chunk goes, as torch.profiler sees it.
 
     Recording takes time too: shares mean more than seconds, and a compiled module shows no modules inside.
 
@@ -101,9 +114,6 @@ def profile(
         module: whose submodules are told apart; None for operators alone.
         depth: how far down, 1 for its children.
         samples: recorded calls, after one that is not.
-
-    Returns:
-        Modules and operators.
 
     Raises:
         ValueError: a count is too small.
@@ -115,9 +125,10 @@ def profile(
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.no_grad(), _marked(module, depth):
         call()
-        with torch.profiler.profile(activities=activities) as recorded:
+        with torch.profiler.profile(activities=activities, acc_events=True) as recorded:
             for _ in range(samples):
-                call()
+                with torch.profiler.record_function(MARK):
+                    call()
             _wait()
     # A range of ours comes a second time from the device's side.
     events = [event for event in recorded.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
@@ -125,9 +136,11 @@ def profile(
     inside, own = (
         ("device_time_total", "self_device_time_total") if on_device else ("cpu_time_total", "self_cpu_time_total")
     )
-    modules = [event for event in events if event.key.startswith(MARK)]
-    operators = [event for event in events if not event.key.startswith(MARK)]
-    return _parts(modules, inside, samples), _parts(operators, own, samples)
+    ranges = _parts([event for event in events if event.key.startswith(MARK)], inside, samples)
+    operators = _parts([event for event in events if not event.key.startswith(MARK)], own, samples)
+    whole = next(part for part in ranges if not part.name)
+    modules, operators = ([part for part in parts if part.name and part.seconds] for parts in (ranges, operators))
+    return Profile(whole.seconds, modules, operators)
 
 
 def _parts(events: Sequence[Any], time_of: str, samples: int) -> list[Part]:
@@ -135,7 +148,7 @@ def _parts(events: Sequence[Any], time_of: str, samples: int) -> list[Part]:
         Part(event.key.removeprefix(MARK), event.count / samples, getattr(event, time_of) / 1e6 / samples)
         for event in events
     ]
-    return sorted((part for part in found if part.seconds), key=lambda part: -part.seconds)
+    return sorted(found, key=lambda part: -part.seconds)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,8 @@ TASKS = ("tracking",)
 ROWS = 12  # of the tables of a profile
 
 Policy = Annotated[
-    str, typer.Argument(help="A LeRobot checkpoint, or package.module:function, which gives (callable, observation).")
+    str,
+    typer.Argument(help="package.module:function, which takes a device and gives (callable, what it is called with)."),
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu …; the GPU if there is one.")]
 
@@ -114,14 +116,14 @@ def profile(
     from pronghorn.vlash.bench import profile as run
 
     call, module = _load(policy, device)
-    modules, operators = run(call, module, depth=depth, samples=samples)
-    total = sum(part.seconds for part in operators)
-    for title, parts in (("module", modules), ("operator", operators)):
+    found = run(call, module, depth=depth, samples=samples)
+    typer.echo(f"{found.seconds * 1e3:.2f} ms a chunk while recorded")
+    for title, parts in (("module", found.modules), ("operator", found.operators)):
         if not parts:
             continue
         table = Table(title, "calls", "ms a chunk", "share")
         for part in parts[:ROWS]:
-            share = part.seconds / total
+            share = part.seconds / found.seconds
             table.add_row(part.name, f"{part.calls:g}", f"{part.seconds * 1e3:.3f}", f"{share:.1%}")
         if len(parts) > ROWS:
             table.caption = f"the first {ROWS} of {len(parts)}"
@@ -143,19 +145,14 @@ def _load(policy: str, device: str | None) -> tuple[Callable[[], Any], Any]:
     import torch
     from torch import nn
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if ":" in policy and not Path(policy).exists():
-        call, example = _function("policy", policy)(where)
-    else:
-        from pronghorn.vlash.lerobot import load_policy
-
-        call, example = load_policy(policy, where)
+    call, example = _function("policy", policy)(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     owner = getattr(call, "__self__", call)
     return lambda: call(example), owner if isinstance(owner, nn.Module) else None
 
 
 def _function(name: str, value: str) -> Callable[..., Any]:
     module, _, function = value.partition(":")
+    sys.path.append(str(Path.cwd()))  # where a user's own module is
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

@@ -31,8 +31,9 @@ def adaptive_rms_norm(
     Between two norms of a transformer, `x` is the residual, `update` what a layer adds to it, `gate` from the norm
     before that layer, and `scale` and `shift` are of the norm after it.
 
-    The product, the sum and the norm are each rounded to the dtype of `x`; statistics, modulation and sums of gradients
-    are in float32 (float64 of such an `x`), in the same order at every call. Differentiable, once, in all tensors.
+    The product, the sum and the norm are each rounded to the dtype of `x`, where that has 16 bits; statistics,
+    modulation and sums of gradients are in float32 (float64 of such an `x`), in the same order at every call.
+    Differentiable, once, in all tensors.
 
     Args:
         x: [..., tokens, channels] in fp16, bf16 or fp32 (fp64 in the reference).
@@ -57,10 +58,10 @@ def adaptive_rms_norm(
     tokens, channels = x.shape[-2:]
     if not channels:
         raise ValueError("x: got no channels, wanted at least 1")
-    for name, vector in (("scale", scale), ("shift", shift), ("gate", gate)):
-        if name != "gate" or vector is not None:
-            check_tensor(name, vector, floating=True, like=x)
-            check_shape(name, vector, (*x.shape[:-2], channels))
+    vectors = {"scale": scale, "shift": shift} if gate is None else {"scale": scale, "shift": shift, "gate": gate}
+    for name, vector in vectors.items():
+        check_tensor(name, vector, floating=True, like=x)
+        check_shape(name, vector, (*x.shape[:-2], channels))
     if update is not None:
         check_tensor("update", update, like=x)
         check_shape("update", update, tuple(x.shape))
@@ -156,11 +157,9 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = torch.promote_types(total.dtype, torch.float32)
     gated = update is not None and gate is not None
-    sums = [scale.new_empty(scale.shape, dtype=wide) for _ in range(3)]
-    return (
-        _dense(total), _dense(total) if gated else total.new_empty(0), *sums[:2],
-        sums[2] if gated else scale.new_empty(0, dtype=wide),
-    )  # fmt: skip
+    of_scale, of_shift = (scale.new_empty(scale.shape, dtype=wide) for _ in range(2))
+    of_gate = scale.new_empty(scale.shape if gated else 0, dtype=wide)
+    return _dense(total), _dense(total) if gated else total.new_empty(0), of_scale, of_shift, of_gate
 
 
 _forward_operation = define("adaptive_rms_norm", _forward, _fake)

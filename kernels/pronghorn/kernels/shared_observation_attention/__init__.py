@@ -61,7 +61,7 @@ def shared_observation_attention(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.
 
     Source: Dao (arXiv 2307.08691) for the tiles; the pattern is that of a policy trained at several delays at once
-        (arXiv 2512.01031, section 3).
+        (arXiv 2512.01031).
     """
     tensors = Tensors(prefix_query, prefix_key, prefix_value, branch_query, branch_key, branch_value)
     _check_tensors(tensors)
@@ -163,7 +163,7 @@ def _backward(
             branch_mask, state_tokens, scale,
         )  # fmt: skip
     return reference.gradients(
-        prefix_grad, branch_grad, prefix_total, branch_total, tensors, prefix_mask, state_tokens, scale
+        prefix_grad, branch_grad, prefix_total, branch_total, tensors, prefix_mask, branch_mask, state_tokens, scale
     )
 
 

@@ -24,7 +24,7 @@ def _example(
     drawn = [torch.randn(*shape, size, generator=generator).to(device, dtype) for shape in shapes]
     prefix_mask = torch.ones(prefix, dtype=torch.bool)
     absent = int(knobs.get("absent", 0) * length)
-    prefix_mask[-1, length // 4 : length // 4 + absent // 2] = False
+    prefix_mask[-1:, length // 4 : length // 4 + absent // 2] = False
     prefix_mask[:, length - absent + absent // 2 :] = False
     branch_mask = torch.ones(branch[:2], dtype=torch.bool)
     for which in knobs.get("invalid", ()):

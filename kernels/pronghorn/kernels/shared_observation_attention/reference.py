@@ -30,7 +30,7 @@ def shared_observation_attention(
 
     These are infinite for a token that is masked out: exp(score - inf) is the weight 0.
     """
-    rows = _folded(tensors)
+    rows = _folded(tensors, prefix_mask, branch_mask)
     scores, shared, own = _scores(rows, prefix_mask, state_tokens, scale)
     prefix_total, branch_total = _totals(scores, shared, own, prefix_mask, branch_mask)
     prefix_out = _weights(scores, prefix_total) @ rows.prefix_value
@@ -45,11 +45,11 @@ def shared_observation_attention(
 
 def gradients(
     prefix_grad: Tensor, branch_grad: Tensor, prefix_total: Tensor, branch_total: Tensor,
-    tensors: Tensors, prefix_mask: Tensor, state_tokens: int, scale: float,
+    tensors: Tensors, prefix_mask: Tensor, branch_mask: Tensor, state_tokens: int, scale: float,
 ) -> Tensors:  # fmt: skip
     """Of all six tensors, in their dtypes."""
-    rows, groups = _folded(tensors), tensors.prefix_key.shape[2]
-    grad, branches_grad = _fold(prefix_grad, groups), _fold(branch_grad, groups)
+    rows, groups = _folded(tensors, prefix_mask, branch_mask), tensors.prefix_key.shape[2]
+    grad, branches_grad = _fold(_real(prefix_grad, prefix_mask), groups), _fold(_real(branch_grad, branch_mask), groups)
     totals = _fold(prefix_total[..., None], groups)[..., 0], _fold(branch_total[..., None], groups)[..., 0]
     scores, shared, own = _scores(rows, prefix_mask, state_tokens, scale)
     weights = _weights(scores, totals[0])
@@ -72,23 +72,29 @@ def gradients(
     return Tensors(*(_unfolded(rows, like).to(like.dtype) for rows, like in zip(found, tensors, strict=True)))
 
 
-def _folded(tensors: Tensors) -> Tensors:
-    groups = tensors.prefix_key.shape[2]
-    return Tensors(*(_fold(tensor, groups) for tensor in tensors))
+def _folded(tensors: Tensors, prefix_mask: Tensor, branch_mask: Tensor) -> Tensors:
+    groups, masks = tensors.prefix_key.shape[2], [prefix_mask] * 3 + [branch_mask] * 3
+    return Tensors(*(_fold(_real(tensor, mask), groups) for tensor, mask in zip(tensors, masks, strict=True)))
+
+
+def _real(tensor: Tensor, mask: Tensor) -> Tensor:
+    """With zeros for what is masked out, which may be no numbers."""
+    return tensor.masked_fill(~mask.view(*mask.shape, *[1] * (tensor.dim() - 2)), 0)
 
 
 def _fold(tensor: Tensor, groups: int) -> Tensor:
     """[batch, ..., tokens, heads, size] to [batch, groups, ..., tokens * heads / groups, size], wide."""
     wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     # Contiguous, because on a CPU the way a product is added up, and with it the last bit, depends on strides.
-    return wide.unflatten(-2, (groups, -1)).movedim(-3, 1).flatten(-3, -2).contiguous()
+    rows: Tensor = wide.unflatten(-2, (groups, -1)).movedim(-3, 1).flatten(-3, -2)
+    return rows.contiguous()
 
 
 def _unfolded(rows: Tensor, like: Tensor) -> Tensor:
     """The counterpart of `_fold`, with the tokens and heads of `like`."""
     tokens, heads = like.shape[-3:-1]
-    groups = rows.shape[1]
-    return rows.unflatten(-2, (tokens, heads // groups)).movedim(1, -3).flatten(-3, -2).contiguous()
+    unfolded: Tensor = rows.unflatten(-2, (tokens, heads // rows.shape[1])).movedim(1, -3).flatten(-3, -2)
+    return unfolded.contiguous()
 
 
 def _scores(rows: Tensors, prefix_mask: Tensor, state_tokens: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -177,15 +177,17 @@ def shared_observation_attention(
     tensors = contiguous(tensors)
     prefix, branches = tensors.prefix_query, tensors.branch_query
     order, counts = arrange(prefix_mask, branch_mask, branches.shape[2])
-    out = torch.empty_like(prefix), torch.empty_like(branches)
-    totals = [tensor.new_empty(tensor.shape[:-1], dtype=torch.float32) for tensor in (prefix, branches)]
+    prefix_out, branch_out = torch.empty_like(prefix), torch.empty_like(branches)
+    prefix_total = prefix.new_empty(prefix.shape[:-1], dtype=torch.float32)
+    branch_total = branches.new_empty(branches.shape[:-1], dtype=torch.float32)
+    out = prefix_out, branch_out, prefix_total, branch_total
     tile = pick("prefix_query", prefix, FORWARD, FORWARD_TIGHT, EXACT)
     _forward(
         grid_of_rows(tensors, tile),
-        (*tensors, *out, *totals, order, counts), numbers(tensors, state_tokens), constants(tensors, scale, tile),
+        (*tensors, *out, order, counts), numbers(tensors, state_tokens), constants(tensors, scale, tile),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return *out, *totals
+    return out
 
 
 def contiguous(tensors: Tensors) -> Tensors:
@@ -244,16 +246,20 @@ def pick(name: str, query: Tensor, roomy: dict[int, Tile], tight: dict[int, Tile
         raise ValueError(f"{name}: got a head_dim of {query.shape[-1]}, the Triton kernels take up to {max(roomy)}")
     if query.dtype == torch.float32:
         return exact
-    return (roomy if query.device.type != "cuda" or _shared_memory(query.device) >= ROOM else tight)[width]
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a block may have."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    return (roomy if _roomy(query.device) else tight)[width]
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
     """Of a GPU."""
-    return PROCESSORS if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    return PROCESSORS if device.type != "cuda" else int(_properties(device)["multiprocessor_count"])
+
+
+@functools.cache
+def _roomy(device: torch.device) -> bool:
+    return device.type != "cuda" or _properties(device)["max_shared_mem"] >= ROOM
+
+
+def _properties(device: torch.device) -> dict[str, int]:
+    properties: dict[str, int] = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return properties

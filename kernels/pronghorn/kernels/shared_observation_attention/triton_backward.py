@@ -45,8 +45,8 @@ VALUE_TIGHT = {64: Tile(64, 64, 4, 3), 128: Tile(32, 64, 4, 3), 256: Tile(32, 64
 KEY = {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 3), 256: Tile(32, 128, 8, 3)}
 KEY_TIGHT = {64: Tile(64, 64, 4, 3), 128: Tile(32, 64, 4, 3), 256: Tile(32, 32, 4, 3)}
 EXACT = Tile(16, 16, 8, 1)
-MOST_PARTS = 12  # of the rows of a tile of keys
-PART_COST = 0.02  # of a pass over all rows: what writing and adding up one more part takes
+MOST_PARTS = 32  # of the rows of a tile of keys
+PART_COST = 4e-4  # of a pass over all rows: what writing and adding up a part of one tile takes all processors
 SLOTS = 8  # of a tile that is added up
 
 
@@ -283,6 +283,6 @@ def _parts(tiles: int, processors: int) -> int:
     """In how many parts the rows of a tile of keys are best done, where a processor has one program at a time."""
 
     def time(parts: int) -> float:
-        return blocks(tiles * parts, processors) / parts + PART_COST * (parts - 1)
+        return blocks(tiles * parts, processors) / parts + (PART_COST * tiles * parts if parts > 1 else 0)
 
     return min(range(1, MOST_PARTS + 1), key=time)

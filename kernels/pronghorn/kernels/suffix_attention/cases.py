@@ -41,10 +41,10 @@ def _oracle(arguments: Arguments) -> Tensor:
         query, prefix_key, prefix_value, key, value = (tensor[b] for tensor in tensors)
         for of, seen in ((slice(state), slice(state)), (slice(state, None), slice(None))):
             keys, values = torch.cat([prefix_key[real], key[seen]]), torch.cat([prefix_value[real], value[seen]])
-            turned = (tensor.transpose(0, 1)[None] for tensor in (query[of], keys, values))
             if query[of].shape[0]:
+                q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query[of], keys, values))
                 found = torch.nn.functional.scaled_dot_product_attention(
-                    *turned, scale=arguments["scale"], enable_gqa=True
+                    q, k, v, scale=arguments["scale"], enable_gqa=True
                 )
                 out[b, of] = found[0].transpose(0, 1)
     return out
@@ -70,9 +70,9 @@ OPERATION = Operation(
     oracle=_oracle,
     shapes=(
         _shape(1, 5, 40, 1, 8, 32, absent=0.3, state=1),
-        _shape(2, 50, 130, 1, 2, 16),
-        _shape(3, 3, 200, 2, 3, 20, absent=0.9, state=3),
-        _shape(1, 51, 300, 1, 8, 256, absent=0.5, state=1),
+        _shape(2, 35, 70, 1, 2, 16),
+        _shape(3, 3, 130, 2, 3, 20, absent=0.9, state=3),
+        _shape(1, 17, 100, 1, 8, 256, absent=0.5, state=1),
         _shape(2, 17, 1, 2, 1, 64, absent=1.0, state=2, scale=0.3),
     ),
     large=_shape(1, 50, 712, 1, 8, 256),

@@ -14,6 +14,7 @@ from torch import Tensor
 from pronghorn.kernels._launch import Launcher
 from pronghorn.kernels._triton import blocks, dot_type, dot_width, power_of_2
 from pronghorn.kernels.shared_observation_attention.triton import (
+    EXACT,
     LOG2_E,
     LOWEST,
     Tile,
@@ -25,10 +26,9 @@ from pronghorn.kernels.shared_observation_attention.triton import (
     store_rows,
 )
 
-# For heads up to 64, 128 and 256 wide in 16 bits, on GPUs with much shared memory and on others; then in 32 bits.
+# For heads up to 64, 128 and 256 wide in 16 bits, on GPUs with much shared memory and on others.
 ROOMY = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 4, 2)}
 TIGHT = {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2)}
-EXACT = Tile(16, 32, 4, 1)
 
 
 @Launcher
