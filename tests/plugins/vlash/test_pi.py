@@ -248,6 +248,20 @@ def test_lower_precision_with_norms_in_float32():
     assert pi.sample(prefix(dtype=torch.float32), inputs["states"][:, 0], inputs["noise"][:, 0], 2).isfinite().all()
 
 
+@kinds
+def test_autocast_is_no_less_exact_than_half_precision(kind):
+    seen, inputs, pi = prefix(dtype=torch.float32), branches(2, dtype=torch.float32), model(kind, torch.float32)
+    wanted = pi.shared_losses(seen, **inputs).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pi.shared_losses(seen, **inputs)
+    found.mean().backward()
+    halves = model(kind, torch.bfloat16).shared_losses(
+        Prefix(seen.embeddings.bfloat16(), seen.mask),
+        **{name: part if name == "delay" else part.bfloat16() for name, part in inputs.items()},
+    )
+    assert (found - wanted).norm() < (halves - wanted).norm()
+
+
 def test_the_authors_round_the_state_of_pi0():
     net, seen, inputs = network("pi0", torch.float32), prefix(dtype=torch.float32), branches(1, dtype=torch.float32)
     exact, rounded = (

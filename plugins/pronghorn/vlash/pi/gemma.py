@@ -56,9 +56,8 @@ def normalized(norm: Any, residual: Residual, condition: Condition) -> tuple[Ten
         x = residual.x if residual.update is None else residual.x + residual.update
         return norm(x)[0], x, None
     made = condition if isinstance(condition, Modulation) else modulation(norm, condition)
-    out, x = adaptive_rms_norm(
-        residual.x, made.scale, made.shift, update=residual.update, gate=residual.gate, eps=norm.eps
-    )
+    update = residual.update if residual.update is None else residual.update.to(residual.x.dtype)  # from autocast's
+    out, x = adaptive_rms_norm(residual.x, made.scale, made.shift, update=update, gate=residual.gate, eps=norm.eps)
     return out, x, made.gate
 
 

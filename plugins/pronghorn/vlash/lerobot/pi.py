@@ -1,0 +1,115 @@
+"""pi0 and pi0.5: LeRobot's modules, computed by `pronghorn.vlash.pi`, over shared observations and told the delay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lerobot.policies.common.vla_utils import pad_vector
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor
+
+from pronghorn.vlash import flow
+from pronghorn.vlash.lerobot.configuration_vlash import VLASHConfig
+from pronghorn.vlash.pi.adapt import embed_prefix, pi_model
+from pronghorn.vlash.pi.fusion import fuse
+from pronghorn.vlash.pi.model import PiModel, Prefix
+from pronghorn.vlash.pi.suffix import PI0, add_delay_condition, add_state_condition, has_state_condition, kind_of
+
+
+class PiComputation:
+    """Training and sampling of a wrapped pi0 or pi0.5.
+
+    Args:
+        policy: LeRobot's PI0Policy or PI05Policy. With `state_cond` or `delay_conditioning` it gets layers that begin
+            at zero.
+        config: of the wrapper.
+
+    Attributes:
+        added: names, in `policy`, of the weights of those layers.
+    """
+
+    def __init__(self, policy: Any, config: VLASHConfig) -> None:
+        self._policy, self._config = policy, config
+        before = set(policy.state_dict())
+        if config.state_cond:
+            add_state_condition(policy.model, policy.config.max_state_dim)
+        if config.delay_conditioning:
+            add_delay_condition(policy.model, config.max_delay_steps)
+        self.added = set(policy.state_dict()) - before
+
+    @property
+    def samples(self) -> bool:
+        """Whether chunks are to come from here, because LeRobot's own sampling does not know of something."""
+        config = self._config
+        return config.state_cond or config.delay_conditioning or config.fuse_projections
+
+    def fuse(self) -> None:
+        """Join projections of all layers."""
+        experts = self._policy.model.paligemma_with_expert
+        fuse(experts.paligemma.model.language_model.layers)
+        fuse(experts.gemma_expert.model.layers)
+
+    def loss(self, prepared: dict[str, Any], delay: Tensor, reduction: str) -> Tensor:
+        """The loss of a batch, one delay for each sample or N of them.
+
+        Args:
+            prepared: after the policy's processors; actions [batch x N, H, action_dim], states [batch x N, state_dim],
+                `action_is_pad` [batch x N, H]; images and text of [batch].
+            delay: int64 [batch, N], control steps.
+            reduction: "mean", or "none" for one of each sample.
+        """
+        model, config = self._policy.model, self._policy.config
+        shape = delay.shape
+        actions = pad_vector(prepared[ACTION], config.max_action_dim).unflatten(0, shape)
+        noise = model.sample_noise(actions.shape, actions.device)
+        time = model.sample_time(delay.numel(), actions.device).view(shape)
+        elements = self._model().shared_losses(
+            self._prefix(prepared), self._states(prepared, shape), actions, noise, time, delay=self._told(delay)
+        )
+        real = None if self._config.loss_padding else self._policy.config.output_features[ACTION].shape[0]
+        return flow.reduce_loss(
+            elements, prepared["action_is_pad"].unflatten(0, shape), action_dim=real,
+            exclude_padding=not self._config.loss_padding, reduction=reduction,
+        )  # fmt: skip
+
+    def sample(self, prepared: dict[str, Any], delay: int, guide: flow.Guide | None = None) -> Tensor:
+        """A chunk of actions, in the policy's units.
+
+        Args:
+            prepared: after the policy's processors.
+            delay: control steps until the chunk is used.
+            guide: changes the velocity on the way.
+
+        Returns:
+            [batch, chunk_size, action_dim].
+        """
+        model, config = self._policy.model, self._policy.config
+        prefix = self._prefix(prepared)
+        rows, device = len(prefix.mask), prefix.mask.device
+        noise = model.sample_noise((rows, config.chunk_size, config.max_action_dim), device)
+        states = self._states(prepared, torch.Size((rows, 1)))
+        told = self._told(torch.full((rows,), delay, device=device))
+        chunk = self._model().sample(
+            prefix, None if states is None else states[:, 0], noise, config.num_inference_steps, delay=told, guide=guide
+        )
+        return chunk[..., : config.output_features[ACTION].shape[0]]
+
+    def _model(self) -> PiModel:
+        # Quantized layers do not tell in which dtype they compute.
+        dtype = None if self._config.lora_quantization is None else getattr(torch, self._policy.config.dtype)
+        return pi_model(self._policy.model, dtype=dtype)
+
+    def _prefix(self, prepared: dict[str, Any]) -> Prefix:
+        images, masks = self._policy._preprocess_images(prepared)
+        tokens, token_mask = prepared[OBS_LANGUAGE_TOKENS], prepared[OBS_LANGUAGE_ATTENTION_MASK]
+        return embed_prefix(self._policy.model, images, masks, tokens, token_mask)
+
+    def _states(self, prepared: dict[str, Any], shape: torch.Size) -> Tensor | None:
+        model = self._policy.model
+        if kind_of(model) != PI0 and not has_state_condition(model):
+            return None
+        return pad_vector(prepared[OBS_STATE], self._policy.config.max_state_dim).unflatten(0, shape)
+
+    def _told(self, delay: Tensor) -> Tensor | None:
+        return delay if self._config.delay_conditioning else None
