@@ -81,8 +81,10 @@ def one_thread() -> dict[str, str]:
 
 @nox.session
 def test(session: nox.Session) -> None:
-    """The test suite without what is marked slow."""
+    """The test suite without what is marked slow; LeRobot's part of it follows, in its own environment."""
     env = {**environment(session, "main"), **one_thread()}
+    if not session.posargs:
+        session.notify("lerobot")
     arguments = session.posargs or ["-n", WORKERS, "--dist", "loadgroup", "-m", "not slow"]
     run(session, env, "python", "-m", "pytest", "-q", *arguments)
 

@@ -1,4 +1,4 @@
-"""`pronghorn vlash …`: sweep, bench and profile."""
+"""`pronghorn vlash …`: sweep, bench, profile and serve."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pronghorn.vlash.serve import serve
+
 app = typer.Typer(no_args_is_help=True)
 
 TASKS = ("tracking",)
@@ -21,7 +23,10 @@ ROWS = 12  # of the tables of a profile
 
 Policy = Annotated[
     str,
-    typer.Argument(help="package.module:function, which takes a device and gives (callable, what it is called with)."),
+    typer.Argument(
+        help="A LeRobot checkpoint, or package.module:function, which takes a device and gives (callable, what it is "
+        "called with)."
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu …; the GPU if there is one.")]
 
@@ -130,6 +135,9 @@ def profile(
         Console().print(table)
 
 
+app.command()(serve)
+
+
 def _task(name: str, train_steps: int, environments: int, policies: Path | None) -> Any:
     if ":" in name:
         return _function("task", name)()
@@ -145,7 +153,13 @@ def _load(policy: str, device: str | None) -> tuple[Callable[[], Any], Any]:
     import torch
     from torch import nn
 
-    call, example = _function("policy", policy)(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if ":" in policy and not Path(policy).exists():
+        call, example = _function("policy", policy)(where)
+    else:
+        from pronghorn.vlash.lerobot.example import policy_with_example
+
+        call, example = policy_with_example(policy, where)
     owner = getattr(call, "__self__", call)
     return lambda: call(example), owner if isinstance(owner, nn.Module) else None
 

@@ -119,6 +119,16 @@ class VLASHConfig(PreTrainedConfig, VLASHSettings):
         return self._decoded().dtype
 
     @property
+    def action_feature_names(self) -> list[str] | None:
+        """The names of an action's coordinates that the wrapped policy was trained with, where it keeps them."""
+        return self.base_config.get("action_feature_names")
+
+    @action_feature_names.setter
+    def action_feature_names(self, names: list[str] | None) -> None:
+        if "action_feature_names" in self.base_config:
+            self.base_config["action_feature_names"] = names
+
+    @property
     def drop_n_last_frames(self) -> int:
         """Frames at an episode's end at which no sample begins, which the wrapped policy chooses."""
         return getattr(self._decoded(), "drop_n_last_frames", 0)

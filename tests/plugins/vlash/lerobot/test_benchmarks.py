@@ -1,4 +1,4 @@
-"""The benchmarks that need LeRobot's environment, in small: Meta-World's scenes, and gym-pusht by LeRobot's programs."""
+"""The benchmarks that need LeRobot's environment, in small: Meta-World, and gym-pusht by LeRobot's programs."""
 
 import json
 from pathlib import Path

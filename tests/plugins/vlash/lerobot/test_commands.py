@@ -10,7 +10,9 @@ from lerobot.policies.factory import make_policy
 from lerobot.scripts import lerobot_eval, lerobot_train
 from safetensors.torch import load_file
 from tiny_lerobot import ACT, PI, perturbed
+from typer.testing import CliRunner
 
+from pronghorn.vlash.cli import app
 from pronghorn.vlash.lerobot.configuration_vlash import VLASHConfig
 from pronghorn.vlash.lerobot.modeling_vlash import VLASHPolicy
 
@@ -89,3 +91,12 @@ def test_lora_of_pi05_over_shared_observations(train, tmp_path, tokenizer, meta)
     assert not any("lora" in name or "base_layer" in name for name in weights)
     again = VLASHPolicy.from_pretrained(folder)
     assert again.base.model.delay_embedding.weight.abs().sum() > 0
+
+
+def test_a_checkpoint_can_be_timed(trained):
+    result = CliRunner().invoke(app, ["bench", str(trained), "--samples", "2", "--warm-up", "1", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "ms a chunk" in result.output
+    result = CliRunner().invoke(app, ["profile", str(trained), "--samples", "1", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "base.model" in result.output

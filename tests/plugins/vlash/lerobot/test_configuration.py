@@ -125,3 +125,14 @@ def test_a_pi05_over_shared_observations_sees_the_state_through_its_norms(caplog
     assert VLASHConfig(base="pi05", shared_observation=True, device="cpu").state_cond
     assert "state_cond is set to True" in caplog.text
     assert not VLASHConfig(base="pi0", shared_observation=True, device="cpu").state_cond
+
+
+def test_the_names_of_actions_reach_the_wrapped_policy_and_its_checkpoint():
+    config = VLASHConfig(base="pi05", device="cpu")
+    assert config.action_feature_names is None
+    config.action_feature_names = ["x", "y"]
+    assert config.wrapped().action_feature_names == ["x", "y"]
+    assert config.base_config["action_feature_names"] == ["x", "y"]
+    act = VLASHConfig(base="act", device="cpu")
+    act.action_feature_names = ["x", "y"]  # which ACT keeps nowhere
+    assert act.action_feature_names is None
