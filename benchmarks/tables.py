@@ -57,10 +57,9 @@ def _one(content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         ours, theirs = (_quantity(row[side]["p50"], row["unit"]) for side in ("ours", "theirs"))
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
         limit = "" if row["roofline"] is None else f"{row['roofline']:.0%}"
-        lines.append(
-            f"| {row['what']} | {row['shape']} | {ours} | {theirs} ({row['against']}) | {row['ratio']:.2f}x | {limit} |"
-        )
+        lines.append(f"| {row['what']} | {row['shape']} | {ours} | {theirs} ({row['against']}) | {ratio} | {limit} |")
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     measured = f"{content['device']}, {versions}, commit {content['commit'][:10]}, {content['date'][:10]}"
     return "\n".join([*lines, "", f"Measured on {measured}: medians, ratio above 1 where ours is better.", ""])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pronghorn.kernels._recording import nothing_freed
+from pronghorn.kernels._recording import autocast_without_cache, nothing_freed
 from pronghorn.torchsparse.samples import check_sparse
 from pronghorn.torchsparse.tensor import Range, Room, SparseTensor, Stride, TensorCache
 
@@ -172,7 +172,7 @@ class _Recording:
             feats, coords = self._filled(input)
             given = feats.detach().requires_grad_(feats.requires_grad), coords
             try:
-                with _buffers_kept(model), _autocast_without_cache(input.feats.device.type), nothing_freed():
+                with _buffers_kept(model), autocast_without_cache(input.feats.device.type), nothing_freed():
                     self._run = torch.cuda.make_graphed_callables(self._filled_up, given, allow_unused_input=True)
             except torch.OutOfMemoryError:
                 raise
@@ -250,9 +250,3 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
     for source, target in zip(sources, targets, strict=True):
         target.copy_(source)
-
-
-def _autocast_without_cache(kind: str) -> torch.autocast:
-    """Autocast as it is, save that it keeps no casts: those would not be recorded."""
-    on = torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=on, cache_enabled=False)

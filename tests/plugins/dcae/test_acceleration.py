@@ -150,7 +150,7 @@ def test_as_cuda_graphs_it_computes_the_same():
             found = [model.encode(image).latent for image in images]  # results outlive the next call
             for ours, theirs in zip(found, wanted, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
-        recordings = model.encoder.forward._recordings
+        recordings = model.encoder.forward._recorded._recordings
         assert len(recordings) == (2 if DEVICE.type == "cuda" else 0)
     assert "forward" not in vars(model.encoder)
     assert torch.equal(model.encode(images[0]).latent, wanted[0])

@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 TYPE = draccus.CHOICE_TYPE_KEY
 QUANTIZATIONS = ("nf4", "fp4")
 PI0, PI05 = "pi0", "pi05"
-ONLY_FOR = {"shared_observation": (PI0, PI05), "state_cond": (PI05,), "fuse_projections": (PI0, PI05)}
+ONLY_FOR = {
+    "shared_observation": (PI0, PI05), "state_cond": (PI05,), "fuse_projections": (PI0, PI05),
+    "cuda_graphs": (PI0, PI05),
+}  # fmt: skip
 # What the wrapped policy has from its wrapper, which alone is asked for it.
 SHARED = {item.name for item in fields(PreTrainedConfig)} - {"n_obs_steps"} | {"n_action_steps"}
 
@@ -45,8 +48,10 @@ class VLASHConfig(PreTrainedConfig, VLASHSettings):
             None as they are.
         chunk_size: actions that the policy predicts; by default as many as it does.
         n_action_steps: of these, executed; by default 32, or all of a shorter chunk.
-        fuse_projections: pi0 and pi0.5: join queries, keys and values, and gate and up, to one product each, once the
-            weights are loaded. For inference.
+        fuse_projections: pi0 and pi0.5: join queries, keys and values, gate and up, and what all adaptive norms make of
+            the time, to one product each, once the weights are loaded. For inference.
+        cuda_graphs: pi0 and pi0.5: on a GPU, record how a chunk is computed, for each of the last shapes of what is
+            seen, and replay it. For inference; what real-time chunking guides is computed without.
         state_cond: as in `VLASHSettings`; `shared_observation` of a pi05 sets it, with a warning.
         loss_padding: pi0 and pi0.5: count in the loss what pads an action to `max_action_dim`, and steps after the
             episode's end as no error, as the authors do; False leaves both out.
@@ -63,6 +68,7 @@ class VLASHConfig(PreTrainedConfig, VLASHSettings):
     chunk_size: int = None  # type: ignore[assignment]
     n_action_steps: int = None  # type: ignore[assignment]
     fuse_projections: bool = False
+    cuda_graphs: bool = False
     loss_padding: bool = True
 
     def __post_init__(self) -> None:

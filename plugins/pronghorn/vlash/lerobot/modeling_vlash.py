@@ -174,8 +174,9 @@ class VLASHPolicy(PreTrainedPolicy):
 
         if self._checkpoint is None and self.config.base_path is None:
             raise ValueError("peft: adapters need trained weights; name some as --policy.base_path or --policy.path")
-        if self.config.fuse_projections:
-            raise ValueError("fuse_projections: got True, which is for inference and cannot be trained by --peft")
+        for name in ("fuse_projections", "cuda_graphs"):
+            if getattr(self.config, name):
+                raise ValueError(f"{name}: got True, which is for inference and cannot be trained by --peft")
         config, trained = lora.adapters(self.base, peft_cli_overrides or {})
         saved = None if self._checkpoint is None else self._checkpoint / ADAPTERS
         lora.adapt(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ from lerobot.policies.common.vla_utils import pad_vector
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
+from pronghorn.kernels._recording import Recorded
 from pronghorn.vlash import flow
 from pronghorn.vlash.lerobot.configuration_vlash import VLASHConfig
 from pronghorn.vlash.pi.adapt import embed_prefix, pi_model
 from pronghorn.vlash.pi.fusion import fuse
 from pronghorn.vlash.pi.model import PiModel, Prefix
+from pronghorn.vlash.pi.modulation import StackedModulation, adaptive_norms
 from pronghorn.vlash.pi.suffix import PI0, add_delay_condition, add_state_condition, has_state_condition, kind_of
 
 
@@ -37,18 +40,27 @@ class PiComputation:
         if config.delay_conditioning:
             add_delay_condition(policy.model, config.max_delay_steps)
         self.added = set(policy.state_dict()) - before
+        self._recorded = Recorded(self._chunk)
+        self._forget()
+        policy.register_load_state_dict_post_hook(self._forget)
 
     @property
     def samples(self) -> bool:
         """Whether chunks are to come from here, because LeRobot's own sampling does not know of something."""
         config = self._config
-        return config.state_cond or config.delay_conditioning or config.fuse_projections
+        return config.state_cond or config.delay_conditioning or config.fuse_projections or config.cuda_graphs
 
     def fuse(self) -> None:
         """Join projections of all layers."""
         experts = self._policy.model.paligemma_with_expert
         fuse(experts.paligemma.model.language_model.layers)
         fuse(experts.gemma_expert.model.layers)
+        self._forget()
+
+    def _forget(self, *_: Any) -> None:
+        """Parameters may be others than before."""
+        self._weights: list[Tensor] | None = None
+        self._stacked: StackedModulation | None = None
 
     def loss(self, prepared: dict[str, Any], delay: Tensor, reduction: str) -> Tensor:
         """The loss of a batch, one delay for each sample or N of them.
@@ -73,6 +85,7 @@ class PiComputation:
             exclude_padding=not self._config.loss_padding, reduction=reduction,
         )  # fmt: skip
 
+    @torch.no_grad()
     def sample(self, prepared: dict[str, Any], delay: int, guide: flow.Guide | None = None) -> Tensor:
         """A chunk of actions, in the policy's units.
 
@@ -85,15 +98,46 @@ class PiComputation:
             [batch, chunk_size, action_dim].
         """
         model, config = self._policy.model, self._policy.config
-        prefix = self._prefix(prepared)
-        rows, device = len(prefix.mask), prefix.mask.device
+        images, image_masks = self._policy._preprocess_images(prepared)
+        tokens, token_mask = prepared[OBS_LANGUAGE_TOKENS], prepared[OBS_LANGUAGE_ATTENTION_MASK]
+        rows, device = len(tokens), tokens.device
         noise = model.sample_noise((rows, config.chunk_size, config.max_action_dim), device)
         states = self._states(prepared, torch.Size((rows, 1)))
         told = self._told(torch.full((rows,), delay, device=device))
-        chunk = self._model().sample(
-            prefix, None if states is None else states[:, 0], noise, config.num_inference_steps, delay=told, guide=guide
-        )
+        self._stack()
+        given = (
+            torch.stack(images), torch.stack(image_masks), tokens, token_mask, noise,
+            None if states is None else states[:, 0], told,
+        )  # fmt: skip
+        if self._config.cuda_graphs and guide is None:
+            chunk = self._recorded(*given, state=self._state())
+        else:
+            chunk = self._chunk(*given, guide=guide)
         return chunk[..., : config.output_features[ACTION].shape[0]]
+
+    def _chunk(
+        self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor, noise: Tensor,
+        state: Tensor | None, delay: Tensor | None, guide: flow.Guide | None = None,
+    ) -> Tensor:  # fmt: skip
+        """[batch, chunk_size, max_action_dim], from images and masks with the cameras as their first dimension."""
+        prefix = embed_prefix(self._policy.model, images.unbind(), image_masks.unbind(), tokens, token_mask)
+        steps = self._policy.config.num_inference_steps
+        return self._model().sample(prefix, state, noise, steps, delay=delay, stacked=self._stacked, guide=guide)
+
+    def _stack(self) -> None:
+        """Join what the norms make of the time, anew where their weights have changed."""
+        if not self._config.fuse_projections or kind_of(self._policy.model) == PI0:
+            return
+        if self._stacked is None or self._stacked.outdated():
+            expert = self._policy.model.paligemma_with_expert.gemma_expert.model
+            self._stacked = StackedModulation(adaptive_norms(expert))
+
+    def _state(self) -> Hashable:
+        """Where the weights are: what a recording depends on besides what is seen."""
+        if self._weights is None:
+            self._weights = list(self._policy.parameters())
+        stacked = None if self._stacked is None else self._stacked.weight.data_ptr()
+        return stacked, self._policy.config.num_inference_steps, tuple([part.data_ptr() for part in self._weights])
 
     def _model(self) -> PiModel:
         # Quantized layers do not tell in which dtype they compute.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,7 +20,7 @@ class Modulation(NamedTuple):
 
     scale: Tensor
     shift: Tensor
-    gate: Tensor
+    gate: Tensor | None
 
 
 Condition = Tensor | Modulation | None
@@ -48,14 +49,14 @@ def normalized(norm: Any, residual: Residual, condition: Condition) -> tuple[Ten
     """The RMS norm of a residual, the residual itself, and the gate of what follows (None from a plain norm).
 
     Args:
-        norm: plain, and called; or adaptive, with `dense` and `eps`.
+        norm: plain, with `weight`, whose offset from 1 it is, and `eps`; or adaptive, with `dense` and `eps`.
         residual: [rows, tokens, width].
         condition: of an adaptive norm.
     """
     if condition is None:
-        x = residual.x if residual.update is None else residual.x + residual.update
-        return norm(x)[0], x, None
-    made = condition if isinstance(condition, Modulation) else modulation(norm, condition)
+        made = Modulation(*_unconditioned(norm, residual.x), None)
+    else:
+        made = condition if isinstance(condition, Modulation) else modulation(norm, condition)
     update = residual.update if residual.update is None else residual.update.to(residual.x.dtype)  # from autocast's
     out, x = adaptive_rms_norm(residual.x, made.scale, made.shift, update=update, gate=residual.gate, eps=norm.eps)
     return out, x, made.gate
@@ -64,6 +65,12 @@ def normalized(norm: Any, residual: Residual, condition: Condition) -> tuple[Ten
 def modulation(norm: Any, condition: Tensor) -> Modulation:
     """What an adaptive norm makes of [..., condition_width]."""
     return Modulation(*norm.dense(condition).chunk(3, dim=-1))
+
+
+def _unconditioned(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a plain norm, the same for all rows."""
+    scale = norm.weight.expand(len(x), -1)
+    return scale, torch.zeros_like(scale)
 
 
 def before_attention(layer: Any, residual: Residual, by: Rotation, condition: Condition = None) -> Attending:

@@ -39,7 +39,7 @@ def modulations(norms: Sequence[Any], conditions: Tensor) -> list[list[Modulatio
 class StackedModulation:
     """The projections of all norms as one matrix product.
 
-    It holds a copy of their weights, as they are when it is made: make it again when they have changed.
+    It holds a copy of their weights, as they are when it is made: make it again when it is `outdated`.
 
     Args:
         norms: adaptive, of one width, each with a plain linear projection `dense`.
@@ -53,6 +53,8 @@ class StackedModulation:
             if type(norm.dense) is not torch.nn.Linear:
                 raise TypeError(f"norms: got a dense of {type(norm.dense).__name__}, wanted torch.nn.Linear")
         self.count = len(norms)
+        self._copied = [part for norm in norms for part in (norm.dense.weight, norm.dense.bias)]
+        self._versions = self._found_versions()
         self.weight = torch.cat([norm.dense.weight.detach() for norm in norms])
         self.bias = torch.cat([norm.dense.bias.detach() for norm in norms])
 
@@ -61,3 +63,10 @@ class StackedModulation:
         made = F.linear(conditions.to(self.weight.dtype), self.weight, self.bias)
         made = made.unflatten(-1, (self.count, 3, -1))
         return [[Modulation(*made[step, :, norm].unbind(1)) for norm in range(self.count)] for step in range(len(made))]
+
+    def outdated(self) -> bool:
+        """Whether a weight has been moved, or written to, since it was copied."""
+        return self._versions != self._found_versions()
+
+    def _found_versions(self) -> list[tuple[int, int]]:
+        return [(part.data_ptr(), part._version) for part in self._copied]

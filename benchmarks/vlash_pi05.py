@@ -1,0 +1,405 @@
+"""pi0.5 at its true size, with random weights: a chunk, a training step over many delays, and control at 50 Hz.
+
+Weights are in bfloat16, those of the vision tower and of norms in float32, as LeRobot has them; the heads for words,
+which nobody asks here, are dropped. Products of float32 are in TF32 on all sides, as LeRobot's own programs have it.
+The prompt has 200 tokens, none of them padding. The share of the limit is of what the tensor cores need for what is
+seen, and the memory for the steps after that. N passes are N times one that was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from harness import BYTES_PER_SECOND, device, median, row, write
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.policies.pi05.modeling_pi05 import PI05Policy
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor, nn
+
+from pronghorn.vlash.bench import measure
+from pronghorn.vlash.chunks import ChunkRequest, Observation
+from pronghorn.vlash.config import SYNC, VLASH, VLASHSettings
+from pronghorn.vlash.control import ControlRecord, control_loop
+from pronghorn.vlash.lerobot.configuration_vlash import PI05, VLASHConfig
+from pronghorn.vlash.lerobot.pi import PiComputation
+from pronghorn.vlash.metrics import paper_reaction_latency, reaction_latencies
+from pronghorn.vlash.pi.adapt import pi_model
+from pronghorn.vlash.pi.fusion import unfuse
+from pronghorn.vlash.pi.modulation import adaptive_norms
+from pronghorn.vlash.runner import AsyncRunner, RunnerStatistics
+
+OPERATIONS_PER_SECOND = {"NVIDIA H100 80GB HBM3": (989e12, 495e12)}  # in bf16 and in TF32, dense
+CAMERAS = (2, 1, 3)
+BRANCHES = (4, 9)
+LIMIT = 0.015  # seconds for a chunk of two cameras
+SHARE = 0.85  # of the ratio of tokens
+FPS, EXECUTED, OVERLAP = 50.0, 25, 2
+MOMENTS = 400  # of a run, whose reactions are measured
+ROBOT = 7  # coordinates of its state and of its actions
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is computed: the models' widths are LeRobot's.
+
+    Attributes:
+        image: pixels on a side.
+        text: tokens of the prompt.
+        words: that there are.
+        horizon: actions of a chunk.
+        steps: of Euler's method.
+        batch: samples of a training step.
+        repeats: timed calls.
+        seconds: of a run of control.
+    """
+
+    image: int = 224
+    text: int = 200
+    words: int = 257152
+    horizon: int = 50
+    steps: int = 10
+    batch: int = 4
+    repeats: int = 30
+    seconds: float = 10.0
+
+
+def build(size: Size) -> PI05Policy:
+    """LeRobot's policy, its modulations random too, where LeRobot begins at zero."""
+    config = PI05Config(
+        device=str(device()), dtype="bfloat16", chunk_size=size.horizon, n_action_steps=size.horizon,
+        image_resolution=(size.image, size.image), tokenizer_max_length=size.text, num_inference_steps=size.steps,
+    )  # fmt: skip
+    config.output_features = {ACTION: PolicyFeature(FeatureType.ACTION, (ROBOT,))}
+    config.input_features = features(size, 1)
+    torch.manual_seed(0)
+    with torch.device(device()):
+        policy = PI05Policy(config)
+    experts = policy.model.paligemma_with_expert
+    experts.paligemma.lm_head = experts.gemma_expert.lm_head = None
+    for norm in adaptive_norms(experts.gemma_expert.model):
+        nn.init.normal_(norm.dense.weight, std=0.02)
+    return policy.eval()
+
+
+def features(size: Size, cameras: int) -> dict[str, PolicyFeature]:
+    """What the policy sees."""
+    image = PolicyFeature(FeatureType.VISUAL, (3, size.image, size.image))
+    state = PolicyFeature(FeatureType.STATE, (ROBOT,))
+    return {**{f"observation.images.camera{number}": image for number in range(cameras)}, OBS_STATE: state}
+
+
+def observation(size: Size, cameras: int, batch: int = 1) -> dict[str, Tensor]:
+    """As the policy's processors give it, on the CPU."""
+    generator = torch.Generator().manual_seed(cameras)
+    return {
+        name: torch.rand(batch, *feature.shape, generator=generator)
+        for name, feature in features(size, cameras).items()
+    } | {
+        OBS_LANGUAGE_TOKENS: torch.randint(size.words, (batch, size.text), generator=generator),
+        OBS_LANGUAGE_ATTENTION_MASK: torch.ones(batch, size.text, dtype=torch.bool),
+    }  # fmt: skip
+
+
+def there(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the policy's device."""
+    return {name: value.to(device()) for name, value in batch.items()}
+
+
+def computation(policy: PI05Policy, **options: Any) -> PiComputation:
+    """Ours, over LeRobot's policy."""
+    config = VLASHConfig(base=PI05, device=str(device()), chunk_size=policy.config.chunk_size, **options)
+    return PiComputation(policy, config)
+
+
+def fast(policy: PI05Policy) -> PiComputation:
+    """Ours in inference."""
+    ours = computation(policy, fuse_projections=True, cuda_graphs=True)
+    ours.fuse()
+    return ours
+
+
+def slow(policy: PI05Policy) -> None:
+    """LeRobot's policy as it was."""
+    pi = pi_model(policy.model)
+    unfuse([*pi.prefix_expert.layers, *pi.expert.layers])
+
+
+def timed(call: Callable[[], Any], size: Size) -> dict[str, float]:
+    """Seconds from the call until the result is there."""
+    return median(measure(call, samples=size.repeats, warm_up=3).seconds)
+
+
+def chunk_rows(size: Size) -> list[dict[str, Any]]:
+    """One chunk by ours and by LeRobot's as it is, and how far both are from float32."""
+    policy = build(size)
+    noise = torch.randn(1, size.horizon, policy.config.max_action_dim, device=device())
+    policy.model.sample_noise = lambda *_: noise
+    computed = fast(policy)
+    ours, our_chunks = each(policy, lambda seen: computed.sample(seen, 0), size)
+    share = {count: share_of_limit(policy, size, count, ours[count]["p50"]) for count in CAMERAS}
+    slow(policy)
+    theirs, their_chunks = each(policy, policy.predict_action_chunk, size)
+    rows = [
+        row("one chunk", "LeRobot, eager", shape(count, size), ours[count], theirs[count], roofline=share[count],
+            note="bf16, batch 1")
+        for count in CAMERAS
+    ]  # fmt: skip
+    first = CAMERAS[0]
+    rows.append(
+        row("one chunk", "the limit", shape(first, size), ours[first], median([LIMIT]), reach=1.0,
+            roofline=share[first], note="bf16, batch 1")
+    )  # fmt: skip
+    return [*rows, exactness(policy, size, our_chunks, their_chunks)]
+
+
+def each(
+    policy: PI05Policy, chunk: Callable[[dict[str, Tensor]], Tensor], size: Size
+) -> tuple[dict[int, dict[str, float]], list[Tensor]]:
+    """Seconds, and chunks, for every number of cameras."""
+    times, chunks = {}, []
+    for count in CAMERAS:
+        policy.config.input_features = features(size, count)
+        seen = there(observation(size, count))
+        times[count] = timed(functools.partial(chunk, seen), size)
+        chunks.append(chunk(seen))
+    return times, chunks
+
+
+def shape(cameras: int, size: Size) -> str:
+    """In words."""
+    return f"{cameras} camera{'s' * (cameras > 1)}, {size.steps} steps"
+
+
+def exactness(
+    policy: PI05Policy, size: Size, our_chunks: Sequence[Tensor], their_chunks: Sequence[Tensor]
+) -> dict[str, Any]:
+    """How far chunks are from those of the same weights in float32."""
+    policy.float()
+    torch.set_float32_matmul_precision("highest")
+    exact = []
+    for count in CAMERAS:
+        policy.config.input_features = features(size, count)
+        exact.append(policy.predict_action_chunk(there(observation(size, count))))
+    torch.set_float32_matmul_precision("high")
+    ours, theirs = (
+        median([float((chunk - wanted).norm() / wanted.norm()) for chunk, wanted in zip(chunks, exact, strict=True)])
+        for chunks in (our_chunks, their_chunks)
+    )
+    return row(
+        "difference from float32", "LeRobot, eager", f"{size.steps} steps", ours, theirs, unit="relative",
+        note="bf16, the same weights and noise",
+    )  # fmt: skip
+
+
+def compiled_rows(size: Size, mode: str = "") -> list[dict[str, Any]]:
+    """One chunk by ours and by LeRobot's with its option `compile_model`, in the mode that is its default."""
+    policy, count = build(size), CAMERAS[0]
+    policy.config.input_features = features(size, count)
+    seen = there(observation(size, count))
+    computed = fast(policy)
+    ours = timed(lambda: computed.sample(seen, 0), size)
+    share = share_of_limit(policy, size, count, ours["p50"])
+    slow(policy)
+    mode = mode or policy.config.compile_mode
+    policy.model.sample_actions = torch.compile(policy.model.sample_actions, mode=mode)
+    theirs = timed(lambda: policy.predict_action_chunk(seen), size)
+    return [
+        row("one chunk", f"LeRobot, compiled ({mode})", shape(count, size), ours, theirs, reach=2.0, roofline=share,
+            note="bf16, batch 1")
+    ]  # fmt: skip
+
+
+def share_of_limit(policy: PI05Policy, size: Size, cameras: int, seconds: float) -> float | None:
+    """Of the time that the hardware needs at least; None where its limits are not known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    if name not in OPERATIONS_PER_SECOND:
+        return None
+    experts = policy.model.paligemma_with_expert
+    patches = cameras * (size.image // 14) ** 2
+    of_layers, of_tower = OPERATIONS_PER_SECOND[name]
+    limit = 2 * (patches + size.text) * parameters(experts.paligemma.model.language_model.layers) / of_layers
+    limit += 2 * patches * parameters(experts.paligemma.model.vision_tower) / of_tower
+    products = [part for key, part in experts.gemma_expert.model.layers.named_parameters() if "proj" in key]
+    limit += size.steps * sum(part.nbytes for part in products) / BYTES_PER_SECOND[name]
+    return limit / seconds
+
+
+def parameters(module: nn.Module) -> int:
+    """How many numbers."""
+    return sum(part.numel() for part in module.parameters())
+
+
+def shared_rows(size: Size) -> list[dict[str, Any]]:
+    """Forward and backward for N delays of each sample in one pass, against N passes, images included in each."""
+    policy, count = build(size).train(), CAMERAS[0]
+    policy.config.input_features = features(size, count)
+    seen = there(observation(size, count, size.batch))
+    ours = computation(policy, state_cond=True, shared_observation=True)
+    rows = []
+    tokens = count * (size.image // 14) ** 2 + size.text
+    sides = {
+        "N passes of ours": lambda: ours.loss(targets(seen, size, 1), delays(size, 1), "mean"),
+        "N passes of LeRobot's": lambda: policy.forward(targets(seen, size, 1))[0],
+    }
+    once = {name: timed(lambda run=run: step(policy, run), size) for name, run in sides.items()}
+    for branches in BRANCHES:
+        shared = timed(
+            lambda n=branches: step(policy, lambda: ours.loss(targets(seen, size, n), delays(size, n), "mean")), size
+        )
+        ratio = branches * (tokens + size.horizon) / (tokens + branches * size.horizon)
+        rows += [
+            row(f"training step, {branches} delays", name, f"{size.batch} samples, {count} cameras", shared,
+                {quantile: branches * seconds for quantile, seconds in each.items()}, reach=SHARE * ratio,
+                note=f"bf16, forward and backward, vision tower included; {ratio:.2f} times as many tokens")
+            for name, each in once.items()
+        ]  # fmt: skip
+    return rows
+
+
+def targets(seen: dict[str, Tensor], size: Size, branches: int) -> dict[str, Tensor]:
+    """A batch to train on, with the actions and states of all delays of a sample side by side."""
+    rows = size.batch * branches
+    return seen | {
+        ACTION: torch.randn(rows, size.horizon, ROBOT, device=device()),
+        "action_is_pad": torch.zeros(rows, size.horizon, dtype=torch.bool, device=device()),
+        OBS_STATE: torch.randn(rows, ROBOT, device=device()),
+    }  # fmt: skip
+
+
+def delays(size: Size, branches: int) -> Tensor:
+    """Int64 [batch, branches]."""
+    return torch.arange(branches, device=device()).expand(size.batch, branches)
+
+
+def step(policy: PI05Policy, loss: Callable[[], Tensor]) -> None:
+    """Forward and backward, without the optimizer's part."""
+    with torch.enable_grad():
+        loss().backward()
+    policy.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was measured in a run of control.
+
+    Attributes:
+        settings: of the run.
+        record: of the control loop.
+        statistics: of the runner.
+    """
+
+    settings: VLASHSettings
+    record: ControlRecord
+    statistics: RunnerStatistics
+
+    @property
+    def seconds_for_action(self) -> float:
+        """Of the policy's; `action_quant_ratio` of them are one command."""
+        times = self.record.times
+        return (times[-1] - times[0]) / ((len(times) - 1) * self.settings.action_quant_ratio)
+
+    @property
+    def paper_reaction(self) -> float:
+        """By the paper's formula, of the median latency."""
+        return paper_reaction_latency(self.settings, self.statistics.latency_p50 or 0.0)
+
+    def reactions(self) -> list[float]:
+        """Seconds, of events at random moments that the robot still saw."""
+        generator, last = random.Random(0), max(self.record.observed)  # noqa: S311
+        moments = [generator.uniform(0, last) for _ in range(MOMENTS)]
+        return reaction_latencies(moments, self.record.times, self.record.observed)
+
+
+def control(policy: Callable[[ChunkRequest], Tensor], size: Size, async_mode: str, ratio: int = 1) -> Run:
+    """A robot whose state is its last goal, in real time."""
+    settings = VLASHSettings(
+        async_mode=async_mode, chunk_size=size.horizon, n_action_steps=EXECUTED, fps=FPS, action_quant_ratio=ratio,
+        inference_overlap_steps=0 if async_mode == SYNC else OVERLAP,
+    )  # fmt: skip
+    seen, place = observation(size, CAMERAS[0]), torch.zeros(1, ROBOT)
+
+    def observe() -> Observation:
+        return Observation(seen, place)
+
+    def act(goal: Tensor) -> None:
+        nonlocal place
+        place = goal
+
+    with AsyncRunner(policy, settings) as runner:
+        runner.step(observe)  # what is done once, as recording, is over when the robot begins
+        runner.reset()
+        record = control_loop(runner, observe, act, FPS, round(size.seconds * FPS))
+        return Run(settings, record, runner.statistics())
+
+
+def control_rows(size: Size) -> list[dict[str, Any]]:
+    """The policy in the runner's thread, against the same one waited for."""
+    base = build(size)
+    base.config.input_features = features(size, CAMERAS[0])
+    computed = fast(base)
+
+    def policy(request: ChunkRequest) -> Tensor:
+        batch = there({**request.observation.content, OBS_STATE: request.state})
+        return computed.sample(batch, request.delay).cpu()  # a robot's commands are there
+
+    policy(ChunkRequest(Observation(observation(size, CAMERAS[0]), torch.zeros(1, ROBOT)), torch.zeros(1, ROBOT)))
+    sync = control(policy, size, SYNC)
+    rows = []
+    for ratio in (1, 2):
+        ours = control(policy, size, VLASH, ratio)
+        of = f"{FPS:.0f} Hz, K={EXECUTED}, d={OVERLAP}, q={ratio}"
+        note = f"latency {(ours.statistics.latency_p50 or 0) * 1e3:.1f} ms; {ours.record.overruns} overruns"
+        rows += [
+            counted("stalls after the start", of, ours.record.stalls - 1, sync.record.stalls - 1, note),
+            counted("late commands", of, ours.record.late_ticks, sync.record.late_ticks, note),
+        ]
+        for what, mine, other, reach in (
+            ("time for an action", [ours.seconds_for_action], [sync.seconds_for_action], 1.9 if ratio == 2 else None),
+            ("reaction by the paper's formula", [ours.paper_reaction], [sync.paper_reaction], 17.0),
+            ("reaction, measured", ours.reactions(), sync.reactions(), None),
+            ("mean reaction, measured", [fmean(ours.reactions())], [fmean(sync.reactions())], None),
+        ):
+            rows.append(row(f"{what}, vlash", "sync, q=1", of, median(mine), median(other), reach=reach, note=note))
+    return rows
+
+
+def counted(what: str, of: str, ours: int, sync: int, note: str) -> dict[str, Any]:
+    """A row of what there is to be none of."""
+    return {
+        "what": f"{what}, vlash", "against": "sync, q=1", "shape": of, "unit": "count", "ours": median([float(ours)]),
+        "theirs": median([float(sync)]), "ratio": sync / ours if ours else None, "reach": None, "roofline": None,
+        "note": note,
+    }  # fmt: skip
+
+
+PARTS = {"chunk": chunk_rows, "shared": shared_rows, "control": control_rows, "compiled": compiled_rows}
+
+
+def main() -> None:
+    """Measure, and write what there is after each part."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--mode", default="", help="of torch.compile, in place of LeRobot's default")
+    asked = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    rows: list[dict[str, Any]] = []
+    for name in asked.parts or PARTS:
+        start = time.monotonic()
+        rows += compiled_rows(Size(), asked.mode) if name == "compiled" else PARTS[name](Size())
+        write("vlash_pi05", rows)
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
