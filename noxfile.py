@@ -149,7 +149,7 @@ def tables(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Each method on SmolLM2, LiDAR scans, photographs or sums: what it is for, and whether it does it."""
+    """Each method on SmolLM2, LiDAR scans, photographs, sums or targets: what it is for, and whether it does it."""
     env = environment(session, "main")
     for script in sorted((ROOT / "examples" / "demo").glob("*_smollm2.py")):
         run(session, env, "python", str(script), *session.posargs)
@@ -159,6 +159,10 @@ def demo(session: nox.Session) -> None:
     measured = {**env, "OUT": str(folder), "OMP_WAIT_POLICY": "passive"}
     for script in ("torchsparse_lidar.py", "dcae_photos.py", "dcae_digits.py", "vcpo_addition.py"):
         run(session, measured, "python", str(ROOT / "benchmarks" / script))
+    run(
+        session, measured, "pronghorn", "vlash", "sweep", "--seeds", "1", "--train-steps", "1500", "--modes",
+        "sync,sync_real_time,naive,rtc,vlash,vlash+delay", "--png", str(folder / "vlash_tracking.png"),
+    )  # fmt: skip
 
 
 def _python_312(session: nox.Session) -> str:

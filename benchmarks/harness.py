@@ -21,7 +21,7 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 # Measured on the machine that the results come from: device-to-device copy, counting bytes read and written.
 BYTES_PER_SECOND = {"NVIDIA H100 80GB HBM3": 3.0e12}
-PACKAGES = ("torch", "triton", "transformers", "diffusers", "vllm", "torch_geometric")
+PACKAGES = ("torch", "triton", "transformers", "diffusers", "vllm", "torch_geometric", "lerobot", "metaworld")
 FLUSH_BYTES = 256 << 20  # more than any L2 cache
 
 

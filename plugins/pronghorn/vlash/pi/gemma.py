@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pronghorn.kernels.adaptive_rms_norm import adaptive_rms_norm
+from pronghorn.kernels.geglu import geglu
 from pronghorn.vlash.pi.rotation import Rotation, rotate
 
 
@@ -20,7 +20,7 @@ class Modulation(NamedTuple):
 
     scale: Tensor
     shift: Tensor
-    gate: Tensor | None
+    gate: Tensor
 
 
 Condition = Tensor | Modulation | None
@@ -53,13 +53,10 @@ def normalized(norm: Any, residual: Residual, condition: Condition) -> tuple[Ten
         residual: [rows, tokens, width].
         condition: of an adaptive norm.
     """
-    if condition is None:
-        made = Modulation(*_unconditioned(norm, residual.x), None)
-    else:
-        made = condition if isinstance(condition, Modulation) else modulation(norm, condition)
+    scale, shift, gate = _modulated_by(norm, residual.x, condition)
     update = residual.update if residual.update is None else residual.update.to(residual.x.dtype)  # from autocast's
-    out, x = adaptive_rms_norm(residual.x, made.scale, made.shift, update=update, gate=residual.gate, eps=norm.eps)
-    return out, x, made.gate
+    out, x = adaptive_rms_norm(residual.x, scale, shift, update=update, gate=residual.gate, eps=norm.eps)
+    return out, x, gate
 
 
 def modulation(norm: Any, condition: Tensor) -> Modulation:
@@ -67,10 +64,12 @@ def modulation(norm: Any, condition: Tensor) -> Modulation:
     return Modulation(*norm.dense(condition).chunk(3, dim=-1))
 
 
-def _unconditioned(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a plain norm, the same for all rows."""
-    scale = norm.weight.expand(len(x), -1)
-    return scale, torch.zeros_like(scale)
+def _modulated_by(norm: Any, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scale, shift and gate; those of a plain norm are the same for all rows, and there is no gate."""
+    if condition is None:
+        scale = norm.weight.expand(len(x), -1)
+        return scale, torch.zeros_like(scale), None
+    return condition if isinstance(condition, Modulation) else modulation(norm, condition)
 
 
 def before_attention(layer: Any, residual: Residual, by: Rotation, condition: Condition = None) -> Attending:
@@ -113,5 +112,5 @@ def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
         gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
     else:
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    result: Tensor = mlp.down_proj(F.gelu(gate, approximate="tanh") * up)
+    result: Tensor = mlp.down_proj(geglu(gate, up))
     return result
