@@ -10,31 +10,27 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from harness import BYTES_PER_SECOND, device, median, row, write
-from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
-from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_STATE
+from pi05_random import ROBOT, Size, build, computation, fast, features, observation, slow, stock, there
 from torch import Tensor, nn
 
 from pronghorn.vlash.bench import measure
 from pronghorn.vlash.chunks import ChunkRequest, Observation
 from pronghorn.vlash.config import SYNC, VLASH, VLASHSettings
 from pronghorn.vlash.control import ControlRecord, control_loop
-from pronghorn.vlash.lerobot.configuration_vlash import PI05, VLASHConfig
-from pronghorn.vlash.lerobot.pi import PiComputation
 from pronghorn.vlash.metrics import paper_reaction_latency, reaction_latencies
-from pronghorn.vlash.pi.adapt import pi_model
-from pronghorn.vlash.pi.fusion import unfuse
-from pronghorn.vlash.pi.modulation import adaptive_norms
 from pronghorn.vlash.runner import AsyncRunner, RunnerStatistics
 
 OPERATIONS_PER_SECOND = {"NVIDIA H100 80GB HBM3": (989e12, 495e12)}  # in bf16 and in TF32, dense
@@ -44,93 +40,6 @@ LIMIT = 0.015  # seconds for a chunk of two cameras
 SHARE = 0.85  # of the ratio of tokens
 FPS, EXECUTED, OVERLAP = 50.0, 25, 2
 MOMENTS = 400  # of a run, whose reactions are measured
-ROBOT = 7  # coordinates of its state and of its actions
-
-
-@dataclass(frozen=True)
-class Size:
-    """What is computed: the models' widths are LeRobot's.
-
-    Attributes:
-        image: pixels on a side.
-        text: tokens of the prompt.
-        words: that there are.
-        horizon: actions of a chunk.
-        steps: of Euler's method.
-        batch: samples of a training step.
-        repeats: timed calls.
-        seconds: of a run of control.
-    """
-
-    image: int = 224
-    text: int = 200
-    words: int = 257152
-    horizon: int = 50
-    steps: int = 10
-    batch: int = 4
-    repeats: int = 30
-    seconds: float = 10.0
-
-
-def build(size: Size) -> PI05Policy:
-    """LeRobot's policy, its modulations random too, where LeRobot begins at zero."""
-    config = PI05Config(
-        device=str(device()), dtype="bfloat16", chunk_size=size.horizon, n_action_steps=size.horizon,
-        image_resolution=(size.image, size.image), tokenizer_max_length=size.text, num_inference_steps=size.steps,
-    )  # fmt: skip
-    config.output_features = {ACTION: PolicyFeature(FeatureType.ACTION, (ROBOT,))}
-    config.input_features = features(size, 1)
-    torch.manual_seed(0)
-    with torch.device(device()):
-        policy = PI05Policy(config)
-    experts = policy.model.paligemma_with_expert
-    experts.paligemma.lm_head = experts.gemma_expert.lm_head = None
-    for norm in adaptive_norms(experts.gemma_expert.model):
-        nn.init.normal_(norm.dense.weight, std=0.02)
-    return policy.eval()
-
-
-def features(size: Size, cameras: int) -> dict[str, PolicyFeature]:
-    """What the policy sees."""
-    image = PolicyFeature(FeatureType.VISUAL, (3, size.image, size.image))
-    state = PolicyFeature(FeatureType.STATE, (ROBOT,))
-    return {**{f"observation.images.camera{number}": image for number in range(cameras)}, OBS_STATE: state}
-
-
-def observation(size: Size, cameras: int, batch: int = 1) -> dict[str, Tensor]:
-    """As the policy's processors give it, on the CPU."""
-    generator = torch.Generator().manual_seed(cameras)
-    return {
-        name: torch.rand(batch, *feature.shape, generator=generator)
-        for name, feature in features(size, cameras).items()
-    } | {
-        OBS_LANGUAGE_TOKENS: torch.randint(size.words, (batch, size.text), generator=generator),
-        OBS_LANGUAGE_ATTENTION_MASK: torch.ones(batch, size.text, dtype=torch.bool),
-    }  # fmt: skip
-
-
-def there(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the policy's device."""
-    return {name: value.to(device()) for name, value in batch.items()}
-
-
-def computation(policy: PI05Policy, **options: Any) -> PiComputation:
-    """Ours, over LeRobot's policy."""
-    config = VLASHConfig(base=PI05, device=str(device()), chunk_size=policy.config.chunk_size, **options)
-    return PiComputation(policy, config)
-
-
-def fast(policy: PI05Policy) -> PiComputation:
-    """Ours in inference."""
-    ours = computation(policy, fuse_projections=True, cuda_graphs=True)
-    ours.fuse()
-    return ours
-
-
-def slow(policy: PI05Policy) -> None:
-    """LeRobot's policy as it was."""
-    pi = pi_model(policy.model)
-    unfuse([*pi.prefix_expert.layers, *pi.expert.layers])
 
 
 def timed(call: Callable[[], Any], size: Size) -> dict[str, float]:
@@ -147,7 +56,7 @@ def chunk_rows(size: Size) -> list[dict[str, Any]]:
     ours, our_chunks = each(policy, lambda seen: computed.sample(seen, 0), size)
     share = {count: share_of_limit(policy, size, count, ours[count]["p50"]) for count in CAMERAS}
     slow(policy)
-    theirs, their_chunks = each(policy, policy.predict_action_chunk, size)
+    theirs, their_chunks = each(policy, lambda seen: stock(policy, seen), size)
     rows = [
         row("one chunk", "LeRobot, eager", shape(count, size), ours[count], theirs[count], roofline=share[count],
             note="bf16, batch 1")
@@ -188,7 +97,7 @@ def exactness(
     exact = []
     for count in CAMERAS:
         policy.config.input_features = features(size, count)
-        exact.append(policy.predict_action_chunk(there(observation(size, count))))
+        exact.append(stock(policy, there(observation(size, count))))
     torch.set_float32_matmul_precision("high")
     ours, theirs = (
         median([float((chunk - wanted).norm() / wanted.norm()) for chunk, wanted in zip(chunks, exact, strict=True)])
@@ -211,7 +120,7 @@ def compiled_rows(size: Size, mode: str = "") -> list[dict[str, Any]]:
     slow(policy)
     mode = mode or policy.config.compile_mode
     policy.model.sample_actions = torch.compile(policy.model.sample_actions, mode=mode)
-    theirs = timed(lambda: policy.predict_action_chunk(seen), size)
+    theirs = timed(lambda: stock(policy, seen), size)
     return [
         row("one chunk", f"LeRobot, compiled ({mode})", shape(count, size), ours, theirs, reach=2.0, roofline=share,
             note="bf16, batch 1")
@@ -389,9 +298,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--mode", default="", help="of torch.compile, in place of LeRobot's default")
+    parser.add_argument("--onto", type=Path, help="results of an earlier run, whose rows are kept")
     asked = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(asked.onto.read_text())["rows"] if asked.onto else []
     for name in asked.parts or PARTS:
         start = time.monotonic()
         rows += compiled_rows(Size(), asked.mode) if name == "compiled" else PARTS[name](Size())

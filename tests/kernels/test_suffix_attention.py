@@ -173,3 +173,21 @@ def test_what_the_triton_kernels_do_not_take(monkeypatch):
     monkeypatch.setattr(triton, "LARGEST", 40 * 8 - 1)
     with pytest.raises(ValueError, match="prefix_key: got 320 numbers a sample"):
         run(example(SMALL), "triton")
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize("form", ["beside queries", "every other token", "one for all tokens", "askew"])
+def test_values_may_lie_apart(form, which):
+    arguments = example({**SMALL, "groups": 2})
+    value = arguments["value"]
+    if form == "beside queries":
+        wide = torch.cat([torch.full_like(value, torch.nan), value], dim=2)
+        arguments["value"] = wide[:, :, value.shape[2] :]
+    elif form == "every other token":
+        arguments["value"] = torch.stack([value, value * torch.nan], dim=2).flatten(1, 2)[:, ::2]
+    elif form == "one for all tokens":
+        arguments["value"] = value[:, :1].expand_as(value)
+    else:
+        arguments["value"] = torch.cat([value, value[..., :1]], dim=-1)[..., :-1]
+    assert form == "one for all tokens" or torch.equal(arguments["value"], value)
+    torch.testing.assert_close(run(arguments, which).double(), by_definition(arguments), rtol=1e-5, atol=1e-5)

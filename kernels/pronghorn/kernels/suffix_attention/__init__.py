@@ -39,7 +39,7 @@ def suffix_attention(
         prefix_key: [batch, prefix tokens, key/value heads, head_dim]; heads is a multiple of key/value heads.
         prefix_value: [batch, prefix tokens, key/value heads, head_dim]; finite also where it is masked out.
         key: [batch, tokens, key/value heads, head_dim].
-        value: [batch, tokens, key/value heads, head_dim].
+        value: [batch, tokens, key/value heads, head_dim]; not copied where its tokens lie evenly spaced.
         prefix_mask: bool [batch, prefix tokens], True for real tokens, anywhere.
         state_tokens: tokens at the beginning that do not see the rest, 0 to tokens.
         scale: > 0; 1 / sqrt(head_dim) by default.

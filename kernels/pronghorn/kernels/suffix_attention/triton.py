@@ -32,10 +32,10 @@ TIGHT = {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2
 
 
 @Launcher
-@triton.jit(do_not_specialize=["tokens", "length", "state", "splits", "share"])
+@triton.jit(do_not_specialize=["tokens", "length", "state", "splits", "share", "apart"])
 def _attend(
     query, prefix_key, prefix_value, key, value, prefix_mask, out, partial, peaks, totals,
-    tokens, length, state, splits, share,
+    tokens, length, state, splits, share, apart,
     FACTOR: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, ALONE: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
@@ -57,11 +57,11 @@ def _attend(
         k = load_rows(keys, at * GROUPS + group, at < length, SIZE, WIDTH)
         v = load_rows(values, at * GROUPS + group, at < length, SIZE, WIDTH)
         peak, total, sum = attend_tile(q, k, v, seen[None, :], peak, total, sum, FACTOR, DOT_TYPE)
-    keys, values = key + b * tokens * GROUPS * SIZE, value + b * tokens * GROUPS * SIZE
+    keys, values = key + b * tokens * GROUPS * SIZE, value + b * tokens * apart * SIZE
     for i in range(tl.maximum(begin - before, 0), tl.minimum(end - before, tl.cdiv(tokens, KEYS))):
         at = i * KEYS + tl.arange(0, KEYS)
         k = load_rows(keys, at * GROUPS + group, at < tokens, SIZE, WIDTH)
-        v = load_rows(values, at * GROUPS + group, at < tokens, SIZE, WIDTH)
+        v = load_rows(values, at * apart + group, at < tokens, SIZE, WIDTH)
         seen = (at < tokens)[None, :] & ((token >= state)[:, None] | (at < state)[None, :])
         peak, total, sum = attend_tile(q, k, v, seen, peak, total, sum, FACTOR, DOT_TYPE)
     if ALONE:
@@ -95,7 +95,8 @@ def suffix_attention(
     """In the shape of the query."""
     for name, tensor in (("query", query), ("prefix_key", prefix_key)):
         check_size(name, tensor)
-    tensors = [tensor.contiguous() for tensor in (query, prefix_key, prefix_value, key, value)]
+    tensors = [tensor.contiguous() for tensor in (query, prefix_key, prefix_value, key)]
+    value, apart = _evenly(value)
     batch, tokens, heads, size = query.shape
     length, groups = prefix_key.shape[1:3]
     out = torch.empty_like(tensors[0])
@@ -108,8 +109,8 @@ def suffix_attention(
     peaks, totals = torch.empty(2, parts, dtype=torch.float32, device=query.device)
     _attend(
         (rows * splits, groups, batch),
-        (*tensors, prefix_mask.contiguous().view(torch.uint8), out, partial, peaks, totals),
-        (tokens, length, state_tokens, splits, share),
+        (*tensors, value, prefix_mask.contiguous().view(torch.uint8), out, partial, peaks, totals),
+        (tokens, length, state_tokens, splits, share, apart),
         (scale * LOG2_E.value, heads, heads // groups, size, width, tile.rows, tile.keys, splits == 1,
          dot_type(query.dtype)),
         num_warps=tile.warps, num_stages=tile.stages,
@@ -120,3 +121,12 @@ def suffix_attention(
             num_warps=4,
         )  # fmt: skip
     return out
+
+
+def _evenly(value: Tensor) -> tuple[Tensor, int]:
+    """Values, and how many heads there is room for from one token to the next, as where a product gives queries too."""
+    _, tokens, groups, size = value.shape
+    apart, rest = divmod(value.stride(1), size)
+    if rest or value.stride() != (tokens * apart * size, apart * size, size, 1):
+        return value.contiguous(), groups
+    return value, apart

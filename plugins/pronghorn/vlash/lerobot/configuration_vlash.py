@@ -51,7 +51,8 @@ class VLASHConfig(PreTrainedConfig, VLASHSettings):
         fuse_projections: pi0 and pi0.5: join queries, keys and values, gate and up, and what all adaptive norms make of
             the time, to one product each, once the weights are loaded. For inference.
         cuda_graphs: pi0 and pi0.5: on a GPU, record how a chunk is computed, for each of the last shapes of what is
-            seen, and replay it. For inference; what real-time chunking guides is computed without.
+            seen, and replay it. For inference; what real-time chunking guides is computed without. pi0.5's vision tower
+            is in float32, and slow without `torch.set_float32_matmul_precision("high")`, which lerobot-eval sets.
         state_cond: as in `VLASHSettings`; `shared_observation` of a pi05 sets it, with a warning.
         loss_padding: pi0 and pi0.5: count in the loss what pads an action to `max_action_dim`, and steps after the
             episode's end as no error, as the authors do; False leaves both out.

@@ -86,7 +86,8 @@ def prefix_cache(prefix_expert: Any, prefix: Tensor, mask: Tensor, rotation: Rot
     residual = Residual(prefix)
     for index, layer in enumerate(prefix_expert.layers):
         attending = before_attention(layer, residual, rotation)
-        cache.append((attending.key, attending.value))
+        # A part of what a fused projection gave would be copied in every step.
+        cache.append((attending.key.contiguous(), attending.value.contiguous()))
         if index + 1 < len(prefix_expert.layers):
             attended = attend_prefix(attending.query, attending.key, attending.value, mask)
             residual = after_attention(layer, attending, attended)
