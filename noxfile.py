@@ -92,7 +92,10 @@ def test(session: nox.Session) -> None:
 @nox.session
 def lerobot(session: nox.Session) -> None:
     """The tests of what ships to LeRobot, with the real one, which wants a Python and libraries of its own."""
-    env = {**environment(session, "lerobot", _python_312(session)), **one_thread()}
+    python = _python_312()
+    if python is None:
+        session.skip("LeRobot needs Python 3.12; none was found on PATH or under pyenv")
+    env = {**environment(session, "lerobot", python), **one_thread()}
     arguments = session.posargs or ["-n", WORKERS, "--dist", "loadgroup", "-m", "not slow"]
     run(session, env, "python", "-m", "pytest", "-q", *LEROBOT_TESTS, *arguments)
 
@@ -110,7 +113,10 @@ def nightly(session: nox.Session) -> None:
 @nox.session
 def oldest(session: nox.Session) -> None:
     """The tests of kernels, plugins and adapters on the oldest libraries that are supported."""
-    env = {**environment(session, "oldest", _python_312(session)), **one_thread()}
+    python = _python_312()
+    if python is None:
+        session.error("the oldest environment needs Python 3.12; none was found on PATH or under pyenv")
+    env = {**environment(session, "oldest", python), **one_thread()}
     folders = ["tests/kernels", "tests/plugins", "tests/golden", "tests/integrations"]
     run(session, env, "python", "-m", "pytest", "-q", *(session.posargs or folders))
 
@@ -165,10 +171,10 @@ def demo(session: nox.Session) -> None:
     )  # fmt: skip
 
 
-def _python_312(session: nox.Session) -> str:
+def _python_312() -> str | None:
     under_pyenv = sorted(map(str, Path.home().glob(".pyenv/versions/3.12*/bin/python")))
     for candidate in filter(None, [shutil.which("python3.12"), *under_pyenv]):
         # pyenv's shim is on PATH also where that version is not activated, and then does not run.
         if subprocess.run([candidate, "--version"], capture_output=True).returncode == 0:
             return candidate
-    session.error("Python 3.12 is needed for the oldest environment; none was found on PATH or under pyenv")
+    return None
