@@ -116,8 +116,9 @@ def row(
     note: str = "",
     higher_is_better: bool = False,
 ) -> dict[str, Any]:
-    """One row of a results file; `ratio` is above 1 where ours is better."""
-    ratio = ours["p50"] / theirs["p50"] if higher_is_better else theirs["p50"] / ours["p50"]
+    """One row of a results file; `ratio` is above 1 where ours is better, None where it would be of zero."""
+    part, whole = (ours, theirs) if higher_is_better else (theirs, ours)
+    ratio = part["p50"] / whole["p50"] if whole["p50"] else None
     return {
         "what": what,
         "against": against,

@@ -223,7 +223,7 @@ class Run:
 
     def reactions(self) -> list[float]:
         """Seconds, of events at random moments that the robot still saw."""
-        generator, last = random.Random(0), max(self.record.observed)  # noqa: S311
+        generator, last = random.Random(0), max(self.record.observed)
         moments = [generator.uniform(0, last) for _ in range(MOMENTS)]
         return reaction_latencies(moments, self.record.times, self.record.observed)
 
@@ -268,8 +268,11 @@ def control_rows(size: Size) -> list[dict[str, Any]]:
         of = f"{FPS:.0f} Hz, K={EXECUTED}, d={OVERLAP}, q={ratio}"
         note = f"latency {(ours.statistics.latency_p50 or 0) * 1e3:.1f} ms; {ours.record.overruns} overruns"
         rows += [
-            counted("stalls after the start", of, ours.record.stalls - 1, sync.record.stalls - 1, note),
-            counted("late commands", of, ours.record.late_ticks, sync.record.late_ticks, note),
+            row(f"{what}, vlash", "sync, q=1", of, median([mine]), median([other]), unit="count", note=note)
+            for what, mine, other in (
+                ("stalls after the start", ours.record.stalls - 1, sync.record.stalls - 1),
+                ("late commands", ours.record.late_ticks, sync.record.late_ticks),
+            )
         ]
         for what, mine, other, reach in (
             ("time for an action", [ours.seconds_for_action], [sync.seconds_for_action], 1.9 if ratio == 2 else None),
@@ -279,15 +282,6 @@ def control_rows(size: Size) -> list[dict[str, Any]]:
         ):
             rows.append(row(f"{what}, vlash", "sync, q=1", of, median(mine), median(other), reach=reach, note=note))
     return rows
-
-
-def counted(what: str, of: str, ours: int, sync: int, note: str) -> dict[str, Any]:
-    """A row of what there is to be none of."""
-    return {
-        "what": f"{what}, vlash", "against": "sync, q=1", "shape": of, "unit": "count", "ours": median([float(ours)]),
-        "theirs": median([float(sync)]), "ratio": sync / ours if ours else None, "reach": None, "roofline": None,
-        "note": note,
-    }  # fmt: skip
 
 
 PARTS = {"chunk": chunk_rows, "shared": shared_rows, "control": control_rows, "compiled": compiled_rows}

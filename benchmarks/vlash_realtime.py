@@ -91,7 +91,7 @@ class Target:
     """Goes round its circle, and jumps by up to half a round at random moments."""
 
     def __init__(self, seconds: float, seed: int) -> None:
-        generator = random.Random(seed)  # noqa: S311
+        generator = random.Random(seed)
         self._moments = sorted(generator.uniform(0, seconds) for _ in range(round(seconds / JUMP_SECONDS)))
         self._jumps = [0.0]
         for _ in self._moments:
@@ -143,7 +143,7 @@ def run(case: Case, async_mode: str, *, seconds: float = SECONDS, latency: float
         record = control_loop(runner, observe, act, FPS, round(seconds * FPS))
         statistics = runner.statistics()
     # To an event that is later than the last observation nothing reacts any more, which the mean would not see.
-    generator, last = random.Random(seed), max(record.observed)  # noqa: S311
+    generator, last = random.Random(seed), max(record.observed)
     moments = [generator.uniform(0, last) for _ in range(MOMENTS)]
     return Run(settings, record, statistics, reaction_latencies(moments, record.times, record.observed))
 
@@ -172,15 +172,8 @@ def results(case: Case, vlash: Run, sync: Run) -> list[dict[str, Any]]:
                 higher_is_better=better, note=more or note)
         )  # fmt: skip
 
-    for what, mine, other in (
-        ("stalls after the start", vlash.stalls, sync.stalls),
-        ("late commands", ours.late_ticks, theirs.late_ticks),
-    ):
-        found.append({
-            "what": f"{what}, vlash", "against": "sync", "shape": str(case), "unit": "count", "ours": _spread([mine]),
-            "theirs": _spread([other]), "ratio": other / mine if mine else None, "reach": None, "roofline": None,
-            "note": note,
-        })  # fmt: skip
+    add("stalls after the start", [vlash.stalls], [sync.stalls], "count")
+    add("late commands", [ours.late_ticks], [theirs.late_ticks], "count")
     add("actions per second", [vlash.actions_per_second], [sync.actions_per_second], "1/s", True)
     add("reaction, measured", vlash.reactions, sync.reactions, "s", more=f"{MOMENTS} events at random moments")
     add("mean reaction, measured", [fmean(vlash.reactions)], [fmean(sync.reactions)], "s")
@@ -191,9 +184,9 @@ def results(case: Case, vlash: Run, sync: Run) -> list[dict[str, Any]]:
         more="not measured: takes an event just after sync has asked, but just before VLASH asks",
     )  # fmt: skip
     mine, other = ours.metrics(), theirs.metrics()
-    if mine.boundary_jump and other.boundary_jump:
+    if mine.boundary_jump is not None and other.boundary_jump is not None:
         add("boundary jump", [mine.boundary_jump], [other.boundary_jump], "radius")
-    if mine.jerk and other.jerk:
+    if mine.jerk is not None and other.jerk is not None:
         add("jerk", [mine.jerk], [other.jerk], "radius/s³", more="over commands, as if they were evenly spaced")
     return found
 

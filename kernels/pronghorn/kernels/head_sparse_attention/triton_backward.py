@@ -1,8 +1,6 @@
 """Triton kernels for the gradients of head-typed sparse attention: one by rows for queries, one by keys."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# ruff: noqa: ANN001, ANN202, N803
-
 from __future__ import annotations
 
 import torch

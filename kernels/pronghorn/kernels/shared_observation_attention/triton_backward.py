@@ -6,8 +6,6 @@ programs share a tile of keys, each with a part of the rows; their sums are adde
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# ruff: noqa: ANN001, ANN202, N803, N806
-
 from __future__ import annotations
 
 from typing import Any
