@@ -33,9 +33,14 @@ class Latency:
         return fmean(self.seconds)
 
     def percentile(self, percent: float) -> float:
-        """The least latency that `percent` of the calls do not exceed, seconds."""
+        """The least latency that `percent` of the calls do not exceed, seconds.
+
+        Raises:
+            ValueError: `percent` is not above 0 and at most 100, or there is no call.
+        """
         found = percentile(self.seconds, percent)
-        assert found is not None  # noqa: S101 - there is a call
+        if found is None:
+            raise ValueError("seconds: got none, wanted those of at least one call")
         return found
 
     def overlap(self, fps: float, n_action_steps: int) -> int | None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pronghorn.vlash.lookup import named_function
 from pronghorn.vlash.serve import serve
 
 app = typer.Typer(no_args_is_help=True)
@@ -140,7 +139,7 @@ app.command()(serve)
 
 def _task(name: str, train_steps: int, environments: int, policies: Path | None) -> Any:
     if ":" in name:
-        return _function("task", name)()
+        return named_function("task", name)()
     if name not in TASKS:
         raise ValueError(f"task: got {name!r}, accepted are {', '.join(TASKS)} and package.module:function")
     from pronghorn.vlash.tracking import TrackingTask
@@ -155,25 +154,13 @@ def _load(policy: str, device: str | None) -> tuple[Callable[[], Any], Any]:
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if ":" in policy and not Path(policy).exists():
-        call, example = _function("policy", policy)(where)
+        call, example = named_function("policy", policy)(where)
     else:
         from pronghorn.vlash.lerobot.example import policy_with_example
 
         call, example = policy_with_example(policy, where)
     owner = getattr(call, "__self__", call)
     return lambda: call(example), owner if isinstance(owner, nn.Module) else None
-
-
-def _function(name: str, value: str) -> Callable[..., Any]:
-    module, _, function = value.partition(":")
-    sys.path.append(str(Path.cwd()))  # where a user's own module is
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name}: got {value!r}, wanted package.module:function; {error}") from error
-    if not callable(found):
-        raise ValueError(f"{name}: got {value!r}, wanted a function, not {type(found).__name__}")
-    return found
 
 
 def _delays(text: str) -> list[int]:

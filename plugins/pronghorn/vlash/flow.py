@@ -125,6 +125,10 @@ def integrate(velocity: Velocity, noise: Tensor, steps: int, guide: Guide | None
     """
     x = noise
     for time in euler_times(steps):
-        change = velocity(x, time) if guide is None else guide(lambda place, t=time: velocity(place, t), x, time)  # type: ignore[misc]
+        change = velocity(x, time) if guide is None else guide(_at(velocity, time), x, time)
         x = x + (-1.0 / steps) * change
     return x
+
+
+def _at(velocity: Velocity, time: float) -> Callable[[Tensor], Tensor]:
+    return lambda place: velocity(place, time)

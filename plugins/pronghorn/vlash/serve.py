@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import pkgutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from pronghorn.vlash.lookup import named_function
 
 
 def serve(
@@ -39,7 +39,7 @@ def serve(
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if ":" in policy and not Path(policy).exists():
-        computes, description = _function(policy)(where)
+        computes, description = named_function("policy", policy)(where)
     else:
         from pronghorn.vlash.lerobot.remote import load_served
 
@@ -50,13 +50,3 @@ def serve(
             server.wait()
         except KeyboardInterrupt:
             typer.echo("stopped")
-
-
-def _function(name: str) -> Callable[..., Any]:
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"policy: got {name!r}, wanted package.module:function; {error}") from error
-    if not callable(found):
-        raise ValueError(f"policy: got {name!r}, wanted a function, not {type(found).__name__}")
-    return found

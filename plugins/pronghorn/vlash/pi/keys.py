@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
 LEROBOT_PREFIX = "model."
 SUFFIX = (
     "action_in_proj", "time_mlp_in", "time_mlp_out", "state_proj", "state_mlp_in", "state_mlp_out",
@@ -18,11 +14,6 @@ BEGINNINGS = (
     ("paligemma_with_expert.paligemma.", "model.vlm."),
     ("paligemma_with_expert.gemma_expert.", "model.action_expert."),
 )
-BUFFERS = {
-    "normalize_inputs.buffer_observation_state.": "observation.state",
-    "normalize_targets.buffer_action.": "action",
-    "unnormalize_outputs.buffer_action.": "action",
-}
 
 
 def vlash_name(name: str) -> str:
@@ -52,36 +43,3 @@ def lerobot_name(name: str, *, prefixed: bool = True) -> str:
         if name.startswith(ours):
             return (LEROBOT_PREFIX if prefixed else "") + theirs + name.removeprefix(ours)
     raise ValueError(f"name: got {name!r}, wanted a weight of the authors' pi0 or pi0.5")
-
-
-def is_vlash_name(name: str) -> bool:
-    """Whether a weight has the authors' name."""
-    return any(name.startswith(ours) for _, ours in BEGINNINGS)
-
-
-def to_lerobot(state: Mapping[str, Tensor], *, prefixed: bool = True) -> dict[str, Tensor]:
-    """Weights of the authors' checkpoints, or of LeRobot's of either kind, under LeRobot's names.
-
-    Args:
-        state: names to weights. Buffers with statistics, which LeRobot keeps elsewhere, are left out: `statistics`
-            has them.
-        prefixed: as in `lerobot_name`.
-
-    Raises:
-        ValueError: a name is neither.
-    """
-    weights = {name: weight for name, weight in state.items() if not name.startswith(tuple(BUFFERS))}
-    return {
-        lerobot_name(name if is_vlash_name(name) else vlash_name(name), prefixed=prefixed): weight
-        for name, weight in weights.items()
-    }
-
-
-def statistics(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The statistics that the authors' checkpoints hold: for "observation.state" and "action", "mean" and "std"."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, value in state.items():
-        for beginning, feature in BUFFERS.items():
-            if name.startswith(beginning):
-                found.setdefault(feature, {})[name.removeprefix(beginning)] = value
-    return found
