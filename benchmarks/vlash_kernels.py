@@ -64,6 +64,7 @@ def shared_rows() -> list[dict[str, Any]]:
             q, k.expand(-1, 8, -1, -1), v.expand(-1, 8, -1, -1), attn_mask=bias
         )
         if GPU:
+            torch.compiler.reset()  # one function is compiled anew for few shapes only
             blocks = create_block_mask(sees, None, None, query.shape[2], query.shape[2], device="cuda")
             compiled = torch.compile(flex_attention, dynamic=False)
             sides["FlexAttention"] = functools.partial(compiled, *joined, block_mask=blocks, enable_gqa=True)

@@ -9,6 +9,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -21,3 +22,9 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=12
 settings.register_profile("nightly", deadline=None, max_examples=100)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture
+def figure(record_property):
+    """Keeps a number that a test measured, for docs/reliability.md: `figure("byte flips", 2000)`."""
+    return lambda name, value: record_property(f"figure: {name}", value)

@@ -37,7 +37,7 @@ class Launcher:
             tensors: all on the current device.
             numbers: whole.
             constants: hashable.
-            options: num_warps, num_stages.
+            options: num_warps, num_stages, enable_fp_fusion.
         """
         dtypes, places = [], 0
         for tensor in tensors:

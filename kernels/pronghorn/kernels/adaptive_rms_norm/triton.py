@@ -119,6 +119,7 @@ def adaptive_rms_norm(
     _forward(
         (rows * blocks(tokens, tile), 1, 1), (x, *vectors[:2], added, vectors[2], out, total), (tokens, *strides),
         (unit, eps, update is not None, gate is not None, channels, tile, columns), num_warps=_warps(tile * columns),
+        enable_fp_fusion=False,  # the compiler would add the product to x without rounding it
     )  # fmt: skip
     return out, total
 
