@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +31,9 @@ class Size:
 
     Attributes:
         image: pixels on a side.
-        text: tokens of the prompt.
-        words: that there are.
+        text: tokens that a prompt is padded to.
+        words: tokens of a usual prompt: a task in some words, and seven coordinates with up to three digits each.
+        vocabulary: words that there are.
         horizon: actions of a chunk.
         steps: of Euler's method.
         batch: samples of a training step.
@@ -39,7 +43,8 @@ class Size:
 
     image: int = 224
     text: int = 200
-    words: int = 257152
+    words: int = 60
+    vocabulary: int = 257152
     horizon: int = 50
     steps: int = 10
     batch: int = 4
@@ -72,15 +77,15 @@ def features(size: Size, cameras: int) -> dict[str, PolicyFeature]:
     return {**{f"observation.images.camera{number}": image for number in range(cameras)}, OBS_STATE: state}
 
 
-def observation(size: Size, cameras: int, batch: int = 1) -> dict[str, Tensor]:
-    """As the policy's processors give it, on the CPU."""
+def observation(size: Size, cameras: int, batch: int = 1, words: int | None = None) -> dict[str, Tensor]:
+    """As the policy's processors give it, on the CPU; without padding unless a number of words is given."""
     generator = torch.Generator().manual_seed(cameras)
     return {
         name: torch.rand(batch, *feature.shape, generator=generator)
         for name, feature in features(size, cameras).items()
     } | {
-        OBS_LANGUAGE_TOKENS: torch.randint(size.words, (batch, size.text), generator=generator),
-        OBS_LANGUAGE_ATTENTION_MASK: torch.ones(batch, size.text, dtype=torch.bool),
+        OBS_LANGUAGE_TOKENS: torch.randint(size.vocabulary, (batch, size.text), generator=generator),
+        OBS_LANGUAGE_ATTENTION_MASK: (torch.arange(size.text) < (words or size.text)).expand(batch, -1),
     }  # fmt: skip
 
 
@@ -95,17 +100,19 @@ def computation(policy: PI05Policy, **options: Any) -> PiComputation:
     return PiComputation(policy, config)
 
 
-def fast(policy: PI05Policy) -> PiComputation:
-    """Ours in inference."""
-    ours = computation(policy, fuse_projections=True, cuda_graphs=True)
-    ours.fuse()
-    return ours
-
-
-def slow(policy: PI05Policy) -> None:
-    """LeRobot's policy as it was."""
+@contextmanager
+def fast(policy: PI05Policy) -> Iterator[PiComputation]:
+    """Ours in inference; afterwards LeRobot's policy is as it was."""
+    seeing = policy.model.paligemma_with_expert.paligemma.model
+    parts = [seeing.vision_tower, seeing.multi_modal_projector]
+    kept = [deepcopy(part.state_dict()) for part in parts]
+    ours = computation(policy, fuse_projections=True, cuda_graphs=True, vision_dtype="bfloat16")
+    ours.prepare()
+    yield ours
     pi = pi_model(policy.model)
     unfuse([*pi.prefix_expert.layers, *pi.expert.layers])
+    for part, state in zip(parts, kept, strict=True):
+        part.float().load_state_dict(state)
 
 
 def stock(policy: PI05Policy, seen: dict[str, Tensor]) -> Tensor:

@@ -1,9 +1,10 @@
 """pi0.5 at its true size, with random weights: a chunk, a training step over many delays, and control at 50 Hz.
 
-Weights are in bfloat16, those of the vision tower and of norms in float32, as LeRobot has them; the heads for words,
-which nobody asks here, are dropped. Products of float32 are in TF32 on all sides, as LeRobot's own programs have it.
-The prompt has 200 tokens, none of them padding. The share of the limit is of what the tensor cores need for what is
-seen, and the memory for the steps after that. N passes are N times one that was measured.
+Weights are in bfloat16, those of the vision tower and of norms in float32, as LeRobot has them; ours has the tower in
+bfloat16 (`vision_dtype`). The heads for words, which nobody asks here, are dropped. Products of float32 are in TF32 on
+all sides, as LeRobot's own programs have it. LeRobot pads a prompt to 200 tokens, of which a usual one has 60. The
+share of the limit is of what the tensor cores need for what is seen, and the memory for the steps after that. N passes
+are N times one that was measured.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from harness import BYTES_PER_SECOND, device, median, row, write
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.utils.constants import ACTION, OBS_STATE
-from pi05_random import ROBOT, Size, build, computation, fast, features, observation, slow, stock, there
+from pi05_random import ROBOT, Size, build, computation, fast, features, observation, stock, there
 from torch import Tensor, nn
 
 from pronghorn.vlash.bench import measure
@@ -33,8 +34,8 @@ from pronghorn.vlash.control import ControlRecord, control_loop
 from pronghorn.vlash.metrics import paper_reaction_latency, reaction_latencies
 from pronghorn.vlash.runner import AsyncRunner, RunnerStatistics
 
-OPERATIONS_PER_SECOND = {"NVIDIA H100 80GB HBM3": (989e12, 495e12)}  # in bf16 and in TF32, dense
-CAMERAS = (2, 1, 3)
+OPERATIONS_PER_SECOND = {"NVIDIA H100 80GB HBM3": 989e12}  # in bf16, dense
+CAMERAS = 2
 BRANCHES = (4, 9)
 LIMIT = 0.015  # seconds for a chunk of two cameras
 SHARE = 0.85  # of the ratio of tokens
@@ -47,45 +48,63 @@ def timed(call: Callable[[], Any], size: Size) -> dict[str, float]:
     return median(measure(call, samples=size.repeats, warm_up=3).seconds)
 
 
+@dataclass(frozen=True)
+class View:
+    """What a chunk is computed from.
+
+    Attributes:
+        cameras: their number.
+        words: tokens of the prompt that are no padding.
+    """
+
+    cameras: int
+    words: int
+
+    def shape(self, size: Size) -> str:
+        """In words."""
+        return f"{self.cameras} camera{'s' * (self.cameras > 1)}, {self.words} tokens of text, {size.steps} steps"
+
+    def seen(self, policy: PI05Policy, size: Size) -> dict[str, Tensor]:
+        """By a policy, which is told of its cameras."""
+        policy.config.input_features = features(size, self.cameras)
+        return there(observation(size, self.cameras, words=self.words))
+
+
+def views(size: Size) -> list[View]:
+    """The first is the usual one, to which the issue's bars belong."""
+    return [View(CAMERAS, size.words), View(CAMERAS, size.text), View(1, size.words), View(3, size.words)]
+
+
 def chunk_rows(size: Size) -> list[dict[str, Any]]:
     """One chunk by ours and by LeRobot's as it is, and how far both are from float32."""
     policy = build(size)
     noise = torch.randn(1, size.horizon, policy.config.max_action_dim, device=device())
     policy.model.sample_noise = lambda *_: noise
-    computed = fast(policy)
-    ours, our_chunks = each(policy, lambda seen: computed.sample(seen, 0), size)
-    share = {count: share_of_limit(policy, size, count, ours[count]["p50"]) for count in CAMERAS}
-    slow(policy)
+    with fast(policy) as computed:
+        ours, our_chunks = each(policy, lambda seen: computed.sample(seen, 0), size)
+        shares = [share_of_limit(policy, size, view, time["p50"]) for view, time in zip(views(size), ours, strict=True)]
     theirs, their_chunks = each(policy, lambda seen: stock(policy, seen), size)
     rows = [
-        row("one chunk", "LeRobot, eager", shape(count, size), ours[count], theirs[count], roofline=share[count],
-            note="bf16, batch 1")
-        for count in CAMERAS
-    ]  # fmt: skip
-    first = CAMERAS[0]
+        row("one chunk", "LeRobot, eager", view.shape(size), mine, other, roofline=share, note="bf16, batch 1")
+        for view, mine, other, share in zip(views(size), ours, theirs, shares, strict=True)
+    ]
     rows.append(
-        row("one chunk", "the limit", shape(first, size), ours[first], median([LIMIT]), reach=1.0,
-            roofline=share[first], note="bf16, batch 1")
+        row("one chunk", "the limit", views(size)[0].shape(size), ours[0], median([LIMIT]), reach=1.0,
+            roofline=shares[0], note="bf16, batch 1")
     )  # fmt: skip
     return [*rows, exactness(policy, size, our_chunks, their_chunks)]
 
 
 def each(
     policy: PI05Policy, chunk: Callable[[dict[str, Tensor]], Tensor], size: Size
-) -> tuple[dict[int, dict[str, float]], list[Tensor]]:
-    """Seconds, and chunks, for every number of cameras."""
-    times, chunks = {}, []
-    for count in CAMERAS:
-        policy.config.input_features = features(size, count)
-        seen = there(observation(size, count))
-        times[count] = timed(functools.partial(chunk, seen), size)
+) -> tuple[list[dict[str, float]], list[Tensor]]:
+    """Seconds, and chunks, for every view."""
+    times, chunks = [], []
+    for view in views(size):
+        seen = view.seen(policy, size)
+        times.append(timed(functools.partial(chunk, seen), size))
         chunks.append(chunk(seen))
     return times, chunks
-
-
-def shape(cameras: int, size: Size) -> str:
-    """In words."""
-    return f"{cameras} camera{'s' * (cameras > 1)}, {size.steps} steps"
 
 
 def exactness(
@@ -94,10 +113,7 @@ def exactness(
     """How far chunks are from those of the same weights in float32."""
     policy.float()
     torch.set_float32_matmul_precision("highest")
-    exact = []
-    for count in CAMERAS:
-        policy.config.input_features = features(size, count)
-        exact.append(stock(policy, there(observation(size, count))))
+    exact = [stock(policy, view.seen(policy, size)) for view in views(size)]
     torch.set_float32_matmul_precision("high")
     ours, theirs = (
         median([float((chunk - wanted).norm() / wanted.norm()) for chunk, wanted in zip(chunks, exact, strict=True)])
@@ -110,33 +126,31 @@ def exactness(
 
 
 def compiled_rows(size: Size, mode: str = "") -> list[dict[str, Any]]:
-    """One chunk by ours and by LeRobot's with its option `compile_model`, in the mode that is its default."""
-    policy, count = build(size), CAMERAS[0]
-    policy.config.input_features = features(size, count)
-    seen = there(observation(size, count))
-    computed = fast(policy)
-    ours = timed(lambda: computed.sample(seen, 0), size)
-    share = share_of_limit(policy, size, count, ours["p50"])
-    slow(policy)
+    """One chunk by ours and by LeRobot's with its option `compile_model`, in its default mode if none is given."""
+    policy, view = build(size), views(size)[0]
+    seen = view.seen(policy, size)
+    with fast(policy) as computed:
+        ours = timed(lambda: computed.sample(seen, 0), size)
+        share = share_of_limit(policy, size, view, ours["p50"])
     mode = mode or policy.config.compile_mode
     policy.model.sample_actions = torch.compile(policy.model.sample_actions, mode=mode)
     theirs = timed(lambda: stock(policy, seen), size)
     return [
-        row("one chunk", f"LeRobot, compiled ({mode})", shape(count, size), ours, theirs, reach=2.0, roofline=share,
+        row("one chunk", f"LeRobot, compiled ({mode})", view.shape(size), ours, theirs, reach=2.0, roofline=share,
             note="bf16, batch 1")
     ]  # fmt: skip
 
 
-def share_of_limit(policy: PI05Policy, size: Size, cameras: int, seconds: float) -> float | None:
+def share_of_limit(policy: PI05Policy, size: Size, view: View, seconds: float) -> float | None:
     """Of the time that the hardware needs at least; None where its limits are not known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     if name not in OPERATIONS_PER_SECOND:
         return None
     experts = policy.model.paligemma_with_expert
-    patches = cameras * (size.image // 14) ** 2
-    of_layers, of_tower = OPERATIONS_PER_SECOND[name]
-    limit = 2 * (patches + size.text) * parameters(experts.paligemma.model.language_model.layers) / of_layers
-    limit += 2 * patches * parameters(experts.paligemma.model.vision_tower) / of_tower
+    patches = view.cameras * (size.image // 14) ** 2
+    limit = 2 * (patches + view.words) * parameters(experts.paligemma.model.language_model.layers)
+    limit += 2 * patches * parameters(experts.paligemma.model.vision_tower)
+    limit /= OPERATIONS_PER_SECOND[name]
     products = [part for key, part in experts.gemma_expert.model.layers.named_parameters() if "proj" in key]
     limit += size.steps * sum(part.nbytes for part in products) / BYTES_PER_SECOND[name]
     return limit / seconds
@@ -149,7 +163,7 @@ def parameters(module: nn.Module) -> int:
 
 def shared_rows(size: Size) -> list[dict[str, Any]]:
     """Forward and backward for N delays of each sample in one pass, against N passes, images included in each."""
-    policy, count = build(size).train(), CAMERAS[0]
+    policy, count = build(size).train(), CAMERAS
     policy.config.input_features = features(size, count)
     seen = there(observation(size, count, size.batch))
     ours = computation(policy, state_cond=True, shared_observation=True)
@@ -234,7 +248,7 @@ def control(policy: Callable[[ChunkRequest], Tensor], size: Size, async_mode: st
         async_mode=async_mode, chunk_size=size.horizon, n_action_steps=EXECUTED, fps=FPS, action_quant_ratio=ratio,
         inference_overlap_steps=0 if async_mode == SYNC else OVERLAP,
     )  # fmt: skip
-    seen, place = observation(size, CAMERAS[0]), torch.zeros(1, ROBOT)
+    seen, place = observation(size, CAMERAS, words=size.words), torch.zeros(1, ROBOT)
 
     def observe() -> Observation:
         return Observation(seen, place)
@@ -253,18 +267,19 @@ def control(policy: Callable[[ChunkRequest], Tensor], size: Size, async_mode: st
 def control_rows(size: Size) -> list[dict[str, Any]]:
     """The policy in the runner's thread, against the same one waited for."""
     base = build(size)
-    base.config.input_features = features(size, CAMERAS[0])
-    computed = fast(base)
+    base.config.input_features = features(size, CAMERAS)
+    with fast(base) as computed:
 
-    def policy(request: ChunkRequest) -> Tensor:
-        batch = there({**request.observation.content, OBS_STATE: request.state})
-        return computed.sample(batch, request.delay).cpu()  # a robot's commands are there
+        def policy(request: ChunkRequest) -> Tensor:
+            batch = there({**request.observation.content, OBS_STATE: request.state})
+            return computed.sample(batch, request.delay).cpu()  # a robot's commands are there
 
-    policy(ChunkRequest(Observation(observation(size, CAMERAS[0]), torch.zeros(1, ROBOT)), torch.zeros(1, ROBOT)))
-    sync = control(policy, size, SYNC)
+        seen, place = observation(size, CAMERAS, words=size.words), torch.zeros(1, ROBOT)
+        policy(ChunkRequest(Observation(seen, place), place))
+        sync = control(policy, size, SYNC)
+        runs = {ratio: control(policy, size, VLASH, ratio) for ratio in (1, 2)}
     rows = []
-    for ratio in (1, 2):
-        ours = control(policy, size, VLASH, ratio)
+    for ratio, ours in runs.items():
         of = f"{FPS:.0f} Hz, K={EXECUTED}, d={OVERLAP}, q={ratio}"
         note = f"latency {(ours.statistics.latency_p50 or 0) * 1e3:.1f} ms; {ours.record.overruns} overruns"
         rows += [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.plugins.vlash.networks import PI05_SIZES, branches, network, of_branch, prefix
 
-from pronghorn.vlash.pi.adapt import embed_prefix, pi_model
+from pronghorn.vlash.pi.adapt import embed_prefix, lay_out_patches, pi_model, without_padding
 from pronghorn.vlash.pi.fusion import fuse, fuse_state_dict, unfuse, unfuse_state_dict
 from pronghorn.vlash.pi.gemma import Residual, after_attention, before_attention, modulation
 from pronghorn.vlash.pi.keys import lerobot_name, vlash_name
@@ -177,6 +177,31 @@ def test_quantized_layers_do_not_tell_their_dtype():
 def test_a_model_without_cameras_is_refused():
     with pytest.raises(ValueError, match="images: got none"):
         embed_prefix(torch.nn.Module(), [], [], torch.zeros(1, 1), torch.ones(1, 1))
+
+
+def test_padding_at_the_end_is_left_out():
+    tokens = torch.arange(20).reshape(2, 10)
+    mask = torch.tensor([[1, 1, 0, 1, 0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0, 0, 0, 0]]).bool()
+    for step, kept in ((1, 5), (4, 8), (32, 10)):
+        found = without_padding(tokens, mask, step)
+        assert torch.equal(found[0], tokens[:, :kept])
+        assert torch.equal(found[1], mask[:, :kept])
+    assert without_padding(tokens, torch.zeros_like(mask), 4)[0].shape == (2, 4)
+
+
+def test_patches_are_laid_out_once():
+    class Patches(torch.nn.Module):
+        def forward(self, x):
+            return x.transpose(1, 2)
+
+    tower = torch.nn.Module()
+    tower.embeddings, x = Patches(), torch.randn(2, 3, 4)
+    assert not tower.embeddings(x).is_contiguous()
+    for _ in range(2):
+        lay_out_patches(tower)
+        assert torch.equal(tower.embeddings(x), x.transpose(1, 2))
+        assert tower.embeddings(x).is_contiguous()
+    assert len(tower.embeddings._forward_hooks) == 1
 
 
 def test_a_layer_by_its_formulas():

@@ -53,6 +53,9 @@ def _forward(
     at = (row * tokens + t)[:, None] * CHANNELS + c[None, :]
     inside = (t < tokens)[:, None] & (c < CHANNELS)[None, :]
     total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    # Asked for before the sum over channels, whose end all threads wait for.
+    slope = 1 + _vector(scale, row, scale_row, c, UNIT, CHANNELS)
+    offset = _vector(shift, row, shift_row, c, UNIT, CHANNELS)
     if ADDED:
         more = tl.load(update + at, mask=inside, other=0.0).to(tl.float32)
         if GATED:
@@ -60,9 +63,7 @@ def _forward(
         total = _rounded(total + more, x)
         tl.store(totals + at, total.to(totals.dtype.element_ty), mask=inside)
     normal, _ = _normal(total, CHANNELS, EPS)
-    y = normal * (1 + _vector(scale, row, scale_row, c, UNIT, CHANNELS))
-    y += _vector(shift, row, shift_row, c, UNIT, CHANNELS)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, (normal * slope + offset).to(out.dtype.element_ty), mask=inside)
 
 
 @Launcher

@@ -24,7 +24,7 @@ QUANTIZATIONS = ("nf4", "fp4")
 PI0, PI05 = "pi0", "pi05"
 ONLY_FOR = {
     "shared_observation": (PI0, PI05), "state_cond": (PI05,), "fuse_projections": (PI0, PI05),
-    "cuda_graphs": (PI0, PI05),
+    "cuda_graphs": (PI0, PI05), "vision_dtype": (PI0, PI05),
 }  # fmt: skip
 # What the wrapped policy has from its wrapper, which alone is asked for it.
 SHARED = {item.name for item in fields(PreTrainedConfig)} - {"n_obs_steps"} | {"n_action_steps"}
@@ -51,8 +51,10 @@ class VLASHConfig(PreTrainedConfig, VLASHSettings):
         fuse_projections: pi0 and pi0.5: join queries, keys and values, gate and up, and what all adaptive norms make of
             the time, to one product each, once the weights are loaded. For inference.
         cuda_graphs: pi0 and pi0.5: on a GPU, record how a chunk is computed, for each of the last shapes of what is
-            seen, and replay it. For inference; what real-time chunking guides is computed without. pi0.5's vision tower
-            is in float32, and slow without `torch.set_float32_matmul_precision("high")`, which lerobot-eval sets.
+            seen, and replay it. For inference; what real-time chunking guides is computed without.
+        vision_dtype: pi0 and pi0.5: "bfloat16" rounds the vision tower's weights, once they are loaded, and computes it
+            so; a checkpoint that is saved has them so. For inference. None leaves it as LeRobot has it: in float32,
+            slow without `torch.set_float32_matmul_precision("high")`, which lerobot-eval sets.
         state_cond: as in `VLASHSettings`; `shared_observation` of a pi05 sets it, with a warning.
         loss_padding: pi0 and pi0.5: count in the loss what pads an action to `max_action_dim`, and steps after the
             episode's end as no error, as the authors do; False leaves both out.
@@ -70,6 +72,7 @@ class VLASHConfig(PreTrainedConfig, VLASHSettings):
     n_action_steps: int = None  # type: ignore[assignment]
     fuse_projections: bool = False
     cuda_graphs: bool = False
+    vision_dtype: str | None = None
     loss_padding: bool = True
 
     def __post_init__(self) -> None:
@@ -78,6 +81,8 @@ class VLASHConfig(PreTrainedConfig, VLASHSettings):
             raise ValueError(
                 f"lora_quantization: got {self.lora_quantization!r}, accepted are {', '.join(QUANTIZATIONS)}, or None"
             )
+        if self.vision_dtype not in (None, "bfloat16"):
+            raise ValueError(f"vision_dtype: got {self.vision_dtype!r}, accepted are 'bfloat16' and None")
         self._check_base()
         if TYPE not in self.base_config:
             self.base_config = self._completed(self.base_config)
@@ -177,7 +182,8 @@ class VLASHConfig(PreTrainedConfig, VLASHSettings):
             raise ValueError(f"base: got {self.base!r}, accepted are {', '.join(known)}")
         for name, bases in ONLY_FOR.items():
             if getattr(self, name) and self.base not in bases:
-                raise ValueError(f"{name}: got True with base={self.base!r}, which takes {' or '.join(bases)}")
+                value = getattr(self, name)
+                raise ValueError(f"{name}: got {value!r} with base={self.base!r}, which takes {' or '.join(bases)}")
         if self.shared_observation and self.base == PI05 and not self.state_cond:
             logger.warning(
                 "shared_observation: all delays share one prompt, so pi05 is given the state through its norms: "

@@ -78,7 +78,7 @@ class VLASHPolicy(PreTrainedPolicy):
         self._delays = Delays(config, recorded)
         self.reset()
         if checkpoint is None:
-            self._fuse()
+            self._prepare()
 
     def _build(self, stats: dict[str, Any] | None, meta: Any, checkpoint: Path | None) -> None:
         """The wrapped policy, `self.base`, and its processors."""
@@ -128,7 +128,7 @@ class VLASHPolicy(PreTrainedPolicy):
         policy = super().from_pretrained(
             pretrained_name_or_path, config=config, revision=revision, checkpoint=folder, **kwargs
         )
-        policy._fuse()
+        policy._prepare()
         return policy
 
     @classmethod
@@ -149,9 +149,9 @@ class VLASHPolicy(PreTrainedPolicy):
         super()._save_pretrained(save_directory, state_dict)
         self.processors.save(save_directory / PROCESSORS)
 
-    def _fuse(self) -> None:
-        if self._pi is not None and self.config.fuse_projections:
-            self._pi.fuse()
+    def _prepare(self) -> None:
+        if self._pi is not None:
+            self._pi.prepare()
 
     def wrap_with_peft(self, peft_config: Any = None, peft_cli_overrides: dict[str, Any] | None = None) -> VLASHPolicy:
         """Freeze the wrapped policy, save adapters; what LeRobot calls for its `--peft` options.
@@ -174,9 +174,9 @@ class VLASHPolicy(PreTrainedPolicy):
 
         if self._checkpoint is None and self.config.base_path is None:
             raise ValueError("peft: adapters need trained weights; name some as --policy.base_path or --policy.path")
-        for name in ("fuse_projections", "cuda_graphs"):
-            if getattr(self.config, name):
-                raise ValueError(f"{name}: got True, which is for inference and cannot be trained by --peft")
+        for name in ("fuse_projections", "cuda_graphs", "vision_dtype"):
+            if value := getattr(self.config, name):
+                raise ValueError(f"{name}: got {value!r}, which is for inference and cannot be trained by --peft")
         config, trained = lora.adapters(self.base, peft_cli_overrides or {})
         saved = None if self._checkpoint is None else self._checkpoint / ADAPTERS
         lora.adapt(

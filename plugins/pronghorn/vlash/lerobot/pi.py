@@ -13,11 +13,13 @@ from torch import Tensor
 from pronghorn.kernels._recording import Recorded
 from pronghorn.vlash import flow
 from pronghorn.vlash.lerobot.configuration_vlash import VLASHConfig
-from pronghorn.vlash.pi.adapt import embed_prefix, pi_model
+from pronghorn.vlash.pi.adapt import embed_prefix, lay_out_patches, pi_model, without_padding
 from pronghorn.vlash.pi.fusion import fuse
 from pronghorn.vlash.pi.model import PiModel, Prefix
 from pronghorn.vlash.pi.modulation import StackedModulation, adaptive_norms
 from pronghorn.vlash.pi.suffix import PI0, add_delay_condition, add_state_condition, has_state_condition, kind_of
+
+TEXT_STEP = 32  # texts are as long as a multiple of it: each length has a recording of its own
 
 
 class PiComputation:
@@ -50,11 +52,17 @@ class PiComputation:
         config = self._config
         return config.state_cond or config.delay_conditioning or config.fuse_projections or config.cuda_graphs
 
-    def fuse(self) -> None:
-        """Join projections of all layers."""
+    def prepare(self) -> None:
+        """For inference, as the configuration asks: join projections of all layers, round the vision tower."""
         experts = self._policy.model.paligemma_with_expert
-        fuse(experts.paligemma.model.language_model.layers)
-        fuse(experts.gemma_expert.model.layers)
+        seeing = experts.paligemma.model
+        if self._config.fuse_projections:
+            fuse(seeing.language_model.layers)
+            fuse(experts.gemma_expert.model.layers)
+            lay_out_patches(seeing.vision_tower)
+        if self._config.vision_dtype is not None:
+            for part in (seeing.vision_tower, seeing.multi_modal_projector):
+                part.to(getattr(torch, self._config.vision_dtype))
         self._forget()
 
     def _forget(self, *_: Any) -> None:
@@ -99,7 +107,9 @@ class PiComputation:
         """
         model, config = self._policy.model, self._policy.config
         images, image_masks = self._policy._preprocess_images(prepared)
-        tokens, token_mask = prepared[OBS_LANGUAGE_TOKENS], prepared[OBS_LANGUAGE_ATTENTION_MASK]
+        tokens, token_mask = without_padding(
+            prepared[OBS_LANGUAGE_TOKENS], prepared[OBS_LANGUAGE_ATTENTION_MASK], TEXT_STEP
+        )
         rows, device = len(tokens), tokens.device
         noise = model.sample_noise((rows, config.chunk_size, config.max_action_dim), device)
         states = self._states(prepared, torch.Size((rows, 1)))

@@ -16,7 +16,9 @@ def benchmark(monkeypatch, tiny_pi):
 
 @pytest.fixture
 def size(benchmark):
-    return benchmark.Size(image=28, text=7, words=100, horizon=25, steps=2, batch=2, repeats=2, seconds=1.2)
+    return benchmark.Size(
+        image=28, text=7, words=5, vocabulary=100, horizon=25, steps=2, batch=2, repeats=2, seconds=1.2
+    )
 
 
 def of(rows, what):

@@ -42,6 +42,23 @@ def test_with_the_option_it_is_the_same_bit_for_bit(base, dtype, told, make):
     assert all(state == calls[0] for state in calls), "where the weights are has not changed"
 
 
+@kinds
+def test_the_vision_tower_in_bfloat16(base, make):
+    """Which is what the rest computes in; the patches come side by side."""
+    options = {"fuse_projections": True, "base_config": {**PI, "dtype": "bfloat16"}}
+    wide, narrow = make(base, **options), make(base, **options, vision_dtype="bfloat16")
+    seeing = narrow.base.model.paligemma_with_expert.paligemma.model
+    for part in (seeing.vision_tower, seeing.multi_modal_projector):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.bfloat16}
+    strides = []
+    seeing.vision_tower.get_submodule("vision_model.encoder").register_forward_pre_hook(
+        lambda _, __, given: strides.append(given["inputs_embeds"].is_contiguous()), with_kwargs=True
+    )
+    found, wanted = chunk(narrow), chunk(wide)
+    assert strides == [True]
+    assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
+
+
 def test_alone_the_option_has_the_chunk_computed_here(make):
     assert make("pi05", cuda_graphs=True)._pi.samples
     assert not make("pi05")._pi.samples
