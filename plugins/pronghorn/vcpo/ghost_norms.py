@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,13 @@ class _Rows:
         """[positions, width] to [trajectories, longest, width], zeros where nothing is."""
         taken = self.take(tensor)
         return taken if self.full else taken.masked_fill(~self.there[..., None], 0)
+
+    def sums(self, tensor: Tensor) -> Tensor:
+        """[positions, parts, width] to what each trajectory has in all, [trajectories, width], in float32 or better."""
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        if self.index is None and self.full:
+            return tensor.reshape(len(self.there), -1, tensor.shape[-1]).sum(1, dtype=wide)
+        return self.cut(tensor.sum(1, dtype=wide)).sum(1)
 
     def weights(self, weights: Tensor) -> Tensor:
         """[trajectories] to [positions, 1], zeros where nothing is."""
@@ -105,7 +113,9 @@ class GhostNorms:
             if module in self._learning and not _known(module):
                 raise TypeError(f"model: {name} is a {type(module).__name__}, accepted are linear layers, embeddings "
                                 "without max_norm or scale_grad_by_freq, layer norms and RMS norms")  # fmt: skip
-        self._scales = {module for module in self._learning if _is_own_rms_norm(module) and _scales(module)}
+        own = [module for module in self._learning if _is_own_rms_norm(module)]
+        self._eps = {module: eps for module in own if (eps := _eps(module)) is not None}
+        self._scales = {module for module in own if module not in self._eps and _scales(module)}
         self._handles: list[Any] = []
         self._recording = self._taking = self._checked = False
         self._clear()
@@ -138,7 +148,7 @@ class GhostNorms:
         if len(inputs) != 1:
             raise TypeError(f"model: a {type(module).__name__} got {len(inputs)} positional inputs, wanted one")
         (seen,) = inputs
-        self._uses.update(module.get_parameter(name) for name in self._learning[module])
+        self._uses.update([getattr(module, name) for name in self._learning[module]])
         if not seen.requires_grad:
             self._sources.append(output)
         output.register_hook(partial(self._take, module, seen.detach()))
@@ -176,7 +186,7 @@ class GhostNorms:
             torch.autograd.grad(total, self._sources, retain_graph=keep_graph, allow_unused=True)
         finally:
             self._recording, self._taking = True, False
-        vectors = [sums.double().square().sum(-1) for sums in self._vectors.values()]
+        vectors = [torch.cat([*self._vectors.values()], dim=1).double().square().sum(-1)] if self._vectors else []
         squares = torch.stack([*self._squares, *vectors]).sum(0)
         for products in self._products.values():
             for number, one in enumerate(products):
@@ -195,9 +205,7 @@ class GhostNorms:
         Returns:
             One for each parameter, of its dtype.
         """
-        found: dict[Tensor, Tensor] = {}
-        for parameter, sums in self._vectors.items():
-            found[parameter] = (weights.to(sums) @ sums).view_as(parameter).to(parameter.dtype)
+        found: dict[Tensor, Tensor] = self._weighted_vectors(weights)
         at: dict[int, Tensor] = {}  # by rows, of which nearly all layers have the same
         for use in self._taken:
             if id(use.rows) not in at:
@@ -207,6 +215,19 @@ class GhostNorms:
             gradient = _weighted_gradient(use, at[id(use.rows)])
             found[parameter] = found[parameter] + gradient if parameter in found else gradient
         return [found[p] if p in found else torch.zeros_like(p) for p in parameters]
+
+    def _weighted_vectors(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        if not self._vectors:
+            return {}
+        joined = torch.cat([*self._vectors.values()], dim=1)
+        weighted = weights.to(joined) @ joined
+        # Each dtype once: vectors are many and small.
+        rounded = {dtype: weighted.to(dtype) for dtype in {parameter.dtype for parameter in self._vectors}}
+        sizes = [sums.shape[1] for sums in self._vectors.values()]
+        parts = {dtype: one.split(sizes) for dtype, one in rounded.items()}
+        return {
+            parameter: parts[parameter.dtype][place].view_as(parameter) for place, parameter in enumerate(self._vectors)
+        }
 
     def _check_uses(self, total: Tensor) -> None:
         """Every way from the loss to a parameter leads through a layer that was recorded."""
@@ -230,37 +251,55 @@ class GhostNorms:
             return
         use = _Use(module, seen, gradient.detach(), self._rows_seen_by(module, seen))
         for name in self._learning[module]:
-            parameter = module.get_parameter(name)
+            parameter = getattr(module, name)
             if name == "weight" and isinstance(module, nn.Linear):
                 product = _Product(use.rows.cut(use.places(use.gradient)), use.rows.take(use.places(seen)))
             elif isinstance(module, nn.Embedding):
                 product = _Product(use.rows.take(seen.flatten()), use.rows.cut(_embedded(use)))
             else:
-                self._vector(parameter, use.rows.cut(_vectors(use, name, parameter, module in self._scales)))
+                self._vector(parameter, use.rows.sums(self._vectors_of(use, name, parameter)))
                 continue
             self._taken.append(use)
             self._matrix(parameter, product)
 
     def _rows_seen_by(self, module: nn.Module, seen: Tensor) -> _Rows:
         """Where trajectories are in what a layer saw."""
-        places = seen if isinstance(module, nn.Embedding) else seen[..., 0]
         trajectories = self._rows.trajectories
-        (batch, length), shape = tuple(trajectories.shape), tuple(places.shape)
+        shape = tuple(seen.shape if isinstance(module, nn.Embedding) else seen.shape[:-1])
+        (batch, length), places = tuple(trajectories.shape), math.prod(shape)
         if isinstance(module, nn.Linear) and len(shape) == 2 and shape[0] == batch and shape[1] < length:
             # An output layer that is asked for logits of the last positions alone.
             if shape not in self._suffixes:
                 self._suffixes[shape] = _Rows.of(trajectories[:, length - shape[1] :], self._count)
             return self._suffixes[shape]
         in_rows, flat = shape[:2] == (batch, length), shape[:1] == (batch * length,)
-        heads = places.numel() > batch * length and not isinstance(module, nn.Embedding | nn.Linear)
-        if not (in_rows or flat) or (places.numel() != batch * length and not heads):
+        heads = places > batch * length and not isinstance(module, nn.Embedding | nn.Linear)
+        if not (in_rows or flat) or (places != batch * length and not heads):
             raise ValueError(
                 f"trajectories: got {[batch, length]}, but a {type(module).__name__} saw {list(seen.shape)}"
             )
         return self._rows
 
-    def _vector(self, parameter: nn.Parameter, gradients: Tensor) -> None:
-        sums = gradients.sum(1)
+    def _vectors_of(self, use: _Use, name: str, parameter: nn.Parameter) -> Tensor:
+        """The gradient of a vector by each position, [positions, heads that a norm layer has, width]."""
+        found = use.gradient
+        if name == "weight":
+            found = self._slopes(use.module, _precise(use.seen)) * found
+        return found.reshape(use.rows.trajectories.numel(), -1, parameter.numel())
+
+    def _slopes(self, module: Any, seen: Tensor) -> Tensor:
+        """By which the weight of a norm layer is multiplied, for each row that it normalises."""
+        if isinstance(module, nn.LayerNorm):
+            return F.layer_norm(seen, module.normalized_shape, eps=module.eps)
+        if isinstance(module, nn.RMSNorm):
+            return F.rms_norm(seen, module.normalized_shape, eps=module.eps)
+        if module in self._eps:
+            return F.rms_norm(seen, seen.shape[-1:], eps=self._eps[module])
+        # What a norm layer gives is affine in its weight, with the normalised input as the slope.
+        slope = _with_weight(module, seen, 1.0)
+        return slope if module in self._scales else slope - _with_weight(module, seen, 0.0)
+
+    def _vector(self, parameter: nn.Parameter, sums: Tensor) -> None:
         self._vectors[parameter] = self._vectors[parameter] + sums if parameter in self._vectors else sums
 
     def _matrix(self, parameter: nn.Parameter, product: _Product) -> None:
@@ -279,13 +318,6 @@ def _embedded(use: _Use) -> Tensor:
     if use.module.padding_idx is None:
         return gradient
     return gradient * (use.seen.flatten() != use.module.padding_idx)[:, None]
-
-
-def _vectors(use: _Use, name: str, parameter: nn.Parameter, scales: bool) -> Tensor:
-    """The gradient of a vector by each position, [positions, width]; of a norm layer's heads the sum."""
-    gradient = _precise(use.gradient)
-    found = _weight_gradients(use.module, _precise(use.seen), gradient, scales) if name == "weight" else gradient
-    return found.reshape(use.rows.trajectories.numel(), -1, parameter.numel()).sum(1)
 
 
 def _weighted_gradient(use: _Use, weights: Tensor) -> Tensor:
@@ -318,15 +350,18 @@ def _precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _weight_gradients(module: Any, seen: Tensor, gradient: Tensor, scales: bool) -> Tensor:
-    """Of the weight of a norm layer, for each row that it normalises."""
-    if isinstance(module, nn.LayerNorm):
-        return F.layer_norm(seen, module.normalized_shape, eps=module.eps) * gradient
-    if isinstance(module, nn.RMSNorm):
-        return F.rms_norm(seen, module.normalized_shape, eps=module.eps) * gradient
-    # What a norm layer gives is affine in its weight, with the normalised input as the slope.
-    slope = _with_weight(module, seen, 1.0)
-    return (slope if scales else slope - _with_weight(module, seen, 0.0)) * gradient
+def _eps(module: nn.Module) -> float | None:
+    """Of a norm layer that normalises as PyTorch's own function does, and then multiplies; None of another one."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, float):
+        return None
+    weight = module.get_parameter("weight")
+    # Rows so small that eps counts, and large ones.
+    probe = torch.linspace(-1, 2, 2 * weight.numel(), device=weight.device).reshape(2, -1) * weight.new_tensor(
+        [[eps**0.5], [1.0]], dtype=torch.float32
+    )
+    slope = _with_weight(module, probe, 1.0) - (0 if _scales(module) else _with_weight(module, probe, 0.0))
+    return eps if torch.allclose(slope, F.rms_norm(probe, probe.shape[-1:], eps=eps), rtol=1e-5, atol=1e-6) else None
 
 
 def _scales(module: nn.Module) -> bool:

@@ -44,7 +44,8 @@ def ghost_norm_linear(inputs: Tensor, output_gradients: Tensor, lengths: Tensor 
         check_shape("lengths", lengths, (inputs.shape[0],))
         if lengths.dtype != torch.int32:
             raise TypeError(f"lengths: got {lengths.dtype}, wanted torch.int32")
-    squares: Tensor = _operation(inputs.detach(), output_gradients.detach(), lengths)
+    inputs, output_gradients = (one.detach() if one.requires_grad else one for one in (inputs, output_gradients))
+    squares: Tensor = _operation(inputs, output_gradients, lengths)
     return squares
 
 
