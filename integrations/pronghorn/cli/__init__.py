@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -65,6 +66,18 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     from pronghorn.cli.report import print_info
 
     print_info(as_json)
+
+
+@app.command()
+def seal(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint that is complete, or was changed on purpose.")],
+) -> None:
+    """Write the digests of a checkpoint's files beside them; it is then loaded only as it is now."""
+    from pronghorn.sealed import INDEX
+    from pronghorn.sealed import seal as run
+
+    run(folder)
+    typer.echo(f"{folder / INDEX}: written")
 
 
 @app.command()

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from pronghorn.transformers.disk import remove_parts, write_atomically
+from pronghorn.json_files import load_json, parse_json, save_json
+from pronghorn.tensor_files import load_tensors, opened, save_tensors
+from pronghorn.transformers.disk import remove_parts
 
+FORMAT = 2  # of both kinds of files
 SAMPLED_ELEMENTS = 1 << 16
 UNIMPORTANT = ("_name_or_path", "transformers_version", "quantization_config")  # of a model's configuration
 
@@ -51,10 +52,10 @@ class CalibrationState:
         path = directory / "fingerprint.json"
         found = json.loads(json.dumps(fingerprint()))
         if not path.exists():
-            write_atomically(path, json.dumps(found, indent=1).encode())
+            save_json(path, found, format=FORMAT)
             return
         try:
-            stored = dict(json.loads(path.read_text()))
+            stored = dict(load_json(path, newest=FORMAT))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete {directory} to start anew") from error
         differing = _differences(stored, found)
@@ -74,21 +75,20 @@ class CalibrationState:
         if path is None or not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                notes = json.loads((file.metadata() or {})["notes"])
-                tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118 - not a dict
-            return BlockResult(tensors, notes["info"]), int(notes["halvings"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            tensors, notes = load_tensors(path, newest=FORMAT)
+            if notes is None:  # of format 1
+                with opened(path) as file:
+                    notes = parse_json((file.metadata() or {})["notes"], path)
+            result = BlockResult({key: tensor.to(device) for key, tensor in tensors.items()}, dict(notes["info"]))
+            return result, int(notes["halvings"])
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it, and its block is searched again") from error
 
     def save(self, index: int, result: BlockResult, halvings: int) -> None:
         """Keep the result of a block, and how often its chunks were halved."""
         path = self._path(index)
         if path is not None:
-            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in result.tensors.items()}
-            # One entry: safetensors writes several in any order, and equal results are to be equal files.
-            notes = json.dumps({"info": result.info, "halvings": halvings})
-            write_atomically(path, save(tensors, metadata={"notes": notes}))
+            save_tensors(path, result.tensors, format=FORMAT, notes={"info": result.info, "halvings": halvings})
 
     def _path(self, index: int) -> Path | None:
         return None if self.directory is None else self.directory / f"block-{index:05d}.safetensors"

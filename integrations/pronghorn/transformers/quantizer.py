@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+
+from pronghorn.tensor_files import opened
 
 DTYPES = {
     "F64": torch.float64,
@@ -58,24 +61,43 @@ def stored_tensors(files: Iterable[str] | None) -> dict[str, StoredTensor]:
     """What a checkpoint's files hold, by name, without reading their data.
 
     Raises:
-        ValueError: a safetensors file that is truncated, or is none.
+        ValueError: a file that is truncated, or is none; or files of several folders, as an index may name them.
     """
+    files = [str(path) for path in files or ()]
+    folders = {Path(os.path.normpath(path)).parent for path in files}
+    if len(folders) > 1:
+        raise ValueError(f"{files[0]}: its index names files of other folders: {', '.join(map(str, sorted(folders)))}")
     found: dict[str, StoredTensor] = {}
-    for path in files or ():
-        if not str(path).endswith(".safetensors"):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    for path in files:
+        if not path.endswith(".safetensors"):
+            content = pickled_tensors(path)
             found |= {name: StoredTensor(tuple(value.shape), value.dtype) for name, value in content.items()}
             continue
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    part = file.get_slice(name)
-                    dtype = DTYPES.get(part.get_dtype())
-                    if dtype is not None:
-                        found[name] = StoredTensor(tuple(part.get_shape()), dtype)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                part = file.get_slice(name)
+                dtype = DTYPES.get(part.get_dtype())
+                if dtype is not None:
+                    found[name] = StoredTensor(tuple(part.get_shape()), dtype)
     return found
+
+
+def pickled_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The state dict in a file that torch saved; no code of it is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: nothing that torch can read: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{path}: not a state dict")
+    return content
 
 
 def check_stored(module_name: str, expected: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> None:

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pronghorn.tensor_files import load_tensors, save_tensors
 from pronghorn.trl.rollouts import Rollout
 
 # What a worker may tell of a sample beside TRL's metrics: rows of its group, and the weights of its last token.
 GROUP_ROWS, VERSION_END = "group_rows", "model_version_end"
 STAMPS = (GROUP_ROWS, VERSION_END)
 
+FORMAT = 2  # of the file of groups that wait
 _NUMBERS = {"rewards": torch.float64, "advantages": torch.float64, "groups": torch.int64, "versions": torch.int64,
             "version_ends": torch.int64, "prompt_lengths": torch.int64, "completion_lengths": torch.int64}  # fmt: skip
 _TOKENS = {"prompt_ids": torch.int64, "completion_ids": torch.int64, "sampled": torch.bool,
@@ -121,17 +122,17 @@ class GroupBuffer:
 
     def save(self, path: Path) -> None:
         """Write the groups that wait; what is not whole is not done, and will be made anew."""
-        save_file(_encoded([rollout for group in self.waiting for rollout in group]), path)
+        save_tensors(path, _encoded([rollout for group in self.waiting for rollout in group]), format=FORMAT)
 
     def load(self, path: Path) -> None:
         """Take up what `save` wrote.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file is damaged, or holds something else.
         """
         self._incomplete.clear()
         groups: dict[int, list[Rollout]] = {}
-        for rollout in _decoded(load_file(path), path):
+        for rollout in _decoded(load_tensors(path, newest=FORMAT)[0], path):
             groups.setdefault(rollout.group, []).append(rollout)
         self.waiting = list(groups.values())
 

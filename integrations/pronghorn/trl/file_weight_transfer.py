@@ -14,11 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from trl.experimental.async_grpo.vllm_client import VLLMClient
 
+from pronghorn.tensor_files import marked
+
 _log = logging.getLogger(__name__)
 
 EXTENSION = "pronghorn.vllm.weight_files.WeightFiles"
 CONTROL_SECONDS = 300
 SHARD_BYTES = 4 << 30
+FORMAT = 2  # of the files
 
 
 class FileWeightTransfer:
@@ -111,9 +114,13 @@ def _save(weights: Iterator[tuple[str, Tensor]], path: Path) -> set[torch.dtype]
         size += weight.nbytes
         dtypes.add(weight.dtype)
         if size >= SHARD_BYTES:
-            save_file(shard, unfinished / f"model-{number:05}.safetensors")
+            _save_shard(shard, unfinished, number)
             shard, size, number = {}, 0, number + 1
     if shard:
-        save_file(shard, unfinished / f"model-{number:05}.safetensors")
+        _save_shard(shard, unfinished, number)
     unfinished.rename(path)
     return dtypes
+
+
+def _save_shard(shard: dict[str, Tensor], folder: Path, number: int) -> None:
+    save_file(shard, folder / f"model-{number:05}.safetensors", metadata=marked(shard, format=FORMAT))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from pronghorn.json_files import load_json, save_json
+from pronghorn.tensor_files import load_tensors, save_tensors
 from pronghorn.trl.rollouts import PaddedRollouts, Rollout
 
 WEIGHTS, VERSIONS = "lagged_sampler.safetensors", "lagged_sampler.json"
+FORMAT = 2  # of both
 
 
 class LaggedSampler(TrainerCallback):
@@ -81,17 +82,31 @@ class LaggedSampler(TrainerCallback):
         """Save the copies in a folder."""
         tensors = {f"{number}.{place}": weight for number, (_, weights) in enumerate(self._snapshots)
                    for place, weight in enumerate(weights)}  # fmt: skip
-        save_file(tensors, Path(folder) / WEIGHTS)
-        (Path(folder) / VERSIONS).write_text(json.dumps([version for version, _ in self._snapshots]))
+        save_tensors(Path(folder) / WEIGHTS, tensors, format=FORMAT)
+        versions = [version for version, _ in self._snapshots]
+        save_json(Path(folder) / VERSIONS, {"versions": versions}, format=FORMAT)
 
     def load(self, folder: str | Path, model: torch.nn.Module) -> None:
         """What `save` saved.
 
         Raises:
             FileNotFoundError: the folder holds none.
+            ValueError: they are damaged, or of another model.
         """
-        versions, tensors = json.loads((Path(folder) / VERSIONS).read_text()), load_file(Path(folder) / WEIGHTS)
-        learning = _learning(model)
+        file = Path(folder) / WEIGHTS
+        learning, tensors = _learning(model), load_tensors(file, newest=FORMAT)[0]
+        versions = _versions(Path(folder) / VERSIONS)
+        wanted = {f"{number}.{place}": parameter for number in range(len(versions))
+                  for place, parameter in enumerate(learning)}  # fmt: skip
+        if set(tensors) != set(wanted):
+            raise ValueError(f"{file}: got {len(tensors)} weights, wanted {len(wanted)}, {len(versions)} of each")
+        for name, parameter in wanted.items():
+            found = tensors[name]
+            if (found.shape, found.dtype) != (parameter.shape, parameter.dtype) or not bool(found.isfinite().all()):
+                raise ValueError(
+                    f"{file}: {name}: got {found.dtype} {tuple(found.shape)}, or NaN or Inf in it, wanted finite "
+                    f"{parameter.dtype} {tuple(parameter.shape)}"
+                )
         self._snapshots.clear()
         for number, version in enumerate(versions):
             weights = [tensors[f"{number}.{place}"].to(learning[place].device) for place in range(len(learning))]
@@ -99,6 +114,14 @@ class LaggedSampler(TrainerCallback):
 
     def _keep(self, model: torch.nn.Module, version: int) -> None:
         self._snapshots.append((version, [parameter.detach().clone() for parameter in _learning(model)]))
+
+
+def _versions(path: Path) -> list[int]:
+    content = load_json(path, newest=FORMAT)
+    versions = content.get("versions") if isinstance(content, dict) else content  # a list, before there were digests
+    if not isinstance(versions, list) or not all(type(version) is int and version >= 0 for version in versions):
+        raise ValueError(f"{path}: wanted the updates that each copy of the weights had seen")
+    return versions
 
 
 def _learning(model: torch.nn.Module) -> list[torch.nn.Parameter]:

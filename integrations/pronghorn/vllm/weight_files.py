@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pronghorn.tensor_files import load_tensors
+
+FORMAT = 2  # of the newest files that are known
+
 
 class WeightFiles:
     """For `--worker-extension-cls pronghorn.vllm.weight_files.WeightFiles`; call it while the server is paused."""
@@ -14,11 +18,15 @@ class WeightFiles:
 
         Raises:
             FileNotFoundError: there are none. The model is as it was.
+            ValueError: one is damaged. The model is as it was.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        if not any(Path(path).glob("*.safetensors")):
+        files = sorted(Path(path).glob("*.safetensors"))
+        if not files:
             raise FileNotFoundError(f"{path}: no safetensors; wanted a folder that trainer and server both see")
+        for file in files:  # all of them before the first weight is replaced
+            load_tensors(file, newest=FORMAT)
         worker: Any = self
         worker.reload_weights(weights_path=path)
         if worker.model_config.hf_text_config.tie_word_embeddings:

@@ -99,12 +99,14 @@ def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path) -> None:
     from pronghorn.awq.convert import made_whole
     from pronghorn.awq.quantize import quantize_model
     from pronghorn.awq.transformers import mark_quantized
+    from pronghorn.sealed import seal
 
     quantize_model(model, config)
     mark_quantized(model, config)
     with made_whole(out, overwrite=False) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        seal(folder)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     typer.echo(f"{out}: {size / 2**20:.1f} MiB of weights, {config.bits} bits, version {config.version}")
 

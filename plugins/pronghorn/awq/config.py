@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from pronghorn.configuration import from_values
+
 METHOD = "pronghorn_awq"
 PUBLISHED_METHOD = "awq"
 BITS = (2, 3, 4, 8)
@@ -136,8 +138,10 @@ class AwqConfig:
         """Read our own or a published configuration, `quant_config.json` of older AutoAWQ included.
 
         Raises:
-            ValueError: `quant_method` is of another method.
+            ValueError: `quant_method` is of another method, or ours with settings that are not ours.
         """
+        if not isinstance(config_dict, Mapping):
+            raise TypeError(f"quantization_config: got {type(config_dict).__name__}, wanted an object")
         given = {ALIASES.get(key, key): value for key, value in {**config_dict, **kwargs}.items()}
         method = given.pop("quant_method", METHOD)
         if method not in (METHOD, PUBLISHED_METHOD):
@@ -147,7 +151,10 @@ class AwqConfig:
         if "version" not in given and given.get("bits", 4) != 4:
             given["version"] = "natural"
         known = {field.name for field in dataclasses.fields(cls)}
-        config = cls(**{key: value for key, value in given.items() if key in known})
+        unknown = sorted({ALIASES.get(key, key) for key in config_dict} - known - {"quant_method"})
+        if unknown and config_dict.get("quant_method") == METHOD:  # others' have settings of their own
+            raise ValueError(f"{', '.join(map(repr, unknown))}: no setting of {METHOD}; a newer Pronghorn may know it")
+        config = from_values(cls, {key: value for key, value in given.items() if key in known})
         unused = {key: value for key, value in kwargs.items() if ALIASES.get(key, key) not in known}
         return (config, unused) if return_unused_kwargs else config
 

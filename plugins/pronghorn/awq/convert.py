@@ -11,14 +11,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.awq.config import AwqConfig
+from pronghorn.json_files import parse_json
 from pronghorn.kernels.dequantize_weight.layouts import pack, unpack
+from pronghorn.sealed import INDEX as SEAL
+from pronghorn.sealed import check_seal, seal
+from pronghorn.tensor_files import opened
 
 PICKLED = (".bin", ".pt")
 PACKED = ("qweight", "qzeros", "scaled_zeros", "scales")
@@ -55,6 +57,7 @@ def convert_checkpoint(
         raise FileExistsError(f"{target} exists; give overwrite=True to replace it")
     if target.resolve() in (source.resolve(), *source.resolve().parents):
         raise ValueError(f"target: {target} is or holds the source, which would be lost")
+    check_seal(source)
     model_config, old = _read_config(source)
     new = AwqConfig.from_dict({**old.to_dict(), "version": version})
     files = _weight_files(source)
@@ -74,6 +77,7 @@ def convert_checkpoint(
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         model_config["quantization_config"] = new.to_dict()
         (folder / "config.json").write_text(json.dumps(model_config, indent=2, sort_keys=True) + "\n")
+        seal(folder)
     return new
 
 
@@ -88,14 +92,20 @@ def read_awq_config(folder: str | os.PathLike[str]) -> AwqConfig:
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], AwqConfig]:
     path = folder / "config.json"
-    model_config = json.loads(path.read_text()) if path.is_file() else {}
+    model_config = parse_json(path.read_bytes(), path) if path.is_file() else {}
+    if not isinstance(model_config, dict):
+        raise ValueError(f"{path}: got {type(model_config).__name__}, wanted an object")
     found = model_config.get("quantization_config")
     for side_file in ("quant_config.json", "quantize_config.json"):
         if found is None and (folder / side_file).is_file():
-            found = json.loads((folder / side_file).read_text())
+            path = folder / side_file
+            found = parse_json(path.read_bytes(), path)
     if found is None:
         raise ValueError(f"{folder}: no quantization_config in config.json and no quant_config.json")
-    return model_config, AwqConfig.from_dict(found)
+    try:
+        return model_config, AwqConfig.from_dict(found)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -144,6 +154,8 @@ def _repack(parts: Mapping[str, Tensor], old: AwqConfig, new: AwqConfig) -> dict
         columns = named["scales"].shape[0] * old.group_size  # the words may be padded
     if not bool(named["scales"].isfinite().all()):
         raise ValueError("scales: hold NaN or Inf")
+    if bool((named["scales"] < 0).any()):
+        raise ValueError("scales: hold negative numbers")
     how: dict[str, Any] = {"bits": old.bits, "group_size": old.group_size}
     unpacked = unpack(named, layout=old.layout, out_features=rows, in_features=columns, **how)
     packed = pack(*unpacked, layout=new.layout, **how)
@@ -168,16 +180,12 @@ def _features(qweight: Tensor, layout: str, bits: int) -> tuple[int, int]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Mapping[str, Tensor]]:
     if path.suffix in PICKLED:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise ValueError(f"{path}: not a state dict")
-        yield content
+        from pronghorn.transformers.quantizer import pickled_tensors
+
+        yield pickled_tensors(path)
         return
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield _LazyTensors(file)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    with opened(path) as file:
+        yield _LazyTensors(file)
 
 
 class _LazyTensors(Mapping[str, Tensor]):
@@ -204,7 +212,7 @@ def _copy_rest(source: Path, folder: Path) -> None:
     """Tokenizer, generation settings and the like; not weights, their index, or configurations that are rewritten."""
     for path in source.iterdir():
         weights = path.suffix in (".safetensors", *PICKLED) or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name not in ("config.json", "quant_config.json"):
+        if path.is_file() and not weights and path.name not in ("config.json", "quant_config.json", SEAL):
             shutil.copy2(path, folder / path.name)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from pronghorn.awq.config import AwqConfig
 from pronghorn.awq.scaling import apply_scale
 from pronghorn.awq.selection import quantizable_linears
 from pronghorn.awq.tracing import ScaleGroup, trace_scale_groups
+
+FORMAT = 2  # of the file, with a digest
 
 if TYPE_CHECKING:
     from pronghorn.transformers.calibration import BlockInputs, BlockResult, CalibrationPlan, CalibrationRunner
@@ -38,18 +40,15 @@ class SearchResult:
     report: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write llm-awq's format: a `.pt` with lists "scale" and "clip" (and our "report", which others ignore)."""
+        """Write llm-awq's format: a `.pt` with lists "scale" and "clip"; others ignore our "report" and the digest."""
+        from pronghorn.atomic import write_atomically
+
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                torch.save({"scale": self.scale, "clip": self.clip, "report": self.report}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:
-                Path(file.name).unlink()
-                raise
-        Path(file.name).replace(path)
+        file = io.BytesIO()
+        held = {"scale": self.scale, "clip": self.clip, "report": self.report}
+        torch.save({**held, "format": FORMAT, "sha256": self._digest(FORMAT)}, file)
+        write_atomically(path, file.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SearchResult:
@@ -66,8 +65,41 @@ class SearchResult:
             raise ValueError(f"{path} is not a search result that torch can read: {error}") from error
         if not isinstance(content, dict) or not {"scale", "clip"} <= content.keys():
             raise ValueError(f"{path} is not an AWQ search result: it must hold a dict with 'scale' and 'clip'")
-        scale = [(prev, tuple(linears), tensor) for prev, linears, tensor in content["scale"]]
-        return cls(scale, [(name, tensor) for name, tensor in content["clip"]], list(content.get("report", [])))
+        try:
+            scale = [(prev, tuple(linears), tensor) for prev, linears, tensor in content["scale"]]
+            result = cls(scale, [(name, tensor) for name, tensor in content["clip"]], list(content.get("report", [])))
+            result._check_entries()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not an AWQ search result: {error}") from error
+        if "sha256" in content:
+            from pronghorn.json_files import check_format, damaged
+
+            check_format(content.get("format"), path, FORMAT)
+            if content["sha256"] != result._digest(content["format"]):
+                raise ValueError(damaged(path))
+        return result
+
+    def _digest(self, format: int) -> str:
+        from pronghorn.tensor_files import digest_of
+
+        tensors = {f"scale.{index}": scale for index, (_, _, scale) in enumerate(self.scale)}
+        tensors |= {f"clip.{index}": maximum for index, (_, maximum) in enumerate(self.clip)}
+        names = [[(prev, list(linears)) for prev, linears, _ in self.scale], [name for name, _ in self.clip]]
+        return digest_of(tensors, [names, self.report], format)
+
+    def _check_entries(self) -> None:
+        named = [(prev, linears, scale) for prev, linears, scale in self.scale]
+        named += [(name, (name,), maximum) for name, maximum in self.clip]
+        for name, linears, tensor in named:
+            if not isinstance(name, str) or not linears or not all(isinstance(linear, str) for linear in linears):
+                raise ValueError(f"got {name!r} and {linears!r}, wanted names of modules")
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                raise ValueError(f"{name}: wanted a tensor of numbers")
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name}: holds NaN or Inf")
+        for name, _, scale in self.scale:
+            if not bool((scale > 0).all()):
+                raise ValueError(f"scale of {name}: holds numbers that are not positive")
 
     def apply(self, model: nn.Module) -> None:
         """Scale and clip the weights of a full-precision model in place; the scales alone leave its function as it is.
@@ -101,9 +133,14 @@ class SearchResult:
                 raise ValueError(
                     f"clip of {name}: shape {tuple(maximum.shape)} does not fit a [{rows}, {columns}] weight"
                 )
-        for name, tensor in [(prev, scale) for prev, _, scale in self.scale] + self.clip:
-            if not bool(tensor.isfinite().all()):
-                raise ValueError(f"search result of {name} holds NaN or Inf")
+        for prev, linears, scale in self.scale:
+            for name in linears:
+                weight = getattr(modules[name], "weight", None)
+                if isinstance(weight, Tensor) and weight.dim() == 2 and scale.shape != weight.shape[1:]:
+                    raise ValueError(
+                        f"scale of {prev}: shape {tuple(scale.shape)}, but {name} has {weight.shape[1]} inputs"
+                    )
+        self._check_entries()
 
 
 class AwqSearch:

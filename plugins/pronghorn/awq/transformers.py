@@ -53,14 +53,18 @@ class AwqQuantizer(HfQuantizer):
         self._stored: dict[str, StoredTensor] = {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from pronghorn.sealed import check_seal
         from pronghorn.transformers.quantizer import check_stored, stored_tensors
 
         config = self.quantization_config
-        self._stored = stored_tensors(kwargs.get("checkpoint_files"))
+        files = kwargs.get("checkpoint_files")
+        self._stored = stored_tensors(files)
         # Older checkpoints have their configuration in a side file, which transformers does not read; users give it.
         self.pre_quantized |= any(name.endswith(".qweight") for name in self._stored)
         if not self.pre_quantized:
             return
+        for folder in {Path(path).parent for path in files or ()}:
+            check_seal(folder)
         if "scaled_zeros" in {name.rsplit(".", 1)[-1] for name in self._stored} and config.layout == "gemv_fast":
             config.version = "llm-awq"
         with torch.device("meta"):

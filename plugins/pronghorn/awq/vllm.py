@@ -129,6 +129,10 @@ class VllmAwqConfig(QuantizationConfig):
             return
         from vllm.transformers_utils.config import get_safetensors_params_metadata
 
+        from pronghorn.sealed import check_seal
+
+        check_seal(model_name)  # of a folder; what came from the Hub has no seal beside it
+
         stored = get_safetensors_params_metadata(model_name, revision=revision)
         whole = {name.removesuffix(".weight") for name in stored if name.endswith(".weight")}
         packed = {name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")}

@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
+from pronghorn.configuration import from_values
+
 RES, EVIT = "ResBlock", "EfficientViTBlock"
 BLOCKS = (RES, EVIT)
 DOWNSAMPLES, UPSAMPLES = ("pixel_unshuffle", "conv"), ("pixel_shuffle", "interpolate")
 NORMS, ACTIVATIONS = ("rms_norm", "batch_norm"), ("silu", "relu")
 WIDTHS = (128, 256, 512, 512, 1024, 1024)
+WIDEST, DEEPEST = 1 << 16, 1 << 10  # channels and blocks, far beyond what was ever made
 RATIO_OF_SHUFFLE = 4  # channels that pixel (un)shuffling by 2 trades for places
 
 
@@ -76,8 +79,8 @@ class DCAEConfig:
         for field in fields(self):  # JSON and diffusers give lists
             object.__setattr__(self, field.name, _tuple(getattr(self, field.name)))
         for name in ("in_channels", "latent_channels", "attention_head_dim"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted a positive number")
+            if not _counts((getattr(self, name),), WIDEST):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted 1 to {WIDEST}")
         for name in ("encoder_out_shortcut", "decoder_in_shortcut", "stage_shortcuts"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted True or False")
@@ -90,7 +93,7 @@ class DCAEConfig:
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, accepted are {', '.join(accepted)}")
         self._check_shortcuts()
-        if not _counts(self.latent_channels_list) or max(self.latent_channels_list, default=0) > self.latent_channels:
+        if not _counts(self.latent_channels_list, self.latent_channels):
             raise ValueError(
                 f"latent_channels_list: got {self.latent_channels_list}, wanted numbers up to {self.latent_channels}"
             )
@@ -111,13 +114,15 @@ class DCAEConfig:
             if unknown:
                 raise ValueError(f"{name}: got {unknown[0]!r}, accepted are {', '.join(accepted or ())}")
         name = f"{side}_block_out_channels"
-        if not _counts(getattr(self, name)):
-            raise ValueError(f"{name}: got {getattr(self, name)}, wanted positive numbers")
+        if not _counts(getattr(self, name), WIDEST):
+            raise ValueError(f"{name}: got {getattr(self, name)}, wanted numbers from 1 to {WIDEST}")
         layers = getattr(self, f"{side}_layers_per_block")
-        if not _counts(layers[1:]) or (layers[0] != 0 and not _counts(layers[:1])):
-            raise ValueError(f"{side}_layers_per_block: got {layers}, wanted blocks in every stage but the first")
+        if not _counts(layers[1:], DEEPEST) or (layers[0] != 0 and not _counts(layers[:1], DEEPEST)):
+            raise ValueError(
+                f"{side}_layers_per_block: got {layers}, wanted 1 to {DEEPEST} blocks in every stage but the first"
+            )
         for scales in getattr(self, f"{side}_qkv_multiscales"):
-            if not _counts(scales) or any(size % 2 == 0 for size in scales):
+            if not _counts(scales, WIDEST) or any(size % 2 == 0 for size in scales):
                 raise ValueError(f"{side}_qkv_multiscales: got {scales!r}, wanted odd kernel sizes for each stage")
 
     def _check_shortcuts(self) -> None:
@@ -148,17 +153,14 @@ class DCAEConfig:
         """From what `to_dict` gave.
 
         Raises:
-            ValueError: there are other names.
+            ValueError, TypeError: there are other names, or values that are none.
         """
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))}: no setting of DCAEConfig")
-        return cls(**values)
+        return from_values(cls, values)
 
 
-def _counts(values: Any) -> bool:
-    """Whether these are positive whole numbers, or none."""
-    return isinstance(values, tuple) and all(type(value) is int and value > 0 for value in values)
+def _counts(values: Any, most: int) -> bool:
+    """Whether these are whole numbers from 1 to `most`, or none."""
+    return isinstance(values, tuple) and all(type(value) is int and 0 < value <= most for value in values)
 
 
 def _tuple(value: Any) -> Any:

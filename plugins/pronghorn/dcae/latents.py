@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -14,6 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.dcae.images import find_images, load_image
+from pronghorn.json_files import damaged
+
+MARK = b"sha256"  # after the array, before its digest
+DIGEST_BYTES = len(MARK) + 32
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,30 @@ def latent_statistics(latents: Iterable[Tensor]) -> LatentStatistics:
     std = (square / count - mean.square()).clamp_min(0).sqrt()
     scale = float((square.sum() / (count * len(square))).rsqrt())
     return LatentStatistics(scale, tuple(mean.tolist()), tuple(std.tolist()), count)
+
+
+def read_latent(path: Path) -> Tensor:
+    """A latent that `dump_latents` wrote, or any other `.npy` file; ours end with a digest, which NumPy passes over.
+
+    Returns:
+        [channels, height, width], as it was stored.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
+    """
+    content = path.read_bytes()
+    array, mark, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES : -DIGEST_BYTES + len(MARK)], content[-32:]
+    if mark == MARK and hashlib.sha256(array).digest() != digest:
+        raise ValueError(damaged(path))
+    try:
+        latent = torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
+    except (ValueError, TypeError, OSError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
+        raise ValueError(f"{path}: no latent that NumPy can read: {error}") from error
+    if latent.dim() != 3 or not latent.is_floating_point() or not bool(latent.isfinite().all()):
+        raise ValueError(
+            f"{path}: is {tuple(latent.shape)} {latent.dtype}, wanted finite numbers [channels, height, width]"
+        )
+    return latent
 
 
 @torch.no_grad()
@@ -110,7 +140,9 @@ def dump_latents(
 
 def _write(path: Path, values: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    file = io.BytesIO()
+    np.save(file, values)
+    content = file.getvalue()
     partial = path.with_suffix(f".{os.getpid()}.part")
-    with partial.open("wb") as file:
-        np.save(file, values)
+    partial.write_bytes(content + MARK + hashlib.sha256(content).digest())
     partial.replace(path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
+
+from pronghorn.configuration import from_values
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -93,9 +95,6 @@ class Recipe:
         """From what `to_dict` gave.
 
         Raises:
-            ValueError: there are other names.
+            ValueError, TypeError: there are other names, or values that are none.
         """
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))}: no setting of {cls.__name__}")
-        return cls(**values)
+        return from_values(cls, values)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from pronghorn.configuration import from_values
 from pronghorn.duoattention.pattern import Pattern, checked_gates, load_pattern, save_pattern, threshold_gates
 
 KV_BITS = (16, 8, 4)
@@ -121,7 +122,8 @@ class DuoAttentionConfig:
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> DuoAttentionConfig:
         """What `save_pretrained` wrote."""
         pattern = load_pattern(folder)
-        return cls.from_dict({**pattern.settings, "gates": pattern.gates})
+        known = {field.name for field in dataclasses.fields(cls)}  # the authors' file holds their training's arguments
+        return cls(**{name: value for name, value in pattern.settings.items() if name in known}, gates=pattern.gates)
 
     def to_dict(self) -> dict[str, Any]:
         """All attributes, for JSON."""
@@ -133,9 +135,12 @@ class DuoAttentionConfig:
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> DuoAttentionConfig:
-        """Read `to_dict`; what else stands there, as in the authors' files, is left out."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in config_dict.items() if name in known})
+        """From what `to_dict` gave.
+
+        Raises:
+            ValueError, TypeError: there are other names, or values that are none.
+        """
+        return from_values(cls, config_dict)
 
 
 def _check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:

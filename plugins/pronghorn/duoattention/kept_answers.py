@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pronghorn.json_files import load_json, save_json
+
+FORMAT = 2
+
 
 class KeptAnswers:
     """A JSON file of answers, written as a whole after each.
@@ -24,8 +28,8 @@ class KeptAnswers:
         if not path.exists():
             return
         try:
-            content = json.loads(path.read_text())
-            stored, self._answers = content["settings"], content["answers"]
+            content = load_json(path, newest=FORMAT)
+            stored, self._answers = dict(content["settings"]), dict(content["answers"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it to start anew") from error
         differing = [name for name in {**stored, **self._settings} if stored.get(name) != self._settings.get(name)]
@@ -38,8 +42,5 @@ class KeptAnswers:
 
     def keep(self, name: str, answer: str) -> None:
         """Add an answer."""
-        from pronghorn.transformers.disk import write_atomically
-
         self._answers[name] = answer
-        content = {"settings": self._settings, "answers": self._answers}
-        write_atomically(self._path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        save_json(self._path, {"settings": self._settings, "answers": self._answers}, format=FORMAT)

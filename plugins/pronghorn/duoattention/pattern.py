@@ -11,7 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from pronghorn.atomic import write_atomically
+from pronghorn.json_files import checked_json, marked_json, parse_json
+
 GATES, SETTINGS = "full_attention_heads.tsv", "config.json"
+MARK, FORMAT = "pronghorn", 2  # in the settings: format and digest of both files
 TIE_NOISE = 1e-6  # added before ranking, so that the seed decides between equal gates
 
 
@@ -44,7 +48,11 @@ def load_pattern(pattern: str | os.PathLike[str]) -> Pattern:
             f"pattern: no {GATES} in {folder}; published patterns are {', '.join(published_patterns())}"
         )
     rows = []
-    for number, line in enumerate((folder / GATES).read_text().splitlines(), 1):
+    try:
+        table = (folder / GATES).read_text()
+    except ValueError as error:
+        raise ValueError(f"{folder / GATES}: is no text: {error}") from None
+    for number, line in enumerate(table.splitlines(), 1):
         try:
             rows.append([float(cell) for cell in line.split("\t")])
         except ValueError:
@@ -54,24 +62,26 @@ def load_pattern(pattern: str | os.PathLike[str]) -> Pattern:
     gates = checked_gates(rows, str(folder / GATES))
     if not (folder / SETTINGS).is_file():
         return Pattern(gates)
-    try:
-        settings = json.loads((folder / SETTINGS).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / SETTINGS}: is not JSON: {error}") from None
+    settings = parse_json((folder / SETTINGS).read_bytes(), folder / SETTINGS)
     if not isinstance(settings, dict):
         raise ValueError(f"{folder / SETTINGS}: got {type(settings).__name__}, wanted an object")
+    if MARK in settings:
+        mark = settings.pop(MARK)
+        held = checked_json({**(mark if isinstance(mark, dict) else {}), "settings": settings, "gates": table},
+                            folder / SETTINGS, newest=FORMAT)  # fmt: skip
+        settings = held["settings"]
     return Pattern(gates, settings)
 
 
 def save_pattern(pattern: Pattern, folder: str | os.PathLike[str]) -> None:
-    """Write a pattern's folder; each file is there as a whole or not at all."""
-    from pronghorn.transformers.disk import write_atomically
-
+    """Write a pattern's folder; each file is there whole or not at all, and a digest tells that they are a pair."""
     lines = ["\t".join(f"{gate:.18e}" for gate in row) for row in checked_gates(pattern.gates)]
+    table, settings = "\n".join(lines) + "\n", json.loads(json.dumps(pattern.settings))
+    mark = marked_json({}, format=FORMAT, settings=settings, gates=table)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / SETTINGS, (json.dumps(pattern.settings, indent=2) + "\n").encode())
-    write_atomically(target / GATES, ("\n".join(lines) + "\n").encode())
+    write_atomically(target / SETTINGS, (json.dumps({**settings, MARK: mark}, indent=2) + "\n").encode())
+    write_atomically(target / GATES, table.encode())
 
 
 def threshold_gates(

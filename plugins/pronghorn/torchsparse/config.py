@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from pronghorn.configuration import from_values
 
 IMPLICIT_GEMM, GATHER_SCATTER, FETCH_ON_DEMAND = "implicit_gemm", "gather_scatter", "fetch_on_demand"
 DATAFLOWS = (IMPLICIT_GEMM, GATHER_SCATTER, FETCH_ON_DEMAND)
@@ -68,9 +70,6 @@ class ConvConfig:
         """From what `to_dict` gave.
 
         Raises:
-            ValueError: there are other names.
+            ValueError, TypeError: there are other names, or values that are none.
         """
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))}: no setting of ConvConfig")
-        return cls(**values)
+        return from_values(cls, values)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from pronghorn.json_files import load_json, save_json
 from pronghorn.torchsparse.config import DATAFLOWS, FETCH_ON_DEMAND, GATHER_SCATTER, IMPLICIT_GEMM, ConvConfig
 from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.fusion import FusedConvolution
@@ -27,6 +26,7 @@ SPLITS = (1, 2, 3, 4)
 TYPICAL_SPLITS = 3
 EPSILONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 THRESHOLDS = (0, *range(5000, 25001, 2500))
+FORMAT = 2  # of the file of plans
 WARM_UP = 10  # runs before the first that is timed
 OUTLIER = 5  # times the mean: something else ran
 Group = tuple[Any, ...]
@@ -72,7 +72,7 @@ def tune(
         The configuration of each layer, by name.
 
     Raises:
-        ValueError: no samples, no convolution with a map, or an unknown dataflow.
+        ValueError: no samples, no convolution with a map, an unknown dataflow, or a damaged file.
 
     Source: Tang et al. (MICRO 2023), section 4.
     """
@@ -89,7 +89,7 @@ def tune(
     known = {} if force_retune else _load(cache).get(where, {})
     names = {name: _text(group) for group, layers in groups.items() for name in layers}
     if all(group in known for group in names.values()):
-        found = {_text(group): ConvConfig.from_dict(known[_text(group)]) for group in groups}
+        found = {_text(group): _config(known[_text(group)], cache, where) for group in groups}
     else:
         run = _Run(model, samples, tune_with_bwd, graph)
         found = _search(run, groups, list(dataflow_range), verbose, dataflow_prune)
@@ -275,8 +275,18 @@ def _load(cache: str | Path | None) -> dict[str, Any]:
     path = None if cache is None else Path(cache)
     if path is None or not path.exists():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
+    content = load_json(path, newest=FORMAT)
+    plans = content.get("plans", content) if isinstance(content, dict) else None
+    if not isinstance(plans, dict) or not all(isinstance(plan, dict) for plan in plans.values()):
+        raise ValueError(f"{path}: wanted what `tune` wrote: configurations by device and by group of layers")
+    return plans
+
+
+def _config(values: Any, cache: Any, where: str) -> ConvConfig:
+    try:
+        return ConvConfig.from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{cache}: {where}: {error}; delete the file, or set force_retune") from error
 
 
 def _save(cache: str | Path | None, where: str, found: dict[str, ConvConfig]) -> None:
@@ -285,6 +295,4 @@ def _save(cache: str | Path | None, where: str, found: dict[str, ConvConfig]) ->
     path, content = Path(cache), _load(cache)
     content.setdefault(where, {}).update({group: config.to_dict() for group, config in found.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(f"{path.suffix}.{os.getpid()}")
-    written.write_text(json.dumps(content, indent=1) + "\n")
-    written.replace(path)
+    save_json(path, {"plans": content}, format=FORMAT)

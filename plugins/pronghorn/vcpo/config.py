@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from pronghorn.configuration import from_values
 
 OFF, GROUP, MINIBATCH = "off", "group", "minibatch"
 PAPER, EXACT, REFERENCE = "paper", "exact", "reference"
@@ -133,12 +135,9 @@ class VCPOSettings:
         """From what `to_dict` gave.
 
         Raises:
-            ValueError: there are other names.
+            ValueError, TypeError: there are other names, or values that are none.
         """
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))}: no setting of VCPOSettings")
-        return cls(**values)
+        return from_values(cls, values)
 
 
 def _positive(value: Any) -> bool:

@@ -134,8 +134,15 @@ class ReferenceESS:
         return {"ess_ema": self._mean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
-        self._mean = state["ess_ema"]
+        """What `state_dict` gave.
+
+        Raises:
+            KeyError, ValueError: it gave something else.
+        """
+        mean = state["ess_ema"]
+        if mean is not None and (isinstance(mean, bool) or not isinstance(mean, int | float) or not 0 <= mean <= 1):
+            raise ValueError(f"ess_ema: got {mean!r}, wanted a share of samples or None")
+        self._mean = mean
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import logging
 import math
 import numbers
 import os
+import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 _log = logging.getLogger(__name__)
 
 STEPS_FILE, TRAJECTORIES_FILE = "vcpo_steps.jsonl", "vcpo_stats.jsonl"
+CHECKSUM = "crc32"  # of the line before it
 NAME, WHOLE, REAL = "a name", "a whole number", "a number"
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # JSON has no such numbers; these words are what Python's float() reads
 
@@ -244,22 +246,38 @@ def _lines(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
             place = f"{path}, line {number}"
             try:
                 row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
-                if end < size:
+                if end < size or line.endswith(b"\n"):
                     raise ValueError(f"{place}: got {line[:40]!r}, wanted an object of JSON")
                 _log.warning("%s is torn, as by a crash, and left out", place)
                 return
+            if not _is_whole(line, row):
+                raise ValueError(f"{place}: damaged: it does not say what was written")
             yield place, end, row
 
 
 def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    content = "".join(encoded(row) + "\n" for row in rows).encode()
+    content = "".join(_with_checksum(encoded(row)) + "\n" for row in rows).encode()
     with path.open("ab") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _with_checksum(line: str) -> str:
+    """A line with a CRC-32 of what it says as its last key: a digit that has changed is no other number."""
+    return f'{line[:-1]}, "{CHECKSUM}": {zlib.crc32(line.encode())}}}'
+
+
+def _is_whole(line: bytes, row: dict[str, Any]) -> bool:
+    """Whether a line says what was written; older ones have no checksum, and are believed."""
+    if CHECKSUM not in row:
+        return True
+    said = row.pop(CHECKSUM)
+    content = line.rstrip(b"\n").removesuffix(f', "{CHECKSUM}": {said}}}'.encode()) + b"}"
+    return bool(type(said) is int and zlib.crc32(content) == said)
 
 
 def encoded(values: Any) -> str:

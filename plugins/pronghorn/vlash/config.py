@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from pronghorn.configuration import from_values
 
 SYNC, NAIVE, RTC, RTC_FULL, VLASH = "sync", "naive", "rtc", "rtc_full", "vlash"
 LAST_ACTION, SUM_DELTA, DELTA_MASKED, MEASURED = "last_action", "sum_delta", "delta_masked", "measured"
@@ -156,12 +158,9 @@ class VLASHSettings:
         """From what `to_dict` gave.
 
         Raises:
-            ValueError: there are other names.
+            ValueError, TypeError: there are other names, or values that are none.
         """
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))}: no setting of VLASHSettings")
-        return cls(**values)
+        return from_values(cls, values)
 
 
 def _is_integer(value: Any, least: int) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pronghorn.json_files import load_json, save_json
 from pronghorn.vlash.chunks import Observation, Policy
 from pronghorn.vlash.config import SYNC, VLASHSettings
 from pronghorn.vlash.estimators import StateEstimator
@@ -246,9 +247,7 @@ def _smoothness(actions: Tensor, begins: list[int], steps: Tensor, settings: VLA
 def write_rows(path: Path, task: Task, rows: Sequence[SweepRow]) -> None:
     """JSON, all at once: {"task", "about", "rows"}."""
     content = {"task": task.name, "about": task.about(), "rows": [row.to_dict() for row in rows]}
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    save_json(path, content, format=FORMAT)
 
 
 def read_rows(path: Path, task: Task) -> list[SweepRow]:
@@ -260,7 +259,7 @@ def read_rows(path: Path, task: Task) -> list[SweepRow]:
     if not path.exists():
         return []
     try:
-        content = json.loads(path.read_text())
+        content = load_json(path, newest=FORMAT)
         rows = [SweepRow(**row) for row in content["rows"]]
         of = content["task"], content["about"]
     except (ValueError, KeyError, TypeError) as error:
@@ -270,6 +269,7 @@ def read_rows(path: Path, task: Task) -> list[SweepRow]:
     return rows
 
 
+FORMAT = 2  # of the file of rows
 PANELS = {
     "success": "success", "seconds": "seconds an episode", "stall_seconds": "seconds standing still",
     "reaction_worst": "reaction latency, s", "boundary_jump": "jump between chunks", "jerk": "jerk, 1/s³",

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pronghorn.tensor_files import load_tensors, save_tensors
 from pronghorn.vlash.chunks import ChunkRequest, Observation
 from pronghorn.vlash.config import NAIVE, RTC, RTC_FULL, SUM_DELTA, SYNC, VLASH, VLASHSettings
 from pronghorn.vlash.flow import integrate, interpolate, target
@@ -19,6 +19,7 @@ from pronghorn.vlash.guidance import guided_velocity
 from pronghorn.vlash.offsets import apply_offset, draw_offsets
 from pronghorn.vlash.sweep import Method
 
+FORMAT = 2  # of a policy's file
 REACH = 0.12  # the most that the robot moves in a step, each way
 SPEED = 0.06  # of the target, in a step
 GAIN = 0.8  # of the way that the expert goes in a step
@@ -317,11 +318,20 @@ class TrackingTask:
         path = self._folder and self._folder / f"tracking-{training}-{self._train_steps}-{seed}.safetensors"
         if path and path.exists():
             policy = FlowPolicy(delay_conditioning=training == TOLD).eval()
-            policy.load_state_dict(load_file(path))
+            weights, _ = load_tensors(path, newest=FORMAT)
+            wanted = policy.state_dict()
+            wrong = sorted(set(weights) ^ set(wanted)) or sorted(
+                name for name, weight in weights.items()
+                if (weight.shape, weight.dtype) != (wanted[name].shape, wanted[name].dtype)
+                or not bool(weight.isfinite().all())
+            )  # fmt: skip
+            if wrong:
+                raise ValueError(f"{path}: {wrong[0]}: missing, unknown, of another shape, or not finite")
+            policy.load_state_dict(weights)
         else:
             policy = train(**_TRAININGS[training], steps=self._train_steps, seed=seed)
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_file(policy.state_dict(), path)
+                save_tensors(path, policy.state_dict(), format=FORMAT)
         self._policies[training, seed] = policy
         return policy

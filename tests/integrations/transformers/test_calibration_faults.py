@@ -14,6 +14,7 @@ from tests.faults.fail_at_call import FailAtCall
 from tests.faults.limited_disk import limited_disk
 from tests.models import CONFIGS, tiny_model, token_ids
 
+from pronghorn.json_files import load_json, save_json
 from pronghorn.transformers.activation_store import ActivationStore
 from pronghorn.transformers.calibration import BlockResult, CalibrationRunner
 from pronghorn.transformers.disk import write_atomically
@@ -231,7 +232,7 @@ def test_another_run_is_not_continued(tmp_path):
 def test_another_version_does_not_continue_a_run(tmp_path, library):
     run(state_dir=tmp_path)
     path = tmp_path / "fingerprint.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), library: "0.0"}))
+    save_json(path, {**load_json(path, newest=2), library: "0.0"}, format=2)
     with pytest.raises(ValueError, match=f"differ: {library}"):
         run(state_dir=tmp_path)
 

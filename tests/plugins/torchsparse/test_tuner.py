@@ -64,7 +64,7 @@ def test_the_fastest_is_found_and_kept(dataflow, clock, tmp_path):
     assert model[0].config == best
     assert model[2].config is None  # it has no map
     torch.testing.assert_close(model(tensor()).feats, wanted, rtol=1e-5, atol=1e-5)
-    assert set(json.loads(cache.read_text())["cpu, float32"]) == set(GROUPS)
+    assert set(json.loads(cache.read_text())["plans"]["cpu, float32"]) == set(GROUPS)
     clock["seconds"] = lambda config: pytest.fail("tuned again")
     again = network()
     assert ts.tune(again, [tensor()], cache=cache, verbose=False) == found

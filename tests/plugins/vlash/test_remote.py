@@ -103,14 +103,14 @@ def test_two_robots_get_their_own_chunks(serve, connect):
 
 
 def test_other_versions_are_told_so(serve, monkeypatch, connect):
-    code, details = raw(serve(), message({"version": 2}))
+    code, details = raw(serve(), message({"version": 3}))
     assert code == "FAILED_PRECONDITION"
     assert "same Pronghorn" in details
-    newer = pack("description", {"policy": ""}, {}).replace(b'\\"version\\": 1', b'\\"version\\": 2')
-    with pytest.raises(VersionError, match="got 2, wanted 1"):
+    newer = pack("description", {"policy": ""}, {}).replace(b'\\"version\\": 2', b'\\"version\\": 3')
+    with pytest.raises(VersionError, match="got 3, wanted 2"):
         unpack(newer, "description", ())
     monkeypatch.setattr(PolicyServer, "_describe", lambda *ignored: newer)
-    with PolicyServer(ramp, DESCRIPTION) as other, pytest.raises(PolicyError, match="got 2, wanted 1"):
+    with PolicyServer(ramp, DESCRIPTION) as other, pytest.raises(PolicyError, match="got 3, wanted 2"):
         connect(other)
 
 

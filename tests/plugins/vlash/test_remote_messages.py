@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from tests.plugins.vlash.remote_calls import DESCRIPTION, IMAGE, SETTINGS, message, ramp, raw, request_of
 
-from pronghorn.vlash.remote import Description, MessageError, PolicyServer, messages
+from pronghorn.vlash.remote import Description, MessageError, PolicyServer, container, messages
 from pronghorn.vlash.remote.container import pack
 from pronghorn.vlash.remote.messages import pack_chunk, pack_request, unpack_chunk, unpack_request
 
@@ -118,10 +118,13 @@ def test_the_server_refuses(server, name):
     assert reason in details
 
 
-def test_jpeg_of_another_size_is_refused():
+def test_jpeg_of_another_size_is_refused(monkeypatch):
     pytest.importorskip("PIL")
     sent = pack_request(request_of(), jpeg_quality=90)
     assert unpack_request(sent).observation.content["camera"].shape == (8, 10, 3)
+    checksum = container._checksum
+    monkeypatch.setattr(container, "_checksum", lambda header, tensors: checksum({**header, "jpeg": {}}, tensors))
+    sent = pack_request(request_of(), jpeg_quality=90)
     with pytest.raises(MessageError, match=r"camera: got RGB \(10, 8\), wanted RGB \(8, 10\)"):
         unpack_request(sent.replace(b"[8, 10, 3]", b"[10, 8, 3]"))
 

@@ -12,7 +12,6 @@ from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC as Diffus
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # diffusers loads parts of pipelines by it
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,15 +19,19 @@ from pronghorn.dcae.config import DCAEConfig, published
 from pronghorn.dcae.convert import to_diffusers, to_efficientvit
 from pronghorn.dcae.diffusers.checkpointing import CheckpointedStage
 from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
+from pronghorn.dcae.diffusers.whole_checkpoints import WholeCheckpoints, check_numbers
+from pronghorn.json_files import parse_json
+from pronghorn.tensor_files import load_tensors, save_tensors
 
 WEIGHTS = "model.safetensors"
+FORMAT = 2  # of those that we write
 OURS = ("latent_channels_list", "stage_shortcuts")  # settings that diffusers' class lacks
 PER_STAGE = (
     "encoder_block_types", "decoder_block_types", "decoder_norm_types", "decoder_act_fns",
 )  # what diffusers also takes as one name for all stages  # fmt: skip
 
 
-class AutoencoderDC(DiffusersAutoencoderDC):
+class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[misc]  # both define config_name
     """A deep compression autoencoder, loaded and saved as diffusers' own, which also loads what this one saves.
 
     `enable_gradient_checkpointing` works: blocks are computed twice, and batch norms count images once.
@@ -135,11 +138,17 @@ class AutoencoderDC(DiffusersAutoencoderDC):
             named = path / "config.json"
             if not named.is_file():
                 raise ValueError(f"config: got None, and there is no {named} that names the model")
-            config = str(json.loads(named.read_text()).get("model_name"))
+            described = parse_json(named.read_bytes(), named)
+            config = str(described.get("model_name") if isinstance(described, dict) else None)
         model = cls(**(published(config) if isinstance(config, str) else config).to_dict())
-        state = to_diffusers(_read(path / WEIGHTS if path.is_dir() else path))
-        _check_weights(state, model.state_dict())
+        file = path / WEIGHTS if path.is_dir() else path
+        try:
+            state = to_diffusers(_read(file))
+            _check_weights(state, model.state_dict())
+        except ValueError as error:
+            raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
         model.load_state_dict(state)
+        check_numbers(model, file)
         return model
 
     def save_efficientvit(self, folder: str | Path, *, model_name: str) -> None:
@@ -152,7 +161,7 @@ class AutoencoderDC(DiffusersAutoencoderDC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = to_efficientvit(self.state_dict(), self.architecture)
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+        save_tensors(folder / WEIGHTS, state, format=FORMAT)
         (folder / "config.json").write_text(json.dumps({"model_name": model_name}) + "\n")
 
     def encode(
@@ -214,19 +223,27 @@ class AutoencoderDC(DiffusersAutoencoderDC):
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return load_tensors(path, newest=FORMAT)[0]
     if path.suffix not in (".pt", ".pth"):
         raise ValueError(f"path: got {path}, accepted are a folder, .safetensors, .pt and .pth")
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    state: dict[str, Tensor] = content.get("state_dict", content)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: nothing that torch can read: {error}") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds no weights by name")
     return state
 
 
 def _check_weights(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """As `load_state_dict` does, but a ValueError that also tells shapes."""
     missing, left = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-    other = [f"{name}: {tuple(state[name].shape)} for {tuple(wanted[name].shape)}"
-             for name in sorted(set(state) & set(wanted)) if state[name].shape != wanted[name].shape]  # fmt: skip
+    other = [f"{name}: {tuple(state[name].shape)} {state[name].dtype} for {tuple(wanted[name].shape)}"
+             for name in sorted(set(state) & set(wanted)) if state[name].shape != wanted[name].shape
+             or state[name].is_floating_point() != wanted[name].is_floating_point()]  # fmt: skip
     if missing or left or other:
         raise ValueError(
             f"weights: {len(missing)} are missing ({missing[:2]}), {len(left)} left over ({left[:2]}), "

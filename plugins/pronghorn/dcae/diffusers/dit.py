@@ -10,12 +10,14 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # diffuser
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import nn
 
+from pronghorn.dcae.diffusers.whole_checkpoints import WholeCheckpoints, check_sizes
+
 TIME_CHANNELS = 256
 # Blocks, channels and heads of the published sizes.
 DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
-class DiT2DModel(DiTTransformer2DModel):
+class DiT2DModel(WholeCheckpoints, DiTTransformer2DModel):  # type: ignore[misc]  # both of its bases define config_name
     """The noise in latents at a time and of a class, and how certain it is; the defaults are DiT-XL's on f32 latents.
 
     diffusers' `DiTTransformer2DModel`, save that:
@@ -69,6 +71,7 @@ class DiT2DModel(DiTTransformer2DModel):
         norm_elementwise_affine: bool = False,
         norm_eps: float = 1e-6,
     ) -> None:
+        check_sizes(num_layers=num_layers, num_attention_heads=num_attention_heads, sample_size=sample_size)
         if patch_size < 1 or sample_size % patch_size:
             raise ValueError(f"patch_size: got {patch_size}, wanted a divisor of {sample_size}")
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from diffusers import AutoModel
 
 from pronghorn.dcae.config import DCAEConfig, published
 from pronghorn.dcae.diffusers.autoencoder import AutoencoderDC
+from pronghorn.json_files import parse_json
 
 
 def load_dcae(model: str | Path, *, config: DCAEConfig | str | None = None) -> AutoencoderDC:
@@ -42,7 +42,10 @@ def start_dcae(model: str, *, config: str | None = None) -> AutoencoderDC:
     """
     path = Path(model)
     if path.is_file() and path.suffix == ".json":
-        return AutoencoderDC(**DCAEConfig.from_dict(json.loads(path.read_text())).to_dict())
+        try:
+            return AutoencoderDC(**DCAEConfig.from_dict(parse_json(path.read_bytes(), path)).to_dict())
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
     if path.exists() or "/" in model:
         return load_dcae(model, config=config)
     # What was published is the scaling factor of other weights' latents.
@@ -68,4 +71,4 @@ def load_autoencoder(model: str | Path) -> Any:
 
 def _is_official(path: Path) -> bool:
     described = path / "config.json"
-    return path.is_file() or (described.is_file() and "model_name" in json.loads(described.read_text()))
+    return path.is_file() or (described.is_file() and "model_name" in parse_json(described.read_bytes(), described))

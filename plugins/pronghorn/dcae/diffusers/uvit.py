@@ -12,11 +12,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pronghorn.dcae.diffusers.whole_checkpoints import WholeCheckpoints, check_sizes
+
 # Blocks, channels and heads of the published sizes.
 SIZES = {"S": (12, 512, 8), "H": (28, 1152, 16), "2B": (28, 2048, 32)}
 
 
-class UViT2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
+class UViT2DModel(WholeCheckpoints, ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases define config_name
     """Noise, or a velocity, of latents at a time and of a class.
 
     Parameters have the official code's names.
@@ -54,6 +56,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both bases 
         upcast_attention: bool = True,
     ) -> None:
         super().__init__()
+        check_sizes(depth=depth, num_attention_heads=num_attention_heads, sample_size=sample_size)
         for name, many, few in (("patch_size", sample_size, patch_size),
                                 ("num_attention_heads", hidden_size, num_attention_heads)):  # fmt: skip
             if few < 1 or many % few:

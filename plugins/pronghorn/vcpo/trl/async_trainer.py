@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_grpo_trainer import _TrainBeginCallback
 
+from pronghorn.json_files import load_json, save_json
 from pronghorn.trl.async_rollouts import Position
 from pronghorn.trl.devices import any_device
 from pronghorn.trl.group_stream import GroupSource, RolloutError, StepLoader, StepTotals
@@ -24,6 +24,7 @@ from pronghorn.vcpo.trl.learner import Learner, load_state, save_state
 
 WAITING = "waiting_rollouts.safetensors"
 STATE = "rollout_state.json"  # TRL's, whose keys it has beside ours
+FORMAT = 2
 
 
 class AsyncVCPOTrainer(AsyncGRPOTrainer):
@@ -158,7 +159,7 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
                 "prompt_index": position.first, "beyond": sorted(position.beyond), "trained": self.rollouts.trained,
                 "dropped": self.rollouts.dropped, "model_version": self.model_version,
             }  # fmt: skip
-            (folder / STATE).write_text(json.dumps(state))
+            save_json(folder / STATE, state, format=FORMAT)
         super(AsyncGRPOTrainer, self)._save_checkpoint(model, trial)  # TRL's would write a state that knows less
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -169,10 +170,23 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
         folder = Path(checkpoint)
         load_state(folder, self._learner.scaling)
         if self.rollouts is not None:
-            state = json.loads((folder / STATE).read_text())
+            state = _rollout_state(folder / STATE)
             position = Position(state["prompt_index"], set(state["beyond"]))
             self.rollouts.start(position, state["trained"], state["dropped"])
             self.rollouts.buffer.load(folder / WAITING)
             self._groups_before_resume = state["trained"]
             self.model_version = state["model_version"]
             self.rollout_worker.update_model_version(self.model_version)
+
+
+def _rollout_state(path: Path) -> dict[str, Any]:
+    state = load_json(path, newest=FORMAT)
+    numbers = ("prompt_index", "trained", "dropped", "model_version")
+    whole = isinstance(state, dict) and all(_is_count(state.get(name)) for name in numbers)
+    if not whole or not isinstance(state.get("beyond"), list) or not all(map(_is_count, state["beyond"])):
+        raise ValueError(f"{path}: wanted beyond, a list of prompts, and {', '.join(numbers)}, all whole numbers")
+    return dict(state)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pronghorn.json_files import load_json, save_json
 from pronghorn.trl.rollouts import PaddedRollouts, Rollout
 from pronghorn.vcpo.config import GHOST
 from pronghorn.vcpo.ess import MinibatchESS
@@ -25,7 +25,7 @@ from pronghorn.vcpo.records import RunRecords
 from pronghorn.vcpo.step import trajectory_stats
 from pronghorn.vcpo.trl.scaling import ESSScaling
 
-STATE = "vcpo_state.json"
+STATE, FORMAT = "vcpo_state.json", 2
 
 
 class Learner:
@@ -200,17 +200,24 @@ def _norm(gradients: Sequence[Tensor]) -> float:
 
 def save_state(folder: Path, scaling: ESSScaling, **state: Any) -> None:
     """Write into a checkpoint what a run that goes on needs to know, and what else the trainer keeps."""
-    (folder / STATE).write_text(json.dumps({**scaling.reference.state_dict(), **state}))
+    save_json(folder / STATE, {**scaling.reference.state_dict(), **state}, format=FORMAT)
 
 
-def load_state(folder: Path, scaling: ESSScaling) -> dict[str, Any]:
-    """Take up what `save_state` wrote, and give it back.
+def load_state(folder: Path, scaling: ESSScaling, **wanted: type) -> dict[str, Any]:
+    """Take up what `save_state` wrote, and give it back, in which there are to be values of these types.
 
     Raises:
         FileNotFoundError: the checkpoint is not one of this method.
+        ValueError: the file is damaged.
     """
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    scaling.reference.load_state_dict(state)
+    state: dict[str, Any] = load_json(folder / STATE, newest=FORMAT)
+    try:
+        wrong = [name for name, kind in wanted.items() if type(state[name]) is not kind]
+        if wrong:
+            raise ValueError(f"{wrong[0]}: got {state[wrong[0]]!r}")
+        scaling.reference.load_state_dict(state)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / STATE}: no state of this method's training: {error!r}") from error
     return state
 
 

@@ -109,7 +109,7 @@ class VCPOTrainer(GroupedRollouts):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._generations = load_state(Path(checkpoint), self.scaling)["generations"]
+        self._generations = load_state(Path(checkpoint), self.scaling, generations=int)["generations"]
         if self.lagged_sampler is not None:
             self.lagged_sampler.load(checkpoint, self.accelerator.unwrap_model(self.model))
 

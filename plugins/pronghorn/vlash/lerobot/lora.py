@@ -11,10 +11,11 @@ import torch
 from lerobot.policies import PreTrainedPolicy
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FILE = "adapter_model.safetensors"
+from pronghorn.tensor_files import load_tensors, save_tensors
+
+FILE, FORMAT = "adapter_model.safetensors", 2
 ADAPTER = "default"
 # How PEFT's own files name what is inside of a PeftModel.
 PEFT_PREFIX = "base_model.model."
@@ -90,7 +91,7 @@ def adapt(
         # PEFT keeps adapters of a bfloat16 layer in float32.
         layer.to(layer.base_layer.weight.dtype)
     if saved is not None:
-        _go_on(policy, load_file(saved / FILE))
+        _go_on(policy, load_tensors(saved / FILE, newest=FORMAT)[0])
     if quantization is not None:
         for layer in _layers(policy).values():
             _quantize(layer, quantization)
@@ -101,7 +102,7 @@ def save_adapters(policy: PreTrainedPolicy, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     policy.peft_config[ADAPTER].save_pretrained(str(folder))
     weights = get_peft_model_state_dict(policy)
-    save_file({PEFT_PREFIX + name: value.contiguous() for name, value in weights.items()}, folder / FILE)
+    save_tensors(folder / FILE, {PEFT_PREFIX + name: value for name, value in weights.items()}, format=FORMAT)
 
 
 def merged(policy: PreTrainedPolicy, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
-from safetensors.torch import load_file
 from torch import Tensor
 
+from pronghorn.sealed import check_seal, seal
+from pronghorn.tensor_files import read_tensors
 from pronghorn.vlash.chunks import ChunkRequest, Observation
 from pronghorn.vlash.config import AUTO, RTC, RTC_FULL, VLASH
 from pronghorn.vlash.estimators import state_estimator
@@ -34,6 +35,7 @@ from pronghorn.vlash.pi.fusion import unfuse_state_dict
 logger = logging.getLogger(__name__)
 
 MEAN = "mean"
+SEALED = ("*.safetensors", "config.json", f"{PROCESSORS}/*", f"{ADAPTERS}/*")
 
 
 class VLASHPolicy(PreTrainedPolicy):
@@ -125,6 +127,7 @@ class VLASHPolicy(PreTrainedPolicy):
             ValueError: it holds another policy, or its weights do not fit.
         """
         folder = checkpoint_folder(pretrained_name_or_path, revision)
+        check_seal(folder)
         policy = super().from_pretrained(
             pretrained_name_or_path, config=config, revision=revision, checkpoint=folder, **kwargs
         )
@@ -135,7 +138,7 @@ class VLASHPolicy(PreTrainedPolicy):
     def _load_as_safetensor(cls, model: VLASHPolicy, model_file: str, map_location: str, strict: bool) -> VLASHPolicy:
         # Layers that a checkpoint was not trained with, but that are now asked for, begin without effect.
         added = set() if model._pi is None else {f"base.{name}" for name in model._pi.added}
-        load_state(model, load_file(model_file), model_file, optional=added)
+        load_state(model, read_tensors(model_file), model_file, optional=added)
         return model
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -148,6 +151,7 @@ class VLASHPolicy(PreTrainedPolicy):
             state_dict = unfuse_state_dict(state_dict or self.state_dict())
         super()._save_pretrained(save_directory, state_dict)
         self.processors.save(save_directory / PROCESSORS)
+        seal(save_directory, SEALED)
 
     def _prepare(self) -> None:
         if self._pi is not None:

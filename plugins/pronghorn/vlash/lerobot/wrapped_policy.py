@@ -10,8 +10,9 @@ from huggingface_hub import hf_hub_download
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import PreTrainedPolicy, get_policy_class
 from lerobot.utils.constants import ACTION
-from safetensors.torch import load_file
 from torch import Tensor
+
+from pronghorn.tensor_files import read_tensors
 
 WEIGHTS = "model.safetensors"
 PREFIX = "model."
@@ -61,7 +62,7 @@ def load_weights(policy: PreTrainedPolicy, path: str) -> None:
     file = local / WEIGHTS if local.is_dir() else Path(hf_hub_download(path, WEIGHTS))
     if not file.is_file():
         raise FileNotFoundError(f"base_path: there is no {WEIGHTS} in {path}")
-    load_state(policy, _named_alike(policy, load_file(file)), path)
+    load_state(policy, _named_alike(policy, read_tensors(file)), path)
 
 
 def load_state(policy: PreTrainedPolicy, given: dict[str, Tensor], path: str, optional: Collection[str] = ()) -> None:
@@ -89,6 +90,9 @@ def load_state(policy: PreTrainedPolicy, given: dict[str, Tensor], path: str, op
             f"the weights in {path} do not fit: {len(missing)} are missing ({_some(missing)}), {len(unknown)} are "
             f"unknown ({_some(unknown)}), {len(shapes)} have other shapes ({_some(shapes)})"
         )
+    poisoned = [name for name, value in given.items() if not bool(value.isfinite().all())]
+    if poisoned:
+        raise ValueError(f"the weights in {path} hold NaN or Inf: {_some(poisoned)}")
     policy.load_state_dict(given, strict=False)
 
 

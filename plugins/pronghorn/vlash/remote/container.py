@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Collection
 from typing import Any
 
@@ -11,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-VERSION = 1
-METADATA, KEY = "__metadata__", "vlash"
+VERSION = 2
+METADATA, KEY, CHECKSUM = "__metadata__", "vlash", "crc32"
 LENGTH_BYTES, HEADER_BYTES, TENSORS = 8, 2**20, 64
 DTYPES = (torch.float32, torch.uint8, torch.int64, torch.bool)
 
@@ -40,8 +41,9 @@ def pack(kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> bytes
         _check(name, tensor)
     if len(tensors) > TENSORS:
         raise MessageError(f"message: got {len(tensors)} tensors, wanted at most {TENSORS}")
-    metadata = {KEY: json.dumps({"version": VERSION, "kind": kind, **header})}
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    said = {"version": VERSION, "kind": kind, **header}
+    return save(held, {KEY: json.dumps({**said, CHECKSUM: _checksum(said, held)})})
 
 
 def unpack(data: bytes, kind: str, fields: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -57,6 +59,7 @@ def unpack(data: bytes, kind: str, fields: Collection[str]) -> tuple[dict[str, A
         MessageError: it is no message, of another kind, or has other fields.
     """
     header = _json(_metadata(data))
+    checksum, said = header.pop(CHECKSUM, None), dict(header)
     version = header.pop("version", None)
     if version != VERSION:
         raise VersionError(f"version: got {version!r}, wanted {VERSION}; run the same Pronghorn on both machines")
@@ -73,7 +76,19 @@ def unpack(data: bytes, kind: str, fields: Collection[str]) -> tuple[dict[str, A
         raise MessageError(f"message: got {len(tensors)} tensors, wanted at most {TENSORS}")
     for name, tensor in tensors.items():
         _check(name, tensor)
+    if checksum is not None and checksum != _checksum(said, tensors):
+        raise MessageError("message: damaged on its way: it is not what its checksum says")
     return header, tensors
+
+
+def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> int:
+    """CRC-32 of all that a message says."""
+    found = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        content: Any = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        found = zlib.crc32(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode(), found)
+        found = zlib.crc32(memoryview(content), found)
+    return found
 
 
 def _metadata(data: bytes) -> str:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from pronghorn.dcae.crops import ENDLESS
 from pronghorn.dcae.diffusers.training.loop import MODEL, Loop
 from pronghorn.dcae.diffusion import DiffusionConfig
+from pronghorn.dcae.latents import read_latent
 
 
 class Latents(Dataset[tuple[Tensor, int]]):
@@ -43,10 +44,7 @@ class Latents(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         turn, place = divmod(index, len(self.paths))
         which = int(self._order(turn)[place])
-        latent = torch.from_numpy(np.load(self.paths[which]))
-        if latent.dim() != 3 or not latent.isfinite().all():
-            raise ValueError(f"{self.paths[which]}: is {tuple(latent.shape)}, wanted finite [channels, height, width]")
-        return latent, self.labels[which]
+        return read_latent(self.paths[which]), self.labels[which]
 
     def _shuffled(self, turn: int) -> np.ndarray:
         return np.random.default_rng([self.seed, turn]).permutation(len(self.paths))

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from pronghorn.json_files import parse_json
+from pronghorn.sealed import check_seal, seal
+
 CHECKPOINTS, LOG, CONFIG, MODEL = "checkpoints", "log.jsonl", "config.json", "model"
 KEPT = 2  # checkpoints
 # Settings that may differ when training goes on.
@@ -160,7 +163,9 @@ class Loop:
                 self.output.mkdir(parents=True, exist_ok=True)
                 _write(path, json.dumps(wanted, indent=1) + "\n")
             return
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_bytes(), path)
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: got {type(found).__name__}, wanted the settings of a training")
         here = json.loads(json.dumps(wanted))
         other = [f"{name} was {found.get(name)!r} and is {here.get(name)!r}"
                  for name in sorted({*found, *here} - {*FREE}) if found.get(name) != here.get(name)]  # fmt: skip
@@ -176,6 +181,7 @@ class Loop:
         self.accelerator.save_state(str(unfinished))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            seal(unfinished, ("**/*",))
             if finished.exists():
                 shutil.rmtree(finished)
             unfinished.rename(finished)
@@ -185,6 +191,7 @@ class Loop:
     def _resume(self) -> None:
         found = self._checkpoints()
         if found:
+            check_seal(found[-1])
             self.accelerator.load_state(str(found[-1]))
 
     def _checkpoints(self) -> list[Path]:
