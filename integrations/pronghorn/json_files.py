@@ -68,7 +68,7 @@ def load_json(path: Path, *, newest: int) -> Any:
         ValueError: it is damaged, or its format is newer.
     """
     content = parse_json(path.read_bytes(), path)
-    if not isinstance(content, dict) or DIGEST not in content:
+    if not isinstance(content, dict) or (DIGEST not in content and type(content.get(FORMAT)) is not int):
         return content
     return checked_json(content, path, newest=newest)
 
@@ -82,7 +82,7 @@ def checked_json(content: dict[str, Any], name: str | os.PathLike[str], *, newes
     held = {key: value for key, value in content.items() if key not in (FORMAT, DIGEST)}
     format = content.get(FORMAT)
     check_format(format, name, newest)
-    if content[DIGEST] != _digest_of_json(held, format):
+    if content.get(DIGEST) != _digest_of_json(held, format):
         raise ValueError(damaged(name))
     return held
 

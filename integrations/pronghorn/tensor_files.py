@@ -70,7 +70,7 @@ def load_tensors(path: Path, *, newest: int) -> tuple[dict[str, Tensor], Any]:
     check_format(mark.get(FORMAT), path, newest)
     if mark.get(DIGEST) != digest_of(tensors, mark.get("notes"), mark[FORMAT]):
         raise ValueError(damaged(path))
-    return tensors, mark["notes"]
+    return tensors, mark.get("notes")
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 _log = logging.getLogger(__name__)
 
 STEPS_FILE, TRAJECTORIES_FILE = "vcpo_steps.jsonl", "vcpo_stats.jsonl"
+BEGINNING = b'{"step": '
 CHECKSUM = "crc32"  # of the line before it
 NAME, WHOLE, REAL = "a name", "a whole number", "a number"
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # JSON has no such numbers; these words are what Python's float() reads
@@ -200,7 +201,14 @@ def _tables(folder: Path) -> tuple[_Table, _Table]:
     steps = _read(folder / STEPS_FILE, STEP_KEYS)  # first: a run that goes on writes its trajectories first
     trajectories = _read(folder / TRAJECTORIES_FILE, TRAJECTORY_KEYS)
     named, owners = steps.steps(), trajectories.steps()
-    unknown = np.setdiff1d(owners[owners <= (named[-1] if len(named) else -1)], named)
+    last = named[-1] if len(named) else -1
+    begun = np.unique(owners[owners > last])
+    if len(begun) > 1:
+        raise ValueError(
+            f"{folder / STEPS_FILE}: ends with step {last}, {TRAJECTORIES_FILE} goes on to step {begun[-1]}; a crash "
+            "leaves one step without its line, not more"
+        )
+    unknown = np.setdiff1d(owners[owners <= last], named)
     if len(unknown):
         raise ValueError(f"{folder / TRAJECTORIES_FILE}: step {unknown[0]} has no line in {STEPS_FILE}")
     found = np.searchsorted(owners, named, side="right") - np.searchsorted(owners, named, side="left")
@@ -249,7 +257,8 @@ def _lines(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
-                if end < size or line.endswith(b"\n"):
+                # An append that was cut off leaves the beginning of a line, and nothing else.
+                if end < size or line.endswith(b"\n") or not line.startswith(BEGINNING[: len(line)]):
                     raise ValueError(f"{place}: got {line[:40]!r}, wanted an object of JSON")
                 _log.warning("%s is torn, as by a crash, and left out", place)
                 return

@@ -13,18 +13,17 @@ from transformers.trainer_utils import SaveStrategy
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_grpo_trainer import _TrainBeginCallback
 
-from pronghorn.json_files import load_json, save_json
+from pronghorn.json_files import save_json
 from pronghorn.trl.async_rollouts import Position
 from pronghorn.trl.devices import any_device
 from pronghorn.trl.group_stream import GroupSource, RolloutError, StepLoader, StepTotals
 from pronghorn.trl.group_worker import GroupWorker
 from pronghorn.trl.rollouts import Rollout
 from pronghorn.vcpo.trl.async_config import AsyncVCPOConfig
-from pronghorn.vcpo.trl.learner import Learner, load_state, save_state
+from pronghorn.vcpo.trl.learner import FORMAT, Learner, load_rollout_state, load_state, save_state
 
 WAITING = "waiting_rollouts.safetensors"
 STATE = "rollout_state.json"  # TRL's, whose keys it has beside ours
-FORMAT = 2
 
 
 class AsyncVCPOTrainer(AsyncGRPOTrainer):
@@ -170,23 +169,10 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
         folder = Path(checkpoint)
         load_state(folder, self._learner.scaling)
         if self.rollouts is not None:
-            state = _rollout_state(folder / STATE)
+            state = load_rollout_state(folder / STATE)
             position = Position(state["prompt_index"], set(state["beyond"]))
             self.rollouts.start(position, state["trained"], state["dropped"])
             self.rollouts.buffer.load(folder / WAITING)
             self._groups_before_resume = state["trained"]
             self.model_version = state["model_version"]
             self.rollout_worker.update_model_version(self.model_version)
-
-
-def _rollout_state(path: Path) -> dict[str, Any]:
-    state = load_json(path, newest=FORMAT)
-    numbers = ("prompt_index", "trained", "dropped", "model_version")
-    whole = isinstance(state, dict) and all(_is_count(state.get(name)) for name in numbers)
-    if not whole or not isinstance(state.get("beyond"), list) or not all(map(_is_count, state["beyond"])):
-        raise ValueError(f"{path}: wanted beyond, a list of prompts, and {', '.join(numbers)}, all whole numbers")
-    return dict(state)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0

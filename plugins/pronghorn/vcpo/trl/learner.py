@@ -221,6 +221,25 @@ def load_state(folder: Path, scaling: ESSScaling, **wanted: type) -> dict[str, A
     return state
 
 
+def load_rollout_state(path: Path) -> dict[str, Any]:
+    """What an asynchronous trainer wrote of its place among the prompts, and of what it has counted.
+
+    Raises:
+        FileNotFoundError: the checkpoint is not one of this method.
+        ValueError: the file is damaged.
+    """
+    state = load_json(path, newest=FORMAT)
+    counts = ("prompt_index", "trained", "dropped", "model_version")
+    whole = isinstance(state, dict) and all(_is_count(state.get(name)) for name in counts)
+    if not whole or not isinstance(state.get("beyond"), list) or not all(map(_is_count, state["beyond"])):
+        raise ValueError(f"{path}: wanted beyond, a list of prompts, and {', '.join(counts)}, all whole numbers")
+    return {name: state[name] for name in ("beyond", *counts)}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
 def minibatch_of(rollouts: Sequence[Rollout]) -> Minibatch:
     """What the method must know of some rollouts, padded; zeros stand for log-probabilities of the learner itself.
 
