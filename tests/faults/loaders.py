@@ -21,7 +21,8 @@ class Loader:
         write: makes the files in a folder that is there.
         read: what is loaded of them; raises where that is not what was written.
         files: what it reads, as patterns below the folder.
-        unnamed: of those, what errors cannot name: a message, and what the host reads before any code of ours.
+        unnamed: of those, what errors need not name: a message, and what the host reads before any code of ours, whose
+            errors are its own.
         warns: whether an end that a crash may have cut off is left out, which is logged at WARNING.
         vllm: whether it imports vLLM.
         slow: whether a load takes too long for many of them in the push run.
@@ -75,7 +76,7 @@ def _awq_checkpoint(folder: Path) -> None:
     "config.json",
     "*.index.json",
     "pronghorn.json",
-    unnamed=("*.index.json",),
+    unnamed=("*.index.json", "config.json"),
     slow=True,
 )
 class AwqInTransformers:

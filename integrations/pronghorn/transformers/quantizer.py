@@ -126,8 +126,21 @@ def check_stored(module_name: str, expected: Mapping[str, torch.Tensor], stored:
             )
 
 
+def check_shapes(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """Raise ValueError if a tensor that a model has under the same name is of another shape, or no floating point."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found = stored.get(name)
+        if found is not None and (
+            found.shape != tuple(tensor.shape) or found.dtype.is_floating_point != tensor.is_floating_point()
+        ):
+            raise ValueError(
+                f"{name}: the checkpoint has {found.dtype} {found.shape}, its configuration means {tensor.dtype} "
+                f"{tuple(tensor.shape)}"
+            )
+
+
 def check_loaded(model: nn.Module) -> None:
-    """Raise ValueError naming the tensors that the checkpoint did not have; transformers would make them up."""
+    """Raise ValueError naming tensors that the checkpoint did not have (transformers made them up), or NaN and Inf."""
     missing = [
         name
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -137,6 +150,9 @@ def check_loaded(model: nn.Module) -> None:
         raise ValueError(
             f"the checkpoint of {type(model).__name__} lacks {len(missing)} tensors, such as {missing[0]!r}"
         )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name}: holds NaN or Inf")
 
 
 def tokenizer_of(model: Any) -> Any:

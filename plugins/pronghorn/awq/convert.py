@@ -150,14 +150,18 @@ def _repack(parts: Mapping[str, Tensor], old: AwqConfig, new: AwqConfig) -> dict
     rows, columns = _features(named["qweight"], old.layout, old.bits)
     if "scales" not in named:
         raise ValueError("scales: missing")
+    if not named["scales"].is_floating_point():
+        raise ValueError(f"scales: got {named['scales'].dtype}, wanted numbers of floating point")
     if old.layout == "natural" and old.group_size != -1:
         columns = named["scales"].shape[0] * old.group_size  # the words may be padded
     if not bool(named["scales"].isfinite().all()):
         raise ValueError("scales: hold NaN or Inf")
-    if bool((named["scales"] < 0).any()):
-        raise ValueError("scales: hold negative numbers")
     how: dict[str, Any] = {"bits": old.bits, "group_size": old.group_size}
     unpacked = unpack(named, layout=old.layout, out_features=rows, in_features=columns, **how)
+    if not bool((unpacked[1] > 0).all()):
+        raise ValueError("scales: hold numbers that are not positive")
+    if int(unpacked[2].max()) >> old.bits:
+        raise ValueError(f"qzeros: a zero point above {2**old.bits - 1}")
     packed = pack(*unpacked, layout=new.layout, **how)
     if new.version == "llm-awq":
         packed["scaled_zeros"] = packed.pop("qzeros")

@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from pronghorn.awq.config import METHOD, PUBLISHED_METHOD, AwqConfig
 from pronghorn.awq.layers import AwqLinear, ScaledActivation
 from pronghorn.awq.quantize import check_linear, decoder_linears, quantize_model
+from pronghorn.kernels.dequantize_weight.layouts import unpack_scales
 
 if TYPE_CHECKING:
     from pronghorn.transformers.quantizer import StoredTensor
@@ -54,7 +55,7 @@ class AwqQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from pronghorn.sealed import check_seal
-        from pronghorn.transformers.quantizer import check_stored, stored_tensors
+        from pronghorn.transformers.quantizer import check_shapes, check_stored, stored_tensors
 
         config = self.quantization_config
         files = kwargs.get("checkpoint_files")
@@ -80,6 +81,7 @@ class AwqQuantizer(HfQuantizer):
                 check_stored(name, packed.state_dict(), self._stored)
                 model.set_submodule(name, packed)
             self._restore_scaled_activations(model)
+        check_shapes(model, self._stored)
 
     def _restore_scaled_activations(self, model: PreTrainedModel) -> None:
         modules = dict(model.named_modules())
@@ -200,6 +202,9 @@ def check_packed(name: str, module: AwqLinear) -> None:
     scales = module.scales
     if not bool(scales.isfinite().all()) or bool((scales < 0).any()):
         raise ValueError(f"{name}.scales: holds NaN, Inf or negative numbers")
+    groups = module.in_features // module.group_size
+    if not bool((unpack_scales(scales, layout=module.layout, groups=groups) > 0).all()):  # but in what is padded
+        raise ValueError(f"{name}.scales: holds zeros")
     if module.bias is not None and not bool(module.bias.isfinite().all()):
         raise ValueError(f"{name}.bias: holds NaN or Inf")
     zeros = module.packed_tensors().get("qzeros")

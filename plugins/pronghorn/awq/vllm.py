@@ -316,8 +316,8 @@ class AwqLinearMethod(LinearMethodBase):
             lacking = sorted(name for name in wanted if layer.awq_loaded.get(name, set()) != shards)
             if lacking:
                 raise ValueError(f"{_name_of(layer)}.{lacking[0]}: the checkpoint lacks it, or a part of it")
-            if bool((scales < 0).any()):
-                raise ValueError(f"{_name_of(layer)}.scales: holds negative numbers")
+            if bool((scales <= 0).any()):
+                raise ValueError(f"{_name_of(layer)}.scales: holds zeros or negative numbers")
         if not bool(scales.isfinite().all()):
             raise ValueError(f"{_name_of(layer)}.scales: the checkpoint lacks them, or they hold NaN or Inf")
 

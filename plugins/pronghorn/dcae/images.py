@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+# What Pillow raises of damaged files, beside what it documents.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, Image.DecompressionBombError)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -48,15 +51,17 @@ def load_image(path: str | Path, *, size: int | None = None, multiple: int = 1) 
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An image file in RGB.
+    """An image file in RGB, as Pillow converts it: what is transparent has its colour, an animation its first picture.
 
     Raises:
-        ValueError: it cannot be read as an image.
+        ValueError: it cannot be read as an image, has more pixels than Pillow takes, or more than 8 bits a channel.
     """
     try:
         with Image.open(path) as opened:
+            if opened.mode[:1] in ("I", "F"):  # Pillow would cut what is beyond 255
+                raise ValueError(f"its mode is {opened.mode}; wanted 8 bits for each channel")
             return opened.convert("RGB")
-    except OSError as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
 
 
@@ -73,6 +78,8 @@ def to_image(x: Tensor) -> Image.Image:
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:
+    if min(image.size) < 1:
+        raise ValueError(f"image: is {image.size[0]} x {image.size[1]}, wanted at least one pixel")
     while min(image.size) >= 2 * size:
         image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -69,8 +69,9 @@ class PhaseConfig(Recipe):
         super().__post_init__()
         self._check_whole(1, "resolution")
         self._check_whole(0, "middle_blocks", "head_blocks", "discriminator_start", "channel_samples")
-        self._check_number("l1_weight", "perceptual_weight", "adversarial_weight")
-        if not self.zoom >= 1:
+        self._check_number("l1_weight", "perceptual_weight", "adversarial_weight", "zoom")
+        self._check_switch("adaptive")
+        if self.zoom < 1:
             raise ValueError(f"zoom: got {self.zoom!r}, wanted at least 1")
         for name, phase in (("middle_blocks", MIDDLE), ("head_blocks", HEAD)):
             if getattr(self, name) and self.phase != phase:

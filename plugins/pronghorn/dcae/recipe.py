@@ -67,6 +67,7 @@ class Recipe:
         self._check_whole(1, "steps", "batch_size", "gradient_accumulation_steps")
         self._check_whole(0, "warmup_steps", "evaluate_every", "save_every", "workers", "seed")
         self._check_number("learning_rate", "weight_decay", "max_grad_norm")
+        self._check_switch("gradient_checkpointing")
         if len(self.betas or ()) != 2 or not all(0 <= beta < 1 for beta in self.betas or ()):
             raise ValueError(f"betas: got {self.betas}, wanted two numbers from 0 to below 1")
         if not 0 <= self.ema_decay < 1:
@@ -79,6 +80,11 @@ class Recipe:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}: got {value!r}, wanted a whole number of at least {least}")
+
+    def _check_switch(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted True or False")
 
     def _check_number(self, *names: str) -> None:
         for name in names:

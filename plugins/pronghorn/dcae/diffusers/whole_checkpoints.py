@@ -9,7 +9,8 @@ from typing import Any, Self
 from safetensors import SafetensorError
 from torch import nn
 
-from pronghorn.sealed import check_seal, seal
+from pronghorn.sealed import WEIGHTS, check_seal, seal
+from pronghorn.tensor_files import opened
 
 LARGEST = 1024
 
@@ -42,9 +43,21 @@ class WholeCheckpoints:
         wrong = [f"{len(names)} {kind} ({names[0]})" for kind, names in _wrong(info).items() if names]
         if wrong:
             raise ValueError(f"{folder}: weights of {cls.__name__}: {', '.join(wrong)}")
+        _check_kinds(model, folder)
         check_numbers(model, folder)
         loaded: Any = (model, info) if asked else model
         return loaded
+
+
+def _check_kinds(model: nn.Module, folder: Path) -> None:
+    """Refuse integers for weights, of which diffusers makes numbers."""
+    own = model.state_dict()
+    for path in sorted(folder.glob(WEIGHTS)):
+        with opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                dtype = file.get_slice(key).get_dtype()
+                if key in own and own[key].is_floating_point() != ("F" in dtype):
+                    raise ValueError(f"{path}: {key}: got {dtype}, wanted {own[key].dtype}")
 
 
 def check_numbers(model: nn.Module, name: object) -> None:
