@@ -62,10 +62,11 @@ def _awq_checkpoint(folder: Path) -> None:
     from pronghorn.sealed import seal
 
     config = AwqConfig(group_size=32, method="rtn", bits=3, version="natural")
-    model = tiny_model("llama", num_hidden_layers=1)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 48}
+    model = tiny_model("llama", **sizes)
     quantize_model(model, config)
     mark_quantized(model, config)
-    model.save_pretrained(folder, max_shard_size="40KB")
+    model.save_pretrained(folder, max_shard_size="12KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     seal(folder)
 
@@ -176,7 +177,7 @@ class DuoAnswers:
 def _autoencoder_sizes():
     from tests.plugins.dcae.test_autoencoder import SMALL
 
-    widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    widths = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4), "attention_head_dim": 4}
     return {**SMALL, **widths, "latent_channels": 4}
 
 
@@ -224,7 +225,7 @@ class DcaeDiffusion:
         from pronghorn.dcae.diffusers.training.models import new_model
 
         torch.manual_seed(0)
-        model = new_model("usit", (4, 2, 2), 3, hidden_size=16, depth=2, num_attention_heads=2)
+        model = new_model("usit", (4, 2, 2), 3, hidden_size=8, depth=2, num_attention_heads=2)
         model.save_pretrained(folder)
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Files of other versions: those of every format that there was give the same bits for ever, newer ones are refused.
 
-`data/format-N/<loader>/` holds what Pronghorn wrote as format N, and `wanted.json` a digest of what is read of it. Format 1
-is from before there were digests. Whoever raises a format runs this file as a program, which adds a folder.
+`data/format-N/<loader>/` holds what Pronghorn wrote as format N, and `wanted.json` a digest of what is read of it.
+Format 1 is from before there were digests. Whoever raises a format runs this file as a program, which adds a folder.
 """
 
 import hashlib
@@ -21,8 +21,9 @@ from tests.faults.test_loaders import REFUSED, bytes_of, same
 
 DATA = Path(__file__).parent / "data"
 TODAY = 2
-# Messages live as long as a connection; weights on their way to a server, as long as an update.
-SHORT_LIVED = ("vlash message", "trl weight transfer")
+# Messages live as long as a connection, weights on their way to a server as long as an update; the toy's policies are
+# trained anew in a minute.
+SHORT_LIVED = ("vlash message", "trl weight transfer", "vlash trained policy")
 # The same files as of another entry.
 ALIKE = ("awq in vLLM", "awq convert")
 KEPT = [name for name in LOADERS if name not in SHORT_LIVED + ALIKE]

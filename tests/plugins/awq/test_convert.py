@@ -98,6 +98,7 @@ def test_the_source_is_never_the_target(checkpoint):
     assert (checkpoint / "config.json").exists()
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
 def test_damaged_checkpoints_are_not_passed_on(checkpoint, tmp_path, part):
     shutil.copytree(checkpoint, tmp_path / "damaged")

@@ -198,6 +198,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damaged_checkpoints_are_refused(tmp_path, kind):
     quantized_folder(tmp_path)
@@ -217,6 +218,7 @@ def test_a_checkpoint_without_a_configuration_takes_the_users(tmp_path):
     same_state(model, again)
 
 
+@pytest.mark.fault(2)
 def test_pickled_checkpoints_are_checked_too(tmp_path):
     tiny_model("gpt_neox").save_pretrained(tmp_path / "fp")
     model = quantized(tmp_path / "fp")
@@ -261,6 +263,7 @@ def test_the_configuration_of_llm_awqs_converter(llama, tmp_path):
     same_state(model, AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
+@pytest.mark.fault(2)
 def test_a_zero_point_beyond_the_codes_is_refused(tmp_path):
     quantized_folder(tmp_path, bits=3, version="natural")
     damage(tmp_path, lambda tensors: tensors[f"{UP}.qzeros"].fill_(8))
@@ -268,6 +271,7 @@ def test_a_zero_point_beyond_the_codes_is_refused(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault(2)
 def test_quantized_tensors_of_an_unquantized_linear_are_refused(tmp_path):
     quantized_folder(tmp_path)
     path = tmp_path / "config.json"
@@ -278,6 +282,7 @@ def test_quantized_tensors_of_an_unquantized_linear_are_refused(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault(1)
 def test_a_truncated_file_is_refused(tmp_path):
     quantized_folder(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -286,6 +291,7 @@ def test_a_truncated_file_is_refused(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -34,6 +34,7 @@ def test_which_checkpoints_are_claimed(given, user, claimed):
     assert VllmAwqConfig.override_quantization_method(given, user) == claimed
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize(
     ("given", "named"),
     [
@@ -205,6 +206,7 @@ def test_fused_tensors_are_cut_by_vllms_own_layers(monkeypatch, version, bits, r
         torch.testing.assert_close(layer.quant_method.dequantize_weight(layer), wanted, rtol=0, atol=0)
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize(("version", "bits"), SHARDED)
 def test_tensors_that_cannot_be_right_are_refused(monkeypatch, version, bits):
     Rank(monkeypatch, 0, 1)
@@ -232,6 +234,7 @@ def test_tensors_that_cannot_be_right_are_refused(monkeypatch, version, bits):
         load(group_size=128)
 
 
+@pytest.mark.fault(2)
 def test_zero_points_beyond_the_codes_are_refused(monkeypatch):
     Rank(monkeypatch, 0, 1)
     method, config = method_of("natural", 3)

@@ -42,6 +42,7 @@ def test_files_tensors_and_datasets(tmp_path):
     assert torch.stack(squares(table, size=24)).shape == (2, 3, 24, 24)
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
@@ -58,6 +59,7 @@ def test_bad_images_are_named(images, error, message):
         Crops(images, size=16)[0]
 
 
+@pytest.mark.fault(27)
 def test_bad_files_are_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png: cannot be read"):

@@ -42,6 +42,7 @@ def test_offsets_move_all_but_the_batch_index():
     assert found.tolist() == wanted
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("folded", [True, False])
 def test_a_dense_grid_has_no_two_equal_hashes(folded):
     axes = [torch.arange(2), *[torch.arange(-24, 24)] * 3]
@@ -79,6 +80,7 @@ def test_wrong_sites_are_refused(coords, offsets, error, message):
         sphash(coords, offsets)
 
 
+@pytest.mark.fault(27)
 @given(st.lists(st.integers(-3, 3), max_size=12), st.lists(st.integers(-4, 4), max_size=12))
 def test_the_last_reference_is_found(references, queries):
     places = {value: row for row, value in enumerate(references)}

@@ -208,6 +208,7 @@ def test_killed_at_any_moment(tmp_path):
         assert read_run(folder).steps["step"].tolist() == [*range(1, (last or 0) + 1), 3]
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

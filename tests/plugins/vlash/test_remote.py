@@ -102,6 +102,7 @@ def test_two_robots_get_their_own_chunks(serve, connect):
     assert most == [1]
 
 
+@pytest.mark.fault(19)
 def test_other_versions_are_told_so(serve, monkeypatch, connect):
     code, details = raw(serve(), message({"version": 3}))
     assert code == "FAILED_PRECONDITION"
