@@ -23,7 +23,8 @@ class Loader:
         files: what it reads, as patterns below the folder.
         unnamed: of those, what errors need not name: a message, and what the host reads before any code of ours, whose
             errors are its own.
-        warns: whether an end that a crash may have cut off is left out, which is logged at WARNING.
+        warns: what a log at WARNING says where something is left out: an end that a crash may have cut off, or the
+            weights of a checkpoint whose configuration, to the host, no longer says that they are quantized.
         vllm: whether it imports vLLM.
         slow: whether a load takes too long for many of them in the push run.
     """
@@ -32,7 +33,7 @@ class Loader:
     read: Callable[[Path], Any]
     files: tuple[str, ...]
     unnamed: tuple[str, ...] = ()
-    warns: bool = False
+    warns: str = ""
     vllm: bool = False
     slow: bool = False
 
@@ -78,6 +79,7 @@ def _awq_checkpoint(folder: Path) -> None:
     "*.index.json",
     "pronghorn.json",
     unnamed=("*.index.json", "config.json"),
+    warns="LOAD REPORT",
     slow=True,
 )
 class AwqInTransformers:
@@ -85,14 +87,16 @@ class AwqInTransformers:
 
     @staticmethod
     def read(folder):
+        import transformers
         from transformers import AutoModelForCausalLM
 
         import pronghorn.transformers  # noqa: F401 - registers
 
+        transformers.logging.enable_propagation()
         return tensors(AutoModelForCausalLM.from_pretrained(folder))
 
 
-@loader("awq in vLLM", "*.safetensors", "config.json", "pronghorn.json", vllm=True)
+@loader("awq in vLLM", "*.safetensors", "config.json", "pronghorn.json", unnamed=("config.json",), vllm=True)
 class AwqInVllm:
     write = staticmethod(_awq_checkpoint)
 
@@ -269,7 +273,7 @@ class TorchsparsePlans:
                 for where, groups in plans.items()}  # fmt: skip
 
 
-@loader("vcpo records", "vcpo_steps.jsonl", "vcpo_stats.jsonl", warns=True)
+@loader("vcpo records", "vcpo_steps.jsonl", "vcpo_stats.jsonl", warns="is not whole")
 class VcpoRecords:
     @staticmethod
     def write(folder):

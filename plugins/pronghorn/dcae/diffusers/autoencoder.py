@@ -145,7 +145,7 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
         try:
             state = to_diffusers(_read(file))
             _check_weights(state, model.state_dict())
-        except ValueError as error:
+        except (ValueError, IndexError, RuntimeError) as error:  # of a shape that cannot be cut as the names say
             raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
         model.load_state_dict(state)
         check_numbers(model, file)
