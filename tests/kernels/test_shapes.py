@@ -76,18 +76,3 @@ def test_no_rows_and_batched_rows(which):
         batched = w4a16_matmul(**{**arguments, "x": x})
         flat = w4a16_matmul(**{**arguments, "x": x.reshape(6, -1)})
     assert torch.equal(batched, flat.view(2, 3, 64))
-
-
-@pytest.mark.parametrize("which", ["reference", "triton"])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_strided_inputs_give_the_same_bits(name, which):
-    operation = OPERATIONS[name]
-    arguments = operation.example(operation.shapes[0], torch.float32, torch.Generator().manual_seed(0), DEVICE)
-    strided = {
-        key: torch.stack([value, value], dim=-1)[..., 0] if isinstance(value, torch.Tensor) else value
-        for key, value in arguments.items()
-    }
-    with backend(which):
-        results, wanted = operation.function(**strided), operation.function(**arguments)
-    for got, put in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (results, wanted)), strict=True):
-        assert torch.equal(got, put)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 QUANTIZED_BITS = (2, 3, 4, 8)
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER = (torch.int32, torch.int64, torch.uint8, torch.int8, torch.int16)
 
 
 def check_bits(bits: int) -> None:
@@ -16,6 +18,8 @@ def check_bits(bits: int) -> None:
 
 def resolve_group_size(group_size: int, in_features: int) -> int:
     """The length of a group along the input channels; -1 is the whole row."""
+    if in_features < 1:
+        raise ValueError(f"in_features: got {in_features}, wanted at least 1")
     if group_size == -1:
         return in_features
     if group_size < 1 or in_features % group_size:
@@ -33,8 +37,9 @@ def check_tensor(
         raise ValueError(f"{name}: got layout {tensor.layout}, wanted a dense (strided) tensor")
     if dim is not None and tensor.dim() != dim:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {dim} dimensions")
-    if floating is not None and tensor.is_floating_point() != floating:
-        raise TypeError(f"{name}: got {tensor.dtype}, wanted {'a floating-point' if floating else 'an integer'} dtype")
+    if floating is not None and tensor.dtype not in (FLOATING if floating else INTEGER):
+        kind = "a floating-point dtype of 16 bits or more" if floating else "an integer dtype"
+        raise TypeError(f"{name}: got {tensor.dtype}, wanted {kind}")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name}: is on {tensor.device}, the other arguments are on {like.device}")
 

@@ -20,8 +20,9 @@ OLDEST_CAPABILITY = (8, 0)
 def use_triton(operation: str, tensor: Tensor) -> bool:
     """Whether `operation` runs its Triton kernel on tensors like `tensor`; read anew at every call.
 
-    A CUDA device gets Triton, any other the reference. `PRONGHORN_KERNELS=reference|triton` overrides; where Triton
-    was asked for, or could be expected, and cannot run, the reference runs and a warning says why, once.
+    An NVIDIA GPU of compute capability 8.0 or newer gets Triton, anything else the reference.
+    `PRONGHORN_KERNELS=reference|triton` overrides; where Triton was asked for, or could be expected, and cannot run,
+    the reference runs and a warning says why, once. AMD GPUs get Triton only if it is asked for: nobody tested them.
 
     Raises:
         ValueError: the variable holds anything else.
@@ -33,7 +34,7 @@ def use_triton(operation: str, tensor: Tensor) -> bool:
         return False
     if tensor.device.type != "cuda" and choice != "triton":
         return False
-    reason = _obstacle(tensor.device)
+    reason = _obstacle(tensor.device, asked=choice == "triton")
     if reason:
         _warn_once(operation, reason)
     return not reason
@@ -46,7 +47,7 @@ def use_cuda(operation: str, reason: str) -> bool:
         operation: its name.
         reason: why the CUDA kernel cannot run, or nothing. It is logged, once, where Triton was not asked for.
     """
-    if os.environ.get(VARIABLE) == "triton":
+    if os.environ.get(VARIABLE) == "triton" or torch.version.hip is not None:
         return False
     if reason:
         _warn_once(operation, reason, "its Triton kernel")
@@ -58,13 +59,15 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _obstacle(device: torch.device) -> str:
+def _obstacle(device: torch.device, asked: bool) -> str:
     if not _installed("triton"):
         return "triton is not installed"
     if device.type == "cpu":
         return "" if interpreting() else "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
     if device.type != "cuda":
         return f"no Triton backend for {device.type} is known to work"
+    if torch.version.hip is not None:
+        return "" if asked else f"AMD GPUs are not tested; {VARIABLE}=triton tries"
     return _too_old(device)
 
 
@@ -75,8 +78,9 @@ def _installed(package: str) -> bool:
 
 @functools.cache
 def _too_old(device: torch.device) -> str:
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
-        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        found = ".".join(map(str, capability))
         return f"compute capability {found} is below {'.'.join(map(str, OLDEST_CAPABILITY))}"
     return ""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Operation:
         tolerance: largest ‖result - oracle‖ / ‖oracle‖ by dtype.
         trains: names of the arguments that gradients flow to.
         timed: the public function, where `function` computes something around it.
+        atomics: atomic functions that its kernels use.
+        ordered: whether results have the same bits at every call; if not, its docstring says why.
+        rows: arguments, and for each the dimension of rows that know nothing of each other: what is computed of one
+            has the same bits however many others are there. Where it is empty nothing of the kind is promised.
     """
 
     name: str
@@ -49,6 +53,9 @@ class Operation:
     tolerance: Mapping[torch.dtype, float]
     trains: tuple[str, ...] = ()
     timed: Callable[..., Any] = None  # type: ignore[assignment]  # set below
+    atomics: tuple[str, ...] = ()
+    ordered: bool = True
+    rows: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.timed is None:

@@ -62,4 +62,5 @@ OPERATION = Operation(
     cost=_cost,
     tolerance={torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3},
     trains=("x", "scale", "shift", "update", "gate"),
+    rows={"x": 0, "scale": 0, "shift": 0, "update": 0, "gate": 0},
 )

@@ -38,7 +38,8 @@ def batch_norm(x: Tensor, count: Tensor, weight: Tensor | None, bias: Tensor | N
 
     Args:
         x: [rows, channels], floating point. Rows from `count` on are not read, and get no gradient.
-        count: int32 [1], from 1 to the number of rows, on the device of `x`.
+        count: int32 [1], from 1 to the number of rows, on the device of `x`; that it is, is checked on the CPU alone,
+            where it waits for nothing.
         weight: [channels], or None for ones.
         bias: [channels], or None for zeros.
         eps: added to the variance.
@@ -89,11 +90,13 @@ def _triton(x: Tensor) -> bool:
 def _forward(
     x: Tensor, count: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if count.device.type == "cpu" and not 1 <= int(count) <= len(x):
+        raise ValueError(f"count: got {int(count)}, wanted 1 to the number of rows of x, {len(x)}")
     if _triton(x):
         from pronghorn.kernels.batch_norm import triton
 
         return triton.batch_norm(x, count, weight, bias, eps)
-    return reference.batch_norm(x, count, weight, bias, eps)
+    return reference.batch_norm(x.contiguous(), count, weight, bias, eps)
 
 
 def _backward(
@@ -103,14 +106,16 @@ def _backward(
         from pronghorn.kernels.batch_norm import triton
 
         return triton.gradients(x, grad, count, weight, mean, variance, eps)
-    return reference.gradients(x, grad, count, weight, mean, variance, eps)
+    return reference.gradients(x.contiguous(), grad.contiguous(), count, weight, mean, variance, eps)
 
 
 def _statistics(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-_forward_operation = define("batch_norm", _forward, lambda x, *_: (torch.empty_like(x), _statistics(x), _statistics(x)))
-_backward_operation = define(
-    "batch_norm_gradients", _backward, lambda x, *_: (torch.empty_like(x), _statistics(x), _statistics(x))
-)
+def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), _statistics(x), _statistics(x)
+
+
+_forward_operation = define("batch_norm", _forward, _fake)
+_backward_operation = define("batch_norm_gradients", _backward, _fake)

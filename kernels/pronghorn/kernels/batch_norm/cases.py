@@ -33,9 +33,8 @@ def _oracle(arguments: Arguments) -> Tensor:
     count = int(arguments["count"])
     values, weight, bias = (arguments[name].double().cpu() for name in ("x", "weight", "bias"))
     y = torch.zeros_like(values)
-    y[:count] = torch.nn.functional.batch_norm(
-        values[:count], None, None, weight, bias, training=True, eps=arguments["eps"]
-    )
+    centred = values[:count] - values[:count].mean(dim=0)
+    y[:count] = centred / (centred.square().mean(dim=0) + arguments["eps"]).sqrt() * weight + bias
     return y
 
 

@@ -52,4 +52,6 @@ OPERATION = Operation(
     large={"batch": 4, "channels": 512, "space": (128, 128), "channels_last": True, "activation": "silu"},
     cost=_cost,
     tolerance={torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3},
+    trains=("x", "bias", "residual"),
+    rows={"x": 0, "residual": 0},
 )

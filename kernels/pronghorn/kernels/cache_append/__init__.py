@@ -8,7 +8,7 @@ from torch import Tensor
 from pronghorn.kernels._arguments import check_shape, check_tensor
 from pronghorn.kernels._dispatch import use_triton
 from pronghorn.kernels.cache_append import reference
-from pronghorn.kernels.decode_attention import CachedHeads, check_cache
+from pronghorn.kernels.decode_attention import CachedHeads, check_cache, check_heads
 
 __all__ = ["cache_append"]
 
@@ -27,14 +27,16 @@ def cache_append(
     """Write keys and values to their slots, in place, as codes where the caches hold codes, and count them.
 
     The n-th token of a sequence lies in slot n of `full`; there is no write where that is beyond its capacity. In
-    `streaming` it lies in slot n while n < sink_size, then in sink_size + (n - sink_size) mod recent_size.
+    `streaming` it lies in slot n while n < sink_size, then in sink_size + (n - sink_size) mod recent_size. Nothing is
+    differentiable.
 
     Args:
         key: [batch, key/value heads, 1, head_dim].
         value: the same.
         full: its `lengths` are what was written so far, and are one more afterwards; not in pages.
         streaming: the same; a ring's lengths go on beyond its capacity.
-        head_index: int32 [key/value heads]: i >= 0 is head i of `full`, i < 0 head -1 - i of `streaming`.
+        head_index: int32 [key/value heads]: i >= 0 is head i of `full`, i < 0 head -1 - i of `streaming`. That there
+            are such heads is checked on the CPU alone, where it waits for nothing.
         sink_size: slots of `streaming` that are never written again.
         recent_size: slots after them that are.
         bits: of the caches: 16 for the keys' dtype, 8 or 4 for codes of `kv_quantize` with one group a head.
@@ -50,13 +52,17 @@ def cache_append(
         raise ValueError(f"key: got {tokens} tokens, wanted 1")
     check_tensor("value", value, floating=True, like=key)
     check_shape("value", value, (batch, heads, 1, size))
-    check_tensor("head_index", head_index, dim=1, floating=False, like=key)
-    check_shape("head_index", head_index, (full.key.shape[1] + streaming.key.shape[1],))
-    check_shape("head_index", head_index, (heads,))
+    if value.dtype != key.dtype:
+        raise TypeError(f"value: got {value.dtype}, wanted the dtype of key, {key.dtype}")
     for name, cache in (("full", full), ("streaming", streaming)):
         if cache.block_table is not None:
             raise ValueError(f"{name}.block_table: caches in pages are not written here")
         check_cache(name, cache, key, bits)
+    check_tensor("head_index", head_index, dim=1, like=key)
+    check_shape("head_index", head_index, (full.key.shape[1] + streaming.key.shape[1],))
+    check_shape("head_index", head_index, (heads,))
+    if head_index.dtype != torch.int32:
+        raise TypeError(f"head_index: got {head_index.dtype}, wanted torch.int32")
     slots = streaming.key.shape[2]
     if sink_size < 0 or recent_size < 1 or (streaming.key.shape[1] and slots > sink_size + recent_size):
         raise ValueError(
@@ -84,6 +90,7 @@ def _cache_append(
     recent_size: int,
     bits: int,
 ) -> None:
+    check_heads(head_index, full[0].shape[1], streaming[0].shape[1])
     arguments = (key, value, full, streaming, full_lengths, streaming_lengths, head_index, sink_size, recent_size, bits)
     if use_triton("cache_append", key) and key.dtype != torch.float64 and key.numel():
         from pronghorn.kernels.cache_append import triton

@@ -16,7 +16,7 @@ def cache_write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tens
     """Write each token to slot `slots % page size` of page `slots // page size`, in place.
 
     A cache that is not in pages has one page a sequence. Slots of tokens must differ; that they lie in the cache is
-    checked on the CPU alone, where it waits for nothing.
+    checked on the CPU alone, where it waits for nothing. Nothing is differentiable.
 
     Args:
         key: [tokens, heads, head_dim], floating point.

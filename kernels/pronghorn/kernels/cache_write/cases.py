@@ -29,7 +29,8 @@ def _example(
 def _caches(key: Tensor, value: Tensor, pages: int, page_size: int) -> tuple[Tensor, Tensor]:
     """Zeros; keys and values of a slot lie side by side, as in vLLM."""
     size = key.shape[2]
-    both = key.new_zeros(pages, key.shape[1], page_size, size + value.shape[2])
+    shape = pages, key.shape[1], page_size, size + value.shape[2]
+    both = torch.zeros(shape, dtype=key.dtype, device=key.device)
     return both[..., :size], both[..., size:]
 
 

@@ -32,9 +32,11 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *,
 
     Source: Dao et al., Flash-Decoding (2023): the cache is split between blocks, and partial softmaxes are joined.
     """
-    check_tensor("query", query, dim=4, floating=True, like=key)
+    check_tensor("query", query, dim=4, floating=True)
     batch, heads, tokens, size = query.shape
-    check_tensor("key", key, dim=4)
+    if not size:
+        raise ValueError("query: got a head size of 0, wanted at least 1")
+    check_tensor("key", key, dim=4, like=query)
     cached, capacity = key.shape[1:3]
     check_shape("key", key, (batch, cached, capacity, size))
     check_tensor("value", value, like=key)
@@ -55,7 +57,7 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *,
 
 @torch.library.custom_op("pronghorn::cached_attention", mutates_args=())
 def _cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    if use_triton("cached_attention", query) and query.dtype != torch.float64 and query.numel():
+    if use_triton("cached_attention", query) and query.dtype != torch.float64 and query.numel() and key.numel():
         from pronghorn.kernels.cached_attention import triton
 
         return triton.cached_attention(query, key, value, mask, scale)

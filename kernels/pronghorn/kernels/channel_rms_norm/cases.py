@@ -62,4 +62,5 @@ OPERATION = Operation(
     cost=_cost,
     tolerance={torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3},
     trains=("x", "weight", "bias", "residual"),
+    rows={"x": 0, "residual": 0},
 )

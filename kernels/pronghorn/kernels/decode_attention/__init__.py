@@ -80,7 +80,7 @@ def decode_attention(
         full: the cache of one kind.
         streaming: the cache of the other.
         head_index: int32 [key/value heads]: i >= 0 is head i of `full`, i < 0 head -1 - i of `streaming`. Heads are a
-            multiple of key/value heads.
+            multiple of key/value heads. That there are such heads is checked on the CPU alone.
         key: [batch, key/value heads, 1, head_dim], a token that is in no cache yet, and that all heads see.
         value: the same.
         scale: 1 / sqrt(head_dim) by default.
@@ -100,26 +100,30 @@ def decode_attention(
     check_tensor("head_index", head_index, dim=1, floating=False, like=query)
     if tokens != 1:
         raise ValueError(f"query: got {tokens} tokens, wanted 1")
+    if not size:
+        raise ValueError("query: got a head_dim of 0, wanted at least 1")
     if head_index.dtype != torch.int32:
         raise TypeError(f"head_index: got {head_index.dtype}, wanted torch.int32")
     if bits not in BITS:
         raise ValueError(f"bits: got {bits!r}, accepted are {', '.join(map(str, BITS))}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: got {softcap!r}, wanted 0 for none or a positive number")
+    for name, cache in (("full", full), ("streaming", streaming)):
+        check_cache(name, cache, query, bits)
     kinds = head_index.shape[0]
     if not kinds or heads % kinds or full.key.shape[1] + streaming.key.shape[1] != kinds:
         raise ValueError(
             f"head_index: got {kinds} heads, wanted those of full ({full.key.shape[1]}) and streaming "
             f"({streaming.key.shape[1]}), and a divisor of the query's {heads}"
         )
-    for name, cache in (("full", full), ("streaming", streaming)):
-        check_cache(name, cache, query, bits)
     if (key is None) != (value is None):
         raise ValueError("key, value: got one without the other")
     for name, tensor in (("key", key), ("value", value)):
         if tensor is not None:
             check_tensor(name, tensor, like=query)
             check_shape(name, tensor, (batch, kinds, 1, size))
+            if tensor.dtype != query.dtype:
+                raise TypeError(f"{name}: got {tensor.dtype}, wanted the query's {query.dtype}")
     result: Tensor = torch.ops.pronghorn.decode_attention(
         query, full.tensors(), streaming.tensors(), [full.lengths, streaming.lengths],
         [full.start, streaming.start], [full.block_table, streaming.block_table],
@@ -139,6 +143,8 @@ def check_cache(name: str, cache: CachedHeads, query: Tensor, bits: int) -> None
     else:
         check_tensor(f"{name}.block_table", cache.block_table, dim=2, floating=False, like=query)
         check_shape(f"{name}.block_table", cache.block_table, (batch, cache.block_table.shape[1]))
+        if cache.block_table.dtype != torch.int32:
+            raise TypeError(f"{name}.block_table: got {cache.block_table.dtype}, wanted torch.int32")
     width = size if bits == 16 else size * bits // 8
     dtype = query.dtype if bits == 16 else torch.uint8
     for part, tensor in (("key", cache.key), ("value", cache.value)):
@@ -158,11 +164,20 @@ def check_cache(name: str, cache: CachedHeads, query: Tensor, bits: int) -> None
     if cache.recent_size is not None and cache.recent_size < 1:
         raise ValueError(f"{name}.recent_size: got {cache.recent_size}, wanted None or at least 1")
     for part, optional in (("lengths", cache.lengths), ("start", cache.start)):
-        if optional is not None:
+        if optional is not None or part == "lengths":
             check_tensor(f"{name}.{part}", optional, floating=False, like=query)
             check_shape(f"{name}.{part}", optional, (batch,))
             if optional.dtype != torch.int32:
                 raise TypeError(f"{name}.{part}: got {optional.dtype}, wanted torch.int32")
+
+
+def check_heads(head_index: Tensor, full: int, streaming: int) -> None:
+    """Raise where an index names a head that a cache has not; on a GPU, where looking would wait for it, nothing."""
+    if head_index.device.type != "cpu":
+        return
+    wanted = [*range(-streaming, full)]
+    if sorted(head_index.tolist()) != wanted:
+        raise ValueError(f"head_index: got {head_index.tolist()}, wanted each of {wanted} once")
 
 
 @torch.library.custom_op("pronghorn::decode_attention", mutates_args=())
@@ -181,6 +196,7 @@ def _decode_attention(
     softcap: float,
     bits: int,
 ) -> Tensor:
+    check_heads(head_index, full[0].shape[1], streaming[0].shape[1])
     call = Call(
         query, full, streaming, lengths, start, block_table, windows, head_index, key, value, scale, softcap, bits
     )

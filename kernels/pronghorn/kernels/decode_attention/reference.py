@@ -88,7 +88,7 @@ def _attend(
     if extra is not None:
         key, value = torch.cat([key, extra[0].to(key.dtype)], dim=2), torch.cat([value, extra[1].to(key.dtype)], dim=2)
         seen = torch.cat([seen, seen.new_ones(seen.shape[0], 1)], dim=1)
-    scores = query[:, :, :, 0].to(key.dtype) @ key.mT * scale  # [batch, heads, group, slots]
+    scores = query[:, :, :, 0].to(key.dtype).contiguous() @ key.mT * scale  # [batch, heads, group, slots]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1)

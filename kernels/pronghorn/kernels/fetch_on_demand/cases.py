@@ -16,8 +16,9 @@ def _example(
     knobs: Mapping[str, Any], dtype: torch.dtype, generator: torch.Generator, device: torch.device
 ) -> Arguments:
     rows, outputs, volume, count = (knobs[name] for name in ("rows", "outputs", "volume", "pairs"))
-    offset = torch.randint(0, volume, (count,), generator=generator).sort().values
-    pairs = torch.stack([torch.randint(0, most, (count,), generator=generator) for most in (rows, outputs)])
+    count = count if rows and outputs else 0
+    offset = torch.randint(0, max(volume, 1), (count,), generator=generator).sort().values
+    pairs = torch.stack([torch.randint(0, max(most, 1), (count,), generator=generator) for most in (rows, outputs)])
     weight = torch.randn(volume, knobs["channels"], knobs["columns"], generator=generator) / knobs["channels"] ** 0.5
     scale = torch.rand(count, generator=generator) + 0.5
     return {
@@ -69,4 +70,6 @@ OPERATION = Operation(
     cost=_cost,
     tolerance={torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3},
     trains=("x", "weight", "scale"),
+    atomics=("atomic_add",),
+    ordered=False,
 )  # fmt: skip

@@ -38,6 +38,8 @@ def gated_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     Source: Xie et al. (arXiv 2410.10629), the Mix-FFN of section 2.2.
     """
     check_tensor("x", x, dim=4, floating=True)
+    if not min(x.shape[1:]):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted at least one pixel and one pair of channels")
     channels = x.shape[1]
     if channels % 2:
         raise ValueError(f"x: got {channels} channels, wanted an even number, of values and of gates")

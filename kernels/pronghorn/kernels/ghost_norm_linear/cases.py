@@ -30,8 +30,8 @@ def _oracle(arguments: Arguments) -> Tensor:
     exact = to_float64(arguments)
     inputs, gradients = exact["inputs"], exact["output_gradients"]
     lengths = [inputs.shape[1]] * len(inputs) if exact["lengths"] is None else exact["lengths"].tolist()
-    found = [(x[:n].T @ y[:n]).square().sum() for x, y, n in zip(inputs, gradients, lengths, strict=True)]
-    return torch.stack(found)
+    found = [float((x[:n].T @ y[:n]).square().sum()) for x, y, n in zip(inputs, gradients, lengths, strict=True)]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _cost(knobs: Mapping[str, Any]) -> Cost:

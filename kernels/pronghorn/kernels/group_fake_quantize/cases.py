@@ -16,8 +16,8 @@ def _example(
     knobs: Mapping[str, Any], dtype: torch.dtype, generator: torch.Generator, device: torch.device
 ) -> Arguments:
     weight = torch.randn(knobs["n"], knobs["k"], generator=generator).to(dtype)
-    weight[0] = 0
-    weight[-1] = weight[-1].abs()
+    weight[:1] = 0
+    weight[-1:] = weight[-1:].abs()
     names = ("bits", "group_size", "symmetric")
     return {"weight": weight.to(device), **{name: knobs[name] for name in names}}
 
@@ -47,4 +47,5 @@ OPERATION = Operation(
     large={"n": 14336, "k": 4096, "bits": 4, "group_size": 128, "symmetric": False},
     cost=_cost,
     tolerance=dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), 0.0),
+    rows={"weight": 0},
 )

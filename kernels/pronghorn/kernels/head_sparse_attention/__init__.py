@@ -95,7 +95,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, head_types: Tensor
     if length < tokens:
         raise ValueError(f"key: got a length of {length}, wanted at least the query's {tokens} tokens")
     for name, tensor, shape in (("head_types", head_types, (heads,)), ("start", start, (batch,))):
-        if tensor is not None:
+        if tensor is not None or name == "head_types":
             check_tensor(name, tensor, like=query)
             check_shape(name, tensor, shape)
             if tensor.dtype != torch.int32:

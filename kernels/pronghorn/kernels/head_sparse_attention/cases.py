@@ -92,4 +92,5 @@ OPERATION = Operation(
     cost=_cost,
     tolerance={torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3},
     trains=("query", "key", "value"),
+    rows={"query": 0, "key": 0, "value": 0, "start": 0},
 )

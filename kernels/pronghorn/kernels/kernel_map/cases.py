@@ -26,6 +26,13 @@ def box_offsets(kernel_size: tuple[int, ...]) -> Tensor:
     return offsets.int()
 
 
+def bounds_of(coords: Tensor) -> Tensor:
+    """int64 [2, dimensions]; of no rows, bounds that hold nothing."""
+    if not len(coords):
+        return torch.tensor([[0], [-1]]).repeat(1, coords.shape[1])
+    return torch.stack(coords.aminmax(dim=0)).long()
+
+
 def _example(
     knobs: Mapping[str, Any], dtype: torch.dtype, generator: torch.Generator, device: torch.device
 ) -> Arguments:
@@ -35,7 +42,7 @@ def _example(
     return {
         "coords": coords.to(device), "out_coords": sites.to(device),
         "offsets": box_offsets(knobs["kernel_size"]).to(device), "stride": stride,
-        "bounds": torch.stack(coords.aminmax(dim=0)).long(), "table": knobs["table"],
+        "bounds": bounds_of(coords), "table": knobs["table"],
     }  # fmt: skip
 
 
@@ -66,4 +73,5 @@ OPERATION = Operation(
     large={"rows": 40000, "sizes": (1, 160, 160, 20), "kernel_size": (3, 3, 3), "stride": 1, "table": "hash"},
     cost=_cost,
     tolerance=dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), 0.0),
+    atomics=("atomic_cas", "atomic_max"),  # of whole numbers: any order gives the same
 )

@@ -23,7 +23,7 @@ def kv_quantize(x: Tensor, *, bits: int, group_size: int | None = None) -> tuple
     Args:
         x: [..., head_dim] in fp16, bf16 or fp32.
         bits: 4 or 8.
-        group_size: channels that share a scale, a divisor of head_dim; all of them by default.
+        group_size: channels that share a scale, an even divisor of head_dim; all of them by default.
 
     Returns:
         Codes uint8 [..., head_dim * bits / 8], of 4 bits the even channel in the high half of a byte; scale and zero
@@ -73,8 +73,8 @@ def _check_groups(size: int, bits: int, group_size: int | None) -> int:
     if bits not in BITS:
         raise ValueError(f"bits: got {bits!r}, accepted are {', '.join(map(str, BITS))}")
     group_size = size if group_size is None else group_size
-    if group_size < 1 or size % group_size or size * bits % 8:
-        raise ValueError(f"group_size: got {group_size}, wanted a divisor of an even head_dim, which is {size}")
+    if group_size < 1 or size % group_size or group_size % 2:
+        raise ValueError(f"group_size: got {group_size}, wanted an even divisor of head_dim, which is {size}")
     return group_size
 
 

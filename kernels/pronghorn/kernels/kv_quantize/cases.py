@@ -52,4 +52,5 @@ OPERATION = Operation(
     large={"shape": (1, 8, 65536, 128), "bits": 4, "group_size": 128},
     cost=_cost,
     tolerance={torch.float32: 0.0, torch.float16: 0.0, torch.bfloat16: 0.0},
+    rows={"x": 0},
 )

@@ -11,7 +11,7 @@ SMALLEST_SCALE = 1e-8  # added, so that equal values have a scale
 def kv_quantize(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero of [..., head_dim]."""
     levels = 2**bits - 1
-    groups = x.float().unflatten(-1, (-1, group_size))
+    groups = x.float().unflatten(-1, (x.shape[-1] // group_size, group_size))
     low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
     # Divided by a tensor: on a GPU a number would be inverted first, and round differently.
     scale = (high - low) / torch.full_like(high, levels) + SMALLEST_SCALE

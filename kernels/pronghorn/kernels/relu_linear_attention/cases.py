@@ -18,10 +18,10 @@ def _example(
     batch, heads, tokens, size = (knobs[name] for name in ("batch", "heads", "tokens", "size"))
     if knobs["channels_first"]:  # of an image: each head's q, k and v side by side
         qkv = torch.randn(batch, heads, 3 * size, tokens, generator=generator).to(device, dtype)
-        q, k, v = qkv.mT.split(size, dim=3)
+        q, k, v = qkv.mT.tensor_split(3, dim=3)
     else:
         qkv = torch.randn(batch, tokens, 3 * heads, size, generator=generator).to(device, dtype)
-        q, k, v = qkv.transpose(1, 2).split(heads, dim=1)
+        q, k, v = qkv.transpose(1, 2).tensor_split(3, dim=1)
     return {"q": q, "k": k, "v": v}
 
 

@@ -100,4 +100,17 @@ OPERATION = Operation(
     cost=_cost,
     tolerance={torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3},
     trains=Tensors._fields,
+    rows=dict.fromkeys(
+        (
+            "prefix_query",
+            "prefix_key",
+            "prefix_value",
+            "branch_query",
+            "branch_key",
+            "branch_value",
+            "prefix_mask",
+            "branch_mask",
+        ),
+        0,
+    ),
 )

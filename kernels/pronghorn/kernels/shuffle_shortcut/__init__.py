@@ -82,6 +82,8 @@ def _call(main: Tensor, x: Tensor, factor: int, up: bool) -> Tensor:
 def _channels(main: Tensor, x: Tensor, factor: int, up: bool) -> int:
     """Of the result; and whether all shapes fit."""
     batch, given, height, width = x.shape
+    if not height or not width:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted at least one pixel")
     if not up and (height % factor or width % factor):
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted a height and width that {factor} divides")
     other = (height * factor, width * factor) if up else (height // factor, width // factor)
@@ -97,7 +99,7 @@ def _channels(main: Tensor, x: Tensor, factor: int, up: bool) -> int:
             raise ValueError(f"main: got {channels} channels, wanted a multiple of {area}")
         channels = channels // area if up else channels * area
     many, few = (channels * area, given) if up else (given * area, channels)
-    if not few or many % few:
+    if not few or not many or many % few:
         wanted = f"a divisor of main's {many}" if up else f"{area} times as many to be a multiple of main's {few}"
         raise ValueError(f"x: got {given} channels, wanted {wanted}")
     return channels

@@ -81,9 +81,9 @@ def _check_epilogue(epilogue: Epilogue, shape: tuple[int, int], x: Tensor) -> No
 
 
 def _tables(name: str, of: Tensor | SortedMap | CountedMap | None, volume: int, x: Tensor) -> list[Tensor]:
-    if of is None:
+    if of is None and name == "transposed_map":
         return []
-    tables = [of] if isinstance(of, Tensor) else list(of)
+    tables: list[Any] = list(of) if isinstance(of, tuple) else [of]
     check_tensor(name, tables[0], dim=2, floating=False, like=x)
     check_shape(name, tables[0], (volume, tables[0].shape[1]))
     if tables[0].dtype != torch.int32:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pronghorn.kernels._operation import Arguments, Cost, Operation
 from pronghorn.kernels.kernel_map import kernel_map
-from pronghorn.kernels.kernel_map.cases import box_offsets, random_coords
+from pronghorn.kernels.kernel_map.cases import bounds_of, box_offsets, random_coords
 from pronghorn.kernels.sparse_convolution import SortedMap, sort_map, sparse_convolution
 
 
@@ -26,7 +26,7 @@ def _example(
     knobs: Mapping[str, Any], dtype: torch.dtype, generator: torch.Generator, device: torch.device
 ) -> Arguments:
     coords = random_coords(knobs["rows"], knobs["sizes"], generator)
-    offsets, bounds = box_offsets(knobs["kernel_size"]), torch.stack(coords.aminmax(dim=0)).long()
+    offsets, bounds = box_offsets(knobs["kernel_size"]), bounds_of(coords)
     sites = coords[:: knobs.get("every", 1)]
     found = kernel_map(coords, sites, offsets, stride=[1] * coords.shape[1], bounds=bounds).to(device)
     maps: list[Any] = [found, transposed(found, len(coords))]

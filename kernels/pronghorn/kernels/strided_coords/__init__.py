@@ -92,6 +92,8 @@ def _check(coords: Tensor, offsets: Tensor, stride: Sequence[int], bounds: Tenso
     check_shape("offsets", offsets, (offsets.shape[0], coords.shape[1]))
     check_tensor("bounds", bounds)
     check_shape("bounds", bounds, (2, coords.shape[1]))
+    if bounds.dtype != torch.int64 or bounds.device.type != "cpu":
+        raise TypeError(f"bounds: got {bounds.dtype} on {bounds.device}, wanted torch.int64 on the CPU")
     for name, tensor in (("coords", coords), ("offsets", offsets)):
         if tensor.dtype != torch.int32:
             raise TypeError(f"{name}: got {tensor.dtype}, wanted torch.int32")

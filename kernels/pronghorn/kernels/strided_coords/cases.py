@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels._operation import Arguments, Cost, Operation
-from pronghorn.kernels.kernel_map.cases import box_offsets, random_coords
+from pronghorn.kernels.kernel_map.cases import bounds_of, box_offsets, random_coords
 from pronghorn.kernels.strided_coords import strided_coords, strided_coords_within
 
 
@@ -18,7 +18,7 @@ def _example(
 ) -> Arguments:
     coords = random_coords(knobs["rows"], knobs["sizes"], generator, knobs.get("lower", 0))
     stride = (1, *knobs["stride"])
-    lower, upper = coords.amin(dim=0), coords.amax(dim=0)
+    lower, upper = bounds_of(coords)
     steps = torch.tensor(stride)
     bounds = torch.stack([lower.div(steps, rounding_mode="floor"), (upper + 1) // steps])
     bounds[:, 0] = torch.stack([lower[0], upper[0]])

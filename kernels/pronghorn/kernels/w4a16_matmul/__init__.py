@@ -49,6 +49,7 @@ def w4a16_matmul(
 
     Source: Lin et al. (arXiv 2306.00978), section 4 (TinyChat).
     """
+    check_tensor("qweight", qweight)
     check_tensor("x", x, floating=True, like=qweight)
     if x.dim() == 0:
         raise ValueError("x: got a scalar, wanted [..., K]")
