@@ -123,12 +123,21 @@ def oldest(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Format, style, types and the direction of imports."""
+    """Format, style, types, the direction of imports, and what no source may do."""
     env = environment(session, "main")
     run(session, env, "ruff", "format", "--check", ".")
     run(session, env, "ruff", "check", ".")
     run(session, env, "python", "-m", "mypy")
     run(session, env, "lint-imports")
+    run(session, env, "python", "-m", "pytest", "-q", "tests/house/test_security.py")
+
+
+@nox.session(venv_backend="virtualenv")
+def audit(session: nox.Session) -> None:
+    """Known vulnerabilities of the locked dependencies; by itself, because it needs PyPI's list of them."""
+    session.install("pip-audit")
+    for lock in sorted((ROOT / "requirements").glob("*.txt")):
+        session.run("pip-audit", "--strict", "--no-deps", "--disable-pip", "--progress-spinner", "off", "-r", str(lock))
 
 
 @nox.session

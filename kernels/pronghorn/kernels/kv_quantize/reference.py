@@ -29,6 +29,7 @@ def codes_of(codes: Tensor, bits: int) -> Tensor:
 def kv_dequantize(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """[..., head_dim]."""
     wide = dtype if dtype in (torch.float16, torch.float64) else torch.float32
-    values = codes_of(codes, bits).to(wide).unflatten(-1, (scale.shape[-1], -1))
+    values = codes_of(codes, bits).to(wide)
+    values = values.unflatten(-1, (scale.shape[-1], values.shape[-1] // scale.shape[-1]))
     result: Tensor = (values * scale[..., None].to(wide) + zero[..., None].to(wide)).flatten(-2).to(dtype)
     return result

@@ -39,7 +39,7 @@ def _oracle(arguments: Arguments) -> Tensor:
             site = tuple(m // s for m, s in zip(moved, stride, strict=True))
             if all(a <= q <= b for a, q, b in zip(low, site, high, strict=True)):
                 found.add(site)
-    return torch.tensor(sorted(found)).double()
+    return torch.tensor(sorted(found)).double().reshape(len(found), len(stride))
 
 
 def _within(coords: Tensor, **arguments: Any) -> Tensor:

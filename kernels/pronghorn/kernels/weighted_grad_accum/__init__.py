@@ -30,7 +30,8 @@ def weighted_grad_accum(
 
     The sum of squares is in float64 and in the same order at every call. Nothing is waited for, and
     nothing is differentiable. Tensors of one dtype take one launch, however many they are, and one copy of their
-    addresses to the device, none where those are the ones of a call not long ago. A buffer must not overlap with another tensor.
+    addresses to the device, none where those are the ones of a call not long ago. A buffer must not overlap with
+    another tensor.
 
     Args:
         gradients: in fp32, bf16 or fp16 (fp64 in the reference), all on one device. What is not contiguous is copied

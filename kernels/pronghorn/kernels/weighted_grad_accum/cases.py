@@ -29,8 +29,8 @@ def _added(
     gradients: list[Tensor], accum: list[Tensor], score: list[Tensor] | None, weights: Tensor
 ) -> tuple[Tensor, ...]:
     """The norm and copies of the buffers after the call."""
-    accum = [buffer.clone() for buffer in accum]
-    score = None if score is None else [buffer.clone() for buffer in score]
+    accum = [buffer.detach().clone() for buffer in accum]
+    score = None if score is None else [buffer.detach().clone() for buffer in score]
     squares = weighted_grad_accum(gradients, accum, score, weights)
     return squares, *accum, *(score or ())
 
