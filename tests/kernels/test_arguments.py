@@ -39,6 +39,7 @@ BAD_PACKED = [
 ]
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize(("changes", "kind", "named"), BAD_PACKED)
 def test_bad_packed_weights(changes, kind, named):
     with pytest.raises(kind, match=named):
@@ -47,6 +48,7 @@ def test_bad_packed_weights(changes, kind, named):
         dequantize_weight(**packed(**changes), in_features=K)
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize(
     ("x", "kind"),
     [
@@ -94,6 +96,7 @@ def test_codes_and_zero_points_that_do_not_fit():
         pack(torch.zeros(64, 16).byte(), torch.ones(64, 1), torch.ones(64, 1), layout="marlin", bits=4, group_size=16)
 
 
+@pytest.mark.fault(22)
 def test_the_variable_chooses_the_backend(monkeypatch, caplog):
     monkeypatch.setenv(_dispatch.VARIABLE, "cuda")
     with pytest.raises(ValueError, match="PRONGHORN_KERNELS"):

@@ -12,6 +12,7 @@ EXACT_IN_BFLOAT16 = ("group_fake_quantize", "group_clip_search")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize("which", ["reference", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "index"), CASES)
@@ -23,6 +24,7 @@ def test_matches_the_oracle(name, index, dtype, which):
     assert error <= operation.tolerance[dtype], f"{error:.2e} on {operation.shapes[index]}"
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_is_one_torch_operation(name):
     operation = OPERATIONS[name]
@@ -42,6 +44,7 @@ def test_is_one_torch_operation(name):
         torch.library.opcheck(*seen[0])
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.trains])
 def test_gradients(name):
     operation = OPERATIONS[name]
@@ -59,6 +62,7 @@ def test_gradients(name):
             assert torch.autograd.gradcheck(call, trained, fast_mode=many)
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_compiles_without_a_graph_break(name):
     operation = OPERATIONS[name]

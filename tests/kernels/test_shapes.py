@@ -27,6 +27,7 @@ def packed_shapes(draw):
     return {**knobs, "bits": draw(st.sampled_from(layout.bits)), "group_size": group_size}
 
 
+@pytest.mark.fault(5)
 @given(knobs=packed_shapes(), which=st.sampled_from(["reference", "triton"]), seed=st.integers(0, 99))
 def test_packed_operations_on_any_shape(knobs, which, seed):
     for name in ("w4a16_matmul", "dequantize_weight"):
@@ -50,6 +51,7 @@ def test_packing_gives_back_what_went_in(knobs, seed):
         assert torch.equal(got, put)
 
 
+@pytest.mark.fault(5)
 @given(
     n=st.integers(1, 20),
     group_size=st.sampled_from([8, 24, 32, 100]),
@@ -66,6 +68,7 @@ def test_group_operations_on_any_shape(n, group_size, groups, bits, symmetric, w
         assert error <= operation.tolerance[torch.float16]
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize("which", ["reference", "triton"])
 def test_no_rows_and_batched_rows(which):
     operation = OPERATIONS["w4a16_matmul"]

@@ -73,7 +73,7 @@ def _check_groups(size: int, bits: int, group_size: int | None) -> int:
     if bits not in BITS:
         raise ValueError(f"bits: got {bits!r}, accepted are {', '.join(map(str, BITS))}")
     group_size = size if group_size is None else group_size
-    if group_size < 1 or size % group_size or group_size % 2:
+    if size < 1 or group_size < 1 or size % group_size or group_size % 2:
         raise ValueError(f"group_size: got {group_size}, wanted an even divisor of head_dim, which is {size}")
     return group_size
 
