@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import reliability
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(<!-- benchmarks:begin (?P<wanted>[^>]*)-->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
+FAULTS = re.compile(r"(<!-- reliability:begin -->\n).*?(<!-- reliability:end -->)", re.DOTALL)
 # From which value on a unit is told in which other one.
 SCALES: dict[str, list[tuple[float, float, str]]] = {
     "s": [(1, 1, "s"), (1e-3, 1e3, "ms"), (0, 1e6, "us")],
@@ -26,6 +29,7 @@ def main() -> None:
     for page in PAGES:
         old = page.read_text()
         new = BLOCK.sub(lambda match: f"{match[1]}{table(match['wanted'].split())}{match[3]}", old)
+        new = FAULTS.sub(lambda match: f"{match[1]}{reliability.sections()}{match[2]}", new)
         if new != old:
             stale.append(str(page.relative_to(ROOT)))
             if "--check" not in sys.argv:

@@ -1,6 +1,8 @@
 """Environment of all tests; set before torch, triton or an ecosystem is imported."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -22,6 +24,14 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=12
 settings.register_profile("nightly", deadline=None, max_examples=100)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# By its path: LeRobot's requirements hold a package called tests.
+spec = importlib.util.spec_from_file_location("fault_record", Path(__file__).parent / "faults" / "record.py")
+record = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(record)
+pytest_addoption = record.pytest_addoption
+pytest_configure = record.pytest_configure
+pytest_collection_modifyitems = record.pytest_collection_modifyitems
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ class GroupedRollouts(GRPOTrainer):
     reward function gave one; `groups` int64 [trajectories]; `policy_versions` int64 [trajectories], the number of
     updates of the weights that sampled (`rollout_func` may return its own as `policy_version`, a list); and
     `sampling_per_token_logps` float32 [trajectories, tokens], left out only where the learner sampled itself and will
-    not change before the batch is used.
+    not change before the batch is used. A completion of a `rollout_func` may be empty.
 
     Raises:
         ValueError: a sampler other than the learner gave no log-probabilities, or a rank's part of a generation batch
@@ -31,6 +33,8 @@ class GroupedRollouts(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self._generations = 0
         self._weighted_rewards = torch.zeros(0)
+        if self.rollout_func is not None:
+            self.rollout_func = partial(_without_empty_completions, self.rollout_func)
         rows, size = self.args.per_device_train_batch_size, self.num_generations
         for name in ("steps_per_generation", "gradient_accumulation_steps"):
             if rows * getattr(self.args, name) % size:
@@ -76,6 +80,27 @@ class GroupedRollouts(GRPOTrainer):
             parts = split_tensor_dict(_shuffled_groups(batch, self.num_generations), steps)
             self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
         return self._buffered_inputs[self._step % steps]
+
+
+def _without_empty_completions(
+    sample: Callable[..., dict[str, Any]], prompts: list[Any], trainer: GRPOTrainer
+) -> dict[str, Any]:
+    """What a rollout_func gives, where an empty completion, which TRL cannot hold, is an end that nobody sampled."""
+    found = sample(prompts, trainer)
+    completions = found.get("completion_ids", ())
+    if all(len(ids) for ids in completions):
+        return found
+    masks = found.get("env_mask") or [[1] * len(ids) for ids in completions]
+    end = [trainer._tokenizer.eos_token_id]
+    changed = {"completion_ids": end, "logprobs": [0.0], "env_mask": [0]}
+    return {
+        **found,
+        **{
+            name: [values if len(ids) else changed[name] for values, ids in zip(column, completions, strict=True)]
+            for name, column in {**found, "env_mask": masks}.items()
+            if name in changed and column is not None
+        },
+    }
 
 
 def _shuffled_groups(batch: dict[str, Any], size: int) -> dict[str, Any]:

@@ -222,17 +222,31 @@ def _copy_rest(source: Path, folder: Path) -> None:
 
 @contextmanager
 def made_whole(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling folder that takes the target's name at the end, or goes away."""
+    """A temporary sibling folder that takes the target's name at the end, once it is on disk, or goes away."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield folder
         folder.chmod(0o755)
+        for path in (*folder.rglob("*"), folder):
+            _wait_for_disk(path)
         old = target.with_name(f".{target.name}.replaced")
         if overwrite and target.exists():
             target.rename(old)
         folder.rename(target)
+        _wait_for_disk(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _wait_for_disk(path: Path) -> None:
+    """Have a file, or the names in a folder, survive a loss of power."""
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -44,7 +44,7 @@ class VLASHSettings:
             "measured" (no estimate).
         state_from_action: for each coordinate of the state, the action's coordinate that moves it, or None where none
             does and it stays as measured.
-        action_low: the least value of each coordinate of an action that the robot executes; None for no limit.
+        action_low: the least value of each coordinate of a command that the robot gets; None for no limit.
         action_high: the greatest value, likewise.
         late_chunk: what is done until a chunk arrives that is late: "hold" the last goal (no change, where actions are
             changes), or "continue" with the rest of the old chunk, then hold.

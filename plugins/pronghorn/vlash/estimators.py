@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.vlash.config import DELTA_MASKED, LAST_ACTION, MEASURED, SUM_DELTA, VLASHSettings
-from pronghorn.vlash.quantization import is_delta, merge_chunk
+from pronghorn.vlash.quantization import clip, is_delta, merge_chunk
 
 StateEstimator = Callable[[Tensor, Tensor], Tensor]
 """(state [..., state_dim] as measured, pending [..., delay, action_dim]) -> [..., state_dim], after those actions."""
@@ -83,20 +83,9 @@ def _after(
 ) -> Tensor:
     """Every coordinate moved by its source (coordinate 0 stands in where there is none)."""
     columns = [source or 0 for source in sources]
-    goals = _clip(pending[..., -1, :], settings)[..., columns]
+    goals = clip(pending[..., -1, :], settings)[..., columns]
     changing = [deltas[column] for column in columns]
     if not any(changing):
         return goals
-    changes = _clip(merge_chunk(pending, settings), settings).sum(-2)[..., columns]
+    changes = clip(merge_chunk(pending, settings), settings).sum(-2)[..., columns]
     return torch.where(torch.tensor(changing, device=state.device), state + changes, goals)
-
-
-def _clip(actions: Tensor, settings: VLASHSettings) -> Tensor:
-    for name, limit in (("action_low", torch.maximum), ("action_high", torch.minimum)):
-        values = getattr(settings, name)
-        if values is None:
-            continue
-        if len(values) != actions.shape[-1]:
-            raise ValueError(f"{name}: got {len(values)} values, wanted action_dim, {actions.shape[-1]}")
-        actions = limit(actions, torch.tensor(values, dtype=actions.dtype, device=actions.device))
-    return actions

@@ -15,7 +15,7 @@ from pronghorn.vlash.chunks import ChunkRequest, Observation, Policy
 from pronghorn.vlash.config import AUTO, CONTINUE, NAIVE, RTC, RTC_FULL, SYNC, VLASH, VLASHSettings
 from pronghorn.vlash.estimators import StateEstimator, state_estimator
 from pronghorn.vlash.latency import LatencyTracker, overlap_for
-from pronghorn.vlash.quantization import hold, is_sent, merge
+from pronghorn.vlash.quantization import clip, hold, is_sent, merge
 from pronghorn.vlash.watchdog import NeedsResetError, PolicyError, StaleWatchdog, VLASHError, check_chunk
 from pronghorn.vlash.worker import Executor, Immediate, Pending
 
@@ -28,7 +28,8 @@ class Tick:
 
     Attributes:
         action: [..., action_dim]: the command, where one is sent (with `action_quant_ratio`, merged of all actions
-            since the last one); else the action that this tick adds to the next command.
+            since the last one; within `action_low` and `action_high`); else the action that this tick adds to the next
+            command.
         send: whether the robot gets it.
         fetched: whether an observation was read.
         first: whether it begins a chunk.
@@ -246,7 +247,7 @@ class RollForwardManager:
         self._asked = self._ask(ChunkRequest(observation, observation.state))
         running = self._begin(self._asked)
         self.counts.stalls += 1
-        self.counts.stall_seconds += self._clock() - start
+        self.counts.stall_seconds += max(self._clock() - start, 0.0)
         return running
 
     def _ask_ahead(self, running: _Running, eyes: _Eyes) -> None:
@@ -307,5 +308,6 @@ class RollForwardManager:
         if send:
             if len(self._group) > 1:
                 action = merge(torch.stack(self._group, -2), self.settings)
+            action = clip(action, self.settings)
             self._group = []
         return action, send

@@ -85,3 +85,23 @@ def hold(action: Tensor, settings: VLASHSettings) -> Tensor:
     """
     deltas = is_delta(settings, action.shape[-1])
     return action.masked_fill(torch.tensor(deltas, device=action.device), 0) if any(deltas) else action
+
+
+def clip(actions: Tensor, settings: VLASHSettings) -> Tensor:
+    """Actions within the robot's limits.
+
+    Args:
+        actions: [..., action_dim].
+        settings: its `action_low` and `action_high`.
+
+    Raises:
+        ValueError: there are not as many limits as coordinates.
+    """
+    for name, limit in (("action_low", torch.maximum), ("action_high", torch.minimum)):
+        values = getattr(settings, name)
+        if values is None:
+            continue
+        if len(values) != actions.shape[-1]:
+            raise ValueError(f"{name}: got {len(values)} values, wanted action_dim, {actions.shape[-1]}")
+        actions = limit(actions, torch.tensor(values, dtype=actions.dtype, device=actions.device))
+    return actions

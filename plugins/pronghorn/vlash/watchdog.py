@@ -77,7 +77,7 @@ class StaleWatchdog:
             StaleCommandError: it has been missed for longer than `stale_after_s`.
         """
         now = self._clock()
-        if self._since is None:
+        if self._since is None or now < self._since:  # a clock that was set back starts anew
             self._since = now
         if now - self._since > self._limit:
             raise StaleCommandError(

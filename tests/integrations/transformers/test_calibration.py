@@ -120,6 +120,7 @@ def test_spilled_runs_give_the_same_bits(tmp_path):
     assert names == {"fingerprint.json", "block-00000.safetensors", "block-00001.safetensors"}
 
 
+@pytest.mark.fault(6)
 def test_bad_numbers_are_named():
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
@@ -190,6 +191,7 @@ class Letters:
         return {"input_ids": [ord(letter) % 128 for letter in text]}
 
 
+@pytest.mark.fault(7)
 def test_samples_of_text():
     samples = calibration_samples(["a" * 10, "b" * 15], Letters(), n_samples=3, seq_len=10)
     assert [tuple(s.shape) for s in samples] == [(1, 10), (1, 10)]
@@ -235,6 +237,7 @@ def broken():
         ([[-1, 5]], None, ValueError, "from -1 to 5"),
     ],
 )
+@pytest.mark.fault(7)
 def test_bad_samples(data, tokenizer, kind, named):
     with pytest.raises(kind, match=named):
         calibration_samples(data, tokenizer, vocab_size=128)
@@ -251,12 +254,14 @@ def test_bad_samples(data, tokenizer, kind, named):
         (["text"], TypeError, "sample 0 is str"),
     ],
 )
+@pytest.mark.fault(7)
 def test_samples_that_are_no_ids_of_the_model(samples, kind, named):
     with pytest.raises(kind, match=named):
         CalibrationRunner(tiny_model("llama"), samples)
 
 
 @pytest.mark.parametrize("how", [{"n_samples": 0}, {"seq_len": 0}])
+@pytest.mark.fault(7)
 def test_no_samples_asked_for(how):
     with pytest.raises(ValueError, match="wanted at least 1"):
         calibration_samples([[1, 2]], **how)

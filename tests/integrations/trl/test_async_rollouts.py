@@ -120,6 +120,7 @@ def test_a_group_is_whole_with_its_last_row_however_rows_are_mixed():
         buffer.add(rollout(7), rows=1)
 
 
+@pytest.mark.fault(25)
 def test_the_oldest_are_taken_first_and_the_too_old_are_dropped_whole():
     buffer = GroupBuffer()
     for group, versions in ((0, (3, 3)), (1, (1, 2)), (2, (0, 3)), (3, (1, 1))):
@@ -130,6 +131,7 @@ def test_the_oldest_are_taken_first_and_the_too_old_are_dropped_whole():
     assert [group[0].group for group in buffer.waiting] == [0]
 
 
+@pytest.mark.fault(25)
 def test_what_waits_survives_on_disk(tmp_path):
     buffer, path = GroupBuffer(), tmp_path / "waiting.safetensors"
     for row in range(4):
@@ -196,6 +198,7 @@ def test_a_forked_conversation_is_more_rows_of_its_group():
     assert len(stream.next_groups(0)[0]) == 3
 
 
+@pytest.mark.fault(25)
 def test_versions_are_updates_and_too_old_groups_are_dropped_and_counted():
     worker = Paced([*[sample(0, 3, model_version_end=4.0)] * 2, *[sample(1, 4)] * 2, *[sample(2, 4)] * 2])
     stream = source(worker, max_age=2)
@@ -227,6 +230,7 @@ def test_a_version_that_nobody_told():
         stream.next_groups(0)
 
 
+@pytest.mark.fault(25)
 def test_weights_from_before_the_run_are_too_old():
     stream = source(Foreign([*[sample(0, 1)] * 2, *[sample(1, 5)] * 2]))
     stream.published(5, 3)
@@ -234,6 +238,7 @@ def test_weights_from_before_the_run_are_too_old():
     assert stream.dropped == 1
 
 
+@pytest.mark.fault(25)
 def test_a_dead_worker_is_told_with_its_reason():
     worker = Foreign()
     worker.failure.__cause__ = ConnectionError("the server has gone")

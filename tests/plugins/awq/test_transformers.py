@@ -311,6 +311,7 @@ def test_a_configuration_that_means_nothing_is_refused(tmp_path, changes, named)
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault(6, 7)
 def test_bad_weights_and_data_leave_nothing_behind(llama, tmp_path):
     poisoned = tiny_model("llama")
     poisoned.model.layers[0].mlp.up_proj.weight.data[3, 3] = float("inf")

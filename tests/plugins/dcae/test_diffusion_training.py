@@ -109,6 +109,7 @@ def test_a_label_leads_to_its_class(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(("method", "make"), [("usit", uvit), ("dit", dit)])
+@pytest.mark.fault(8)
 def test_a_broken_off_training_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, method, make, accumulation):
     latents = dumped(tmp_path / "latents", noise=0.5)
     settings = config(method, steps=5, gradient_accumulation_steps=accumulation)
@@ -159,6 +160,7 @@ def test_channels_of_an_adaptive_autoencoder(tmp_path, monkeypatch):
     assert seen == {2, 4, 8}
 
 
+@pytest.mark.fault(9)
 def test_another_training_in_the_folder_is_refused(tmp_path):
     latents = dumped(tmp_path / "latents")
     train(uvit(), config(), latents, tmp_path / "out")
@@ -166,6 +168,7 @@ def test_another_training_in_the_folder_is_refused(tmp_path):
         train(uvit(), config(label_dropout=0.2), latents, tmp_path / "out")
 
 
+@pytest.mark.fault(7)
 def test_bad_latents_are_named(tmp_path):
     latents = dumped(tmp_path / "latents")
     for folder in (tmp_path / "nothing", tmp_path / "empty"):
@@ -186,6 +189,7 @@ def test_bad_latents_are_named(tmp_path):
     ("values", "message"),
     [(np.full(SHAPE, np.nan), r"0\.npy: .*wanted finite"), (np.zeros((8, 16)), r"0\.npy: is \(8, 16\), wanted")],
 )
+@pytest.mark.fault(6)
 def test_a_latent_that_is_none_is_named(tmp_path, values, message):
     latents = dumped(tmp_path / "latents", classes=("cat",), each=1)
     np.save(latents / "cat" / "0.npy", values.astype(np.float32))

@@ -51,6 +51,7 @@ def test_images_in_and_out(photos, tmp_path):
         find_images(tmp_path / "nothing")
 
 
+@pytest.mark.fault(8)
 def test_a_dump_goes_on(photos, tmp_path):
     vae, out = small(), tmp_path / "latents"
     assert dump_latents(vae, photos, out, size=16, scaling_factor=0.5, batch_size=2, verbose=False) == 3
@@ -72,6 +73,7 @@ def test_a_dump_goes_on(photos, tmp_path):
         dump_latents(vae, photos, out, size=16, scaling_factor=1.0)
 
 
+@pytest.mark.fault(8)
 def test_what_breaks_leaves_no_half_files(photos, tmp_path):
     out = tmp_path / "latents"
     (photos / "c.png").write_bytes(b"no image")

@@ -122,6 +122,7 @@ class BrokenOffError(Exception):
 
 @pytest.mark.parametrize("phase", [1, 3])
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.fault(8)
 def test_a_broken_off_training_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, phase, accumulation):
     settings = config(phase, steps=5, gradient_accumulation_steps=accumulation)
     whole = model()
@@ -143,6 +144,7 @@ def test_a_broken_off_training_goes_on_as_if_nothing_had_happened(tmp_path, monk
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
+@pytest.mark.fault(8)
 def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path, monkeypatch):
     settings, whole, second = config(steps=4), model(), model()
     train(whole, settings, tmp_path / "whole")
@@ -163,6 +165,7 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path, monkeypatch
     assert sorted(path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()) == ["00000002", "00000004"]
 
 
+@pytest.mark.fault(9)
 def test_another_training_in_the_folder_is_refused(tmp_path):
     train(model(), config(), tmp_path)
     with pytest.raises(ValueError, match=r"learning_rate was 0.001 and is 0.002"):
@@ -201,6 +204,7 @@ def test_channels_are_drawn_and_all_are_always_among_them(tmp_path, monkeypatch)
     assert seen[-1] == (None,)
 
 
+@pytest.mark.fault(6)
 def test_a_loss_that_is_no_number_is_told_and_harms_nothing(tmp_path):
     vae = model()
     with pytest.raises(FloatingPointError, match="loss: got nan in step 1"):

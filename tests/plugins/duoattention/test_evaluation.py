@@ -39,6 +39,7 @@ def test_a_needle_stands_after_a_sentence():
         assert len(prompt.split("<book> ")[1].split(" </book>")[0]) == 800
 
 
+@pytest.mark.fault(8)
 def test_a_grid_is_scored_and_resumed(tmp_path):
     grid = NeedleGrid.between(400, 900, 3, 4)
     assert (grid.lengths, grid.depths[0], grid.depths[-1]) == ([400, 650, 900], 0.0, 1.0)

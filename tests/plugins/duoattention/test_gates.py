@@ -83,6 +83,7 @@ def test_the_loss_counts_labels_where_they_stand():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.fault(8, 9)
 def test_an_interrupted_run_ends_where_it_would_have(tmp_path, checkpointing):
     options = {"num_steps": 7, "lr": 0.1, "block_size": None, "save_steps": 2, "state_dir": tmp_path,
                "gradient_checkpointing": checkpointing, **MASK}  # fmt: skip
@@ -178,6 +179,7 @@ def test_a_known_retrieval_head_is_found(method):
     ({"method": "guess"}, "method"), ({"num_steps": 0}, "num_steps"), ({"dense_branch": "both"}, "dense_branch"),
     ({"method": "on_the_fly", "samples": 0}, "samples"),
 ])  # fmt: skip
+@pytest.mark.fault(7)
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         find_heads(small(), samples(), **options)
@@ -185,6 +187,7 @@ def test_bad_settings_are_refused(options, message):
         find_heads(small(), [])
 
 
+@pytest.mark.fault(6, 7)
 def test_bad_data_and_models_are_refused():
     sample = {"input_ids": token_ids(1, 8)[0], "labels": torch.full((8,), -100)}
     with pytest.raises(ValueError, match="labels"):

@@ -56,6 +56,7 @@ def test_batches_are_filled_up():
     ({"min_depth_ratio": 0.9, "max_depth_ratio": 0.1}, "min_depth_ratio"), ({"passkey_length": 0}, "passkey_length"),
     ({"context_length_max": 5000}, "haystack"), ({"buffer_size": 1900}, "context_length_max"),
 ])  # fmt: skip
+@pytest.mark.fault(7)
 def test_what_makes_no_data(changes, message):
     with pytest.raises(ValueError, match=message):
         MultiPasskeyDataset(Bytes(), TEXT, **{**SMALL, **changes})

@@ -85,6 +85,7 @@ def groups_by_step(run):
 # How old rollouts are
 
 
+@pytest.mark.fault(25)
 def test_without_lag_it_samples_and_learns_in_turn(start, tmp_path):
     trainer = trained(tmp_path / "a", start, max_staleness=0)
     run = read_run(tmp_path / "a")
@@ -109,6 +110,7 @@ def test_however_a_step_is_cut(start, tmp_path):
         assert logged(parts, "grad_norm") == pytest.approx(logged(whole, "grad_norm"), rel=1e-3)
 
 
+@pytest.mark.fault(25)
 def test_with_lag_4(start, tmp_path):
     """Never more than 4 updates old, and as old as that; ratios are no longer 1; what is easy is learned."""
     trainer = made(tmp_path, start, steps=30, max_staleness=4)
@@ -131,6 +133,7 @@ def test_with_lag_4(start, tmp_path):
     assert not any("perf/fwd_s" in entry for entry in trainer.state.log_history)
 
 
+@pytest.mark.fault(25)
 def test_weights_that_are_handed_over_every_other_update(start, tmp_path):
     trainer = made(tmp_path, start, steps=9, max_staleness=1, weight_sync_steps=2)
     SamplerAhead(trainer).rows = 2 * ROWS  # what is left of four steps' before weights come
@@ -141,6 +144,7 @@ def test_weights_that_are_handed_over_every_other_update(start, tmp_path):
     assert trainer.model_version == 1 + 4
 
 
+@pytest.mark.fault(25)
 def test_weights_that_come_in_the_middle_of_a_rollout(start, tmp_path):
     class Waits(InProcessWorker):
         """The third token of two groups waits for an update."""
@@ -199,6 +203,7 @@ class Nothing:
         return lambda *args: None
 
 
+@pytest.mark.fault(25)
 def test_what_is_too_old_is_dropped_whole(start, tmp_path):
     trainer = trained(tmp_path, start, worker=Foreign(), transfer=Nothing(), steps=5, max_staleness=1)
     run = read_run(tmp_path)
@@ -215,6 +220,7 @@ def test_what_is_too_old_is_dropped_whole(start, tmp_path):
 # A run that is broken off
 
 
+@pytest.mark.fault(8, 25)
 def test_what_waits_survives_a_restart(start, tmp_path):
     """Each prompt is learned from once, in all: before the checkpoint, from it, or made anew."""
     settings = {"max_staleness": 3, "save_strategy": "steps", "save_steps": 3, "ess_reference": "auto"}
@@ -253,6 +259,7 @@ def test_what_waits_survives_a_restart(start, tmp_path):
     assert second._learner.scaling.reference.state_dict() == first._learner.scaling.reference.state_dict()
 
 
+@pytest.mark.fault(8)
 def test_without_lag_a_run_that_goes_on_is_the_run(start, tmp_path):
     settings = {"max_staleness": 0, "save_strategy": "steps", "save_steps": 2}
     whole = trained(tmp_path / "whole", start, steps=4, **settings)
@@ -261,6 +268,7 @@ def test_without_lag_a_run_that_goes_on_is_the_run(start, tmp_path):
     torch.testing.assert_close(weights(onward), weights(whole), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.fault(9)
 def test_a_checkpoint_of_another_trainer(start, tmp_path):
     settings = {"max_staleness": 0, "save_strategy": "steps", "save_steps": 1}
     trained(tmp_path, start, steps=1, **settings)
@@ -270,6 +278,7 @@ def test_a_checkpoint_of_another_trainer(start, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["no", "steps"])
+@pytest.mark.fault(25)
 def test_an_engine_that_dies_ends_training_with_its_reason(strategy, start, tmp_path):
     """And what was learned until then is kept, where checkpoints are."""
     reward = FailAtCall(large_digits, 2 * GROUPS + 1, ZeroDivisionError("the judge has died"))
@@ -284,6 +293,7 @@ def test_an_engine_that_dies_ends_training_with_its_reason(strategy, start, tmp_
         torch.testing.assert_close(weights(onward), weights(whole), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.fault(25)
 def test_weights_that_nobody_takes_end_training(start, tmp_path):
     worker = in_process(start)
     worker.send_weights = FailAtCall(worker.send_weights, 3, ConnectionError("no route to the engine"))
@@ -306,6 +316,7 @@ def test_a_trainer_may_train_again(start, tmp_path):
 # Rewards, and settings
 
 
+@pytest.mark.fault(25)
 def test_what_nobody_scores_teaches_nothing(start, tmp_path):
     def some(completions, **kwargs):
         return [None if number == 1 else float(len(text)) for number, text in enumerate(completions)]

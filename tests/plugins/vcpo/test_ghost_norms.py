@@ -206,6 +206,7 @@ def test_micro_batches_that_are_not_the_minibatch(micro_batches):
         accumulate_batched(together(policy, ids), policy, minibatch, VCPOSettings(), micro_batches)
 
 
+@pytest.mark.fault(25)
 def test_nothing_learns():
     policy = Policy().requires_grad_(False)
     ids, minibatch = rollouts(policy)
@@ -225,6 +226,7 @@ def test_what_the_learner_must_not_give():
         accumulate_batched(log_probs_of, policy, minibatch, VCPOSettings(), RANGES)
 
 
+@pytest.mark.fault(25)
 def test_a_gradient_that_is_not_finite():
     policy = Policy()
     ids, minibatch = rollouts(policy, groups=(7,))

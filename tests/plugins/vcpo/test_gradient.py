@@ -100,6 +100,7 @@ def test_equal_norms_on_policy_are_grpo():
 
 
 @pytest.mark.parametrize("config", CONFIGS[:3], ids=lambda config: config.opob_weight)
+@pytest.mark.fault(25)
 def test_a_group_of_equal_rewards_teaches_nothing(config):
     policy = Policy()
     ids, minibatch = rollouts(policy)
@@ -122,6 +123,7 @@ def test_a_baseline_lies_among_its_values(config):
             assert float(scope.min()) - 1e-9 <= value <= float(scope.max()) + 1e-9
 
 
+@pytest.mark.fault(25)
 def test_an_empty_completion_has_no_gradient_and_is_not_asked_for():
     policy = Policy()
     ids, minibatch = rollouts(policy)

@@ -52,6 +52,7 @@ def test_what_is_masked_is_never_looked_at():
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.fault(25)
 def test_an_empty_completion_has_ratio_one():
     learner, sampler, mask = drawn(2)
     mask[3] = False
@@ -61,6 +62,7 @@ def test_an_empty_completion_has_ratio_one():
     assert (found.log_ratios[3], found.geometric_mean[3], found.k3[3]) == (0, 1, 0)
 
 
+@pytest.mark.fault(25)
 def test_a_sampler_without_a_number_counts_as_one_and_is_said_once(caplog):
     learner, sampler, mask = drawn(3)
     mask[:] = True
@@ -77,6 +79,7 @@ def test_a_sampler_without_a_number_counts_as_one_and_is_said_once(caplog):
 @pytest.mark.parametrize(
     ("which", "value"), [(0, math.nan), (0, -math.inf), (0, math.inf), (1, -math.inf), (1, math.inf)]
 )
+@pytest.mark.fault(25)
 def test_what_is_no_probability_is_named(which, value):
     *pair, mask = drawn(4)
     mask[2, 5] = True

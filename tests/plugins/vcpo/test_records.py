@@ -82,6 +82,7 @@ def test_what_is_written_is_read(tmp_path):
             assert columns[name].dtype == {"a name": object, WHOLE: np.int64}.get(kind, np.float64)
 
 
+@pytest.mark.fault(25)
 def test_numbers_that_are_not_finite(tmp_path):
     """The words are JSON for every reader; JSON's own extension and null are read too."""
     values = [math.inf, -math.inf, math.nan, None, np.float32(0.5), 3]
@@ -128,6 +129,7 @@ def test_mistakes_of_the_writer_change_nothing(tmp_path, step, rows, message):
     records.append(step_row(2, 0), [])
 
 
+@pytest.mark.fault(10)
 def test_a_full_disk_leaves_whole_steps(tmp_path):
     records = write(tmp_path, [1, 2])
     before = contents(tmp_path)
@@ -158,6 +160,7 @@ def test_a_line_of_the_step_that_fails_takes_its_trajectories_along(tmp_path, mo
 
 @pytest.mark.parametrize("name", [STEPS_FILE, TRAJECTORIES_FILE])
 @pytest.mark.parametrize("missing", [1, 30])
+@pytest.mark.fault(8)
 def test_a_torn_last_line(tmp_path, caplog, name, missing):
     """Its step is left out by the reader, and cut off before a writer goes on."""
     write(tmp_path, [1, 2, 3])
@@ -180,6 +183,7 @@ def test_a_torn_last_line(tmp_path, caplog, name, missing):
     assert not caplog.records
 
 
+@pytest.mark.fault(8)
 def test_a_step_without_its_line(tmp_path, caplog):
     """Killed between trajectories and the step's line, or read while a run goes on."""
     write(tmp_path, [1])
@@ -192,6 +196,7 @@ def test_a_step_without_its_line(tmp_path, caplog):
     assert len((tmp_path / TRAJECTORIES_FILE).read_text().splitlines()) == 4
 
 
+@pytest.mark.fault(8)
 def test_killed_at_any_moment(tmp_path):
     """SIGKILL before the n-th flush to disk: whole steps stay, and the run goes on."""
     code = (

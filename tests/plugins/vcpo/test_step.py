@@ -97,6 +97,7 @@ def test_the_automatic_reference_learns_after_the_step():
     assert second.learning_rates == pytest.approx([1e-12], rel=1e-6)
 
 
+@pytest.mark.fault(25)
 def test_a_refused_step_changes_nothing():
     policy = Policy()
     ids, minibatch = rollouts(policy)

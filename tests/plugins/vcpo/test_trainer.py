@@ -57,6 +57,7 @@ def hash_of(prompt):
     return sum(ord(letter) * 31**place for place, letter in enumerate(prompt)) % 10**6
 
 
+@pytest.mark.fault(25)
 def test_neutral_settings_are_grpo_step_by_step(tmp_path):
     """Without baseline and scaling, on what the learner sampled itself, it is TRL's loss_type="grpo"."""
     ours = trained(tmp_path / "a", opob="off", ess_scaling="off", is_truncation=None, rollout_func=OnPolicy())
@@ -144,6 +145,7 @@ def test_one_update_is_the_scaled_rate_alone(tmp_path):
     torch.testing.assert_close(moved[0][name], ratio * moved[1][name], rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.fault(25)
 def test_lag_makes_rollouts_old_and_ratios_differ(tmp_path):
     trainer = trained(tmp_path, steps=6, lag=3, learning_rate=3e-2)
     run = read_run(tmp_path)
@@ -153,6 +155,7 @@ def test_lag_makes_rollouts_old_and_ratios_differ(tmp_path):
     assert logged(trainer, "vcpo/staleness_max") == [0, 1, 2, 3, 3, 3]
 
 
+@pytest.mark.fault(25)
 def test_a_generation_for_several_updates_is_old(tmp_path):
     """Four updates of one generation: TRL's own log-probabilities of that moment are the sampler's."""
     trained(tmp_path, steps=8, steps_per_generation=4, gradient_accumulation_steps=1)
@@ -162,6 +165,7 @@ def test_a_generation_for_several_updates_is_old(tmp_path):
     assert run.steps["ess_ratio"][3] < 0.999
 
 
+@pytest.mark.fault(25)
 def test_on_policy_every_ratio_is_one(tmp_path):
     trainer = trained(tmp_path)
     assert logged(trainer, "vcpo/ess_ratio") == pytest.approx([1, 1, 1], abs=1e-9)
@@ -178,6 +182,7 @@ def test_groups_stay_whole(tmp_path):
 
 
 @pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.fault(8, 25)
 def test_a_run_that_goes_on_is_the_run(lag, tmp_path):
     """Weights, records, the automatic reference and the sampler's old weights."""
     settings = {"lag": lag, "ess_reference": "auto", "save_strategy": "steps", "save_steps": 3}
@@ -223,11 +228,13 @@ def test_peft(tmp_path):
     assert logged(runs[0], "vcpo/ess_ratio") == pytest.approx(logged(runs[1], "vcpo/ess_ratio"), rel=1e-5)
 
 
+@pytest.mark.fault(25)
 def test_missing_log_probabilities_of_tokens_count_as_ratio_one(tmp_path):
     trained(tmp_path / "some", steps=1, rollout_func=SeededRollouts(missing=(0, 1, 2)))
     assert (read_run(tmp_path / "some").trajectories["log_ratio"] == 0).all()
 
 
+@pytest.mark.fault(25)
 def test_what_no_function_scores_teaches_nothing(tmp_path):
     def some(completions, **kwargs):
         return [None if number % 4 == 1 else float(len(text)) for number, text in enumerate(completions)]
@@ -239,6 +246,7 @@ def test_what_no_function_scores_teaches_nothing(tmp_path):
     assert all(math.isfinite(value) for value in logged(trainer, "grad_norm"))
 
 
+@pytest.mark.fault(25)
 def test_truncated_completions_may_be_masked(tmp_path):
     trained(tmp_path, steps=1, mask_truncated_completions=True, rollout_func=SeededRollouts())
     assert (read_run(tmp_path).trajectories["response_length"] == 0).all()  # none ends with the end of text
@@ -271,6 +279,7 @@ def test_what_has_no_meaning(settings, message, tmp_path):
         trained(tmp_path, **settings)
 
 
+@pytest.mark.fault(25)
 def test_another_configuration_or_sampler(tmp_path):
     config = GRPOConfig(str(tmp_path), **SMALL)
     with pytest.raises(TypeError, match=r"^args: got GRPOConfig, wanted a VCPOConfig"):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.plugins.vlash.stubs import CountingPolicy, FakeClock, LateExecutor, run, values
+from tests.faults.fake_clock import FakeClock
+from tests.plugins.vlash.stubs import CountingPolicy, LateExecutor, run, values
 
 from pronghorn.vlash.chunks import Observation
 from pronghorn.vlash.config import VLASHSettings
@@ -163,6 +164,7 @@ def test_deltas_are_preserved(ratio, groups, overlap, seed):
 
 
 @pytest.mark.parametrize(("late_chunk", "stand_ins"), [("hold", [103, 103, 103]), ("continue", [104, 105, 105])])
+@pytest.mark.fault(26)
 def test_a_late_chunk_of_goals(late_chunk, stand_ins, caplog):
     manager = RollForwardManager(
         settings_of(4, 2, extra=2, late_chunk=late_chunk), CountingPolicy(6), executor=LateExecutor(3)
@@ -175,23 +177,27 @@ def test_a_late_chunk_of_goals(late_chunk, stand_ins, caplog):
     assert len([record for record in caplog.records if "A chunk is late" in record.message]) == 1
 
 
+@pytest.mark.fault(26)
 def test_a_late_chunk_of_changes_is_held_by_no_change():
     settings = settings_of(4, 2, state_estimator="sum_delta")
     assert values(run(settings, CountingPolicy(4), 7, executor=LateExecutor(2)))[3:] == [103, 0, 0, 200]
 
 
+@pytest.mark.fault(26)
 def test_a_late_chunk_begins_with_a_control_period():
     settings = settings_of(4, 1, ratio=2, delta_dims=[0], state_estimator="measured")
     ticks = run(settings, CountingPolicy(4), 10, executor=LateExecutor(1))
     assert [tick.action.item() for tick in ticks if tick.send] == [201, 205, 0, 401, 405]
 
 
+@pytest.mark.fault(26)
 def test_naive_leaves_out_what_the_late_ticks_have_passed():
     settings = settings_of(4, 2, mode="naive", extra=3)
     assert values(run(settings, CountingPolicy(7), 7, executor=LateExecutor(1)))[4:] == [103, 203, 204]
     assert values(run(settings, CountingPolicy(7), 9, executor=LateExecutor(3)))[7:] == [203, 204]
 
 
+@pytest.mark.fault(26)
 def test_a_stale_chunk():
     clock = FakeClock()
     manager = RollForwardManager(
@@ -211,6 +217,7 @@ def test_a_stale_chunk():
     assert values(run(None, None, 4, manager=manager)) == [300, 301, 302, 302]
 
 
+@pytest.mark.fault(26)
 def test_every_late_chunk_has_its_own_time():
     clock = FakeClock()
     manager = RollForwardManager(
@@ -234,6 +241,7 @@ def test_every_late_chunk_has_its_own_time():
         ([[0.0]], "got list, wanted a Tensor"),
     ],
 )
+@pytest.mark.fault(26)
 def test_chunks_that_cannot_be_executed(chunk, message):
     with pytest.raises(InvalidChunkError, match=message):
         run(settings_of(4, 1), lambda request: chunk, 1)
@@ -245,6 +253,7 @@ def test_modes_that_leave_out_entries_need_longer_chunks():
         run(settings, CountingPolicy(5), 5)
 
 
+@pytest.mark.fault(26)
 def test_a_policy_that_raises():
     def policy(request):
         raise KeyError("camera")
@@ -259,6 +268,7 @@ def test_a_policy_that_raises():
     assert issubclass(VLASHError, RuntimeError)
 
 
+@pytest.mark.fault(26)
 def test_a_camera_that_fails_costs_nothing():
     manager = RollForwardManager(settings_of(3, 3), CountingPolicy(3))
 

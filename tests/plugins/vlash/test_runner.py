@@ -7,7 +7,8 @@ import time
 
 import pytest
 import torch
-from tests.plugins.vlash.stubs import CountingPolicy, FakeClock, SlowPolicy
+from tests.faults.fake_clock import FakeClock
+from tests.plugins.vlash.stubs import CountingPolicy, SlowPolicy
 
 from pronghorn.vlash.chunks import Observation
 from pronghorn.vlash.config import VLASHSettings
@@ -85,6 +86,7 @@ def test_the_policy_runs_in_one_other_thread():
 
 
 @pytest.mark.parametrize(("late_chunk", "stand_ins"), [("hold", [103, 103, 103]), ("continue", [104, 105, 105])])
+@pytest.mark.fault(26)
 def test_a_slow_policy_never_blocks(late_chunk, stand_ins):
     policy = SlowPolicy(6)
     with AsyncRunner(policy, settings_of(4, 2, late_chunk=late_chunk, chunk_size=6)) as runner:
@@ -95,6 +97,7 @@ def test_a_slow_policy_never_blocks(late_chunk, stand_ins):
         assert runner.statistics().late_ticks == 3
 
 
+@pytest.mark.fault(26)
 def test_reset_while_a_chunk_is_under_way():
     policy = SlowPolicy(4)
     with AsyncRunner(policy, settings_of(4, 2)) as runner:
@@ -107,6 +110,7 @@ def test_reset_while_a_chunk_is_under_way():
     assert runner.statistics().chunks == 2
 
 
+@pytest.mark.fault(26)
 def test_an_error_of_the_policy_comes_out_where_its_chunk_is_due(caplog):
     calls = []
 
@@ -129,6 +133,7 @@ def test_an_error_of_the_policy_comes_out_where_its_chunk_is_due(caplog):
     assert not caplog.records
 
 
+@pytest.mark.fault(26)
 def test_a_chunk_with_nan():
     def policy(request):
         return torch.full((3, 1), 1.0 if request.leftover is None else torch.nan)
@@ -140,6 +145,7 @@ def test_a_chunk_with_nan():
             runner.step(SEEN)
 
 
+@pytest.mark.fault(26)
 def test_a_policy_that_exits():
     calls = []
 
@@ -161,6 +167,7 @@ def test_a_policy_that_exits():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.fault(26)
 def test_a_worker_that_dies_is_noticed_and_replaced(monkeypatch):
     threads = []
 
@@ -286,6 +293,7 @@ def test_control_loop_refuses():
         control_loop(runner, lambda: SEEN, print, fps=30, steps=0)
 
 
+@pytest.mark.fault(26)
 def test_small_delays_do_not_add_up():
     clock = FakeClock()
 
@@ -308,6 +316,7 @@ def test_a_loop_may_go_on_where_another_ended():
     assert (record.stalls, record.boundaries) == (0, [2])
 
 
+@pytest.mark.fault(26)
 def test_thirty_hertz_with_a_policy_of_a_tenth_of_a_second():
     """30 commands a second; every chunk but the first is computed while the one before runs."""
     policy = CountingPolicy(12)
