@@ -24,6 +24,7 @@ PROJECTS = [ROOT, ROOT / "integrations" / "lerobot_policy_pronghorn"]
 SOURCES = [*(ROOT / name for name in ("kernels", "integrations", "plugins")), PROJECTS[1]]
 TORCH = {"main": "torch==2.13.0", "oldest": "torch==2.11.0", "lerobot": "torch==2.11.0"}
 WORKERS = "2"
+RELIABILITY = "benchmarks/results/reliability-cpu.json"  # what docs/reliability.md is written from
 LEROBOT_TESTS = ["tests/integrations/lerobot", "tests/plugins/vlash/lerobot"]
 
 nox.options.default_venv_backend = "none"
@@ -102,12 +103,14 @@ def lerobot(session: nox.Session) -> None:
 
 @nox.session
 def nightly(session: nox.Session) -> None:
-    """The slow tests, with random examples, and the pages in a browser."""
+    """All tests, with random examples, and the pages in a browser; what was proved is kept for the docs."""
     if not shutil.which("chromium") and shutil.which("apt-get") and os.geteuid() == 0:
         # A browser is no Python package. Without one its tests are skipped, and say so.
         session.run("apt-get", "install", "-y", "-q", "chromium", external=True, silent=True, success_codes=[0, 100])
     env = {**environment(session, "main"), **one_thread(), "HYPOTHESIS_PROFILE": "nightly"}
-    run(session, env, "python", "-m", "pytest", "-q", "-m", "slow or not slow", *session.posargs)
+    keep = ["--reliability", RELIABILITY]
+    session.notify("lerobot", posargs=keep)
+    run(session, env, "python", "-m", "pytest", "-q", *keep, *session.posargs)
 
 
 @nox.session
@@ -158,7 +161,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def tables(session: nox.Session) -> None:
-    """Write the tables of README and docs anew from the results files."""
+    """Write the tables of README and docs, and the page on reliability, anew from the results files."""
     run(session, environment(session, "main"), "python", "benchmarks/tables.py")
 
 

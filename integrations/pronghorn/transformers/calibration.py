@@ -6,6 +6,8 @@ the hidden states travel, from block to block, so that one block and its inputs 
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from pronghorn.transformers.calibration_plan import CalibrationPlan, Undertaking
 from pronghorn.transformers.calibration_state import BlockResult, CalibrationState, fingerprint_of
 from pronghorn.transformers.decoder import Block, find_decoder_blocks
 from pronghorn.transformers.disk import check_room
+from pronghorn.transformers.finite import check_weights
 
 __all__ = ["BlockInputs", "BlockResult", "CalibrationPlan", "CalibrationRunner"]
 
@@ -117,7 +120,7 @@ class CalibrationRunner:
             OSError: the disk has no room, said before the start, or the directory cannot be written.
             torch.OutOfMemoryError: a block does not fit, even with smaller chunks.
         """
-        self._check_weights()
+        check_weights(self.model)
         results: dict[str, BlockResult] = {}
         with self._evaluation():
             directory = self._directory_with_room()
@@ -228,11 +231,6 @@ class CalibrationRunner:
             self.model, self.blocks, tokens, self.device, self.activation_budget, self.state_dir is not None
         )
 
-    def _check_weights(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise ValueError(f"{name}: holds NaN or Inf")
-
     def _directory_with_room(self) -> Path:
         """Where activations are spilled to, which has room for all that a run writes."""
         directory = Path(tempfile.gettempdir()) if self.state_dir is None else self.state_dir
@@ -280,9 +278,18 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _memory_of(device: torch.device) -> str:
-    if device.type != "cuda":
+    if device.type == "cuda":
+        peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
+    elif os.name == "posix":
+        import resource
+
+        # In KiB, on macOS in bytes.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+        total = total if allowed == resource.RLIM_INFINITY else min(total, allowed)
+    else:
         return ""
-    peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
     return f" (peak {peak / 2**30:.1f} of {total / 2**30:.1f} GiB)"
 
 

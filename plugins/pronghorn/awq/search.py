@@ -204,7 +204,12 @@ class AwqSearch:
         for name, linear in linears.items():
             self.config.check_in_features(linear.in_features, f"{block.name}.{name}")
         groups = self._groups(block, inputs, list(linears))
-        found = search_block(block.module, inputs, groups, linears, self.config, keep_first_trial=self.keep_first_trial)
+        try:
+            found = search_block(
+                block.module, inputs, groups, linears, self.config, keep_first_trial=self.keep_first_trial
+            )
+        except ValueError as error:
+            raise ValueError(f"{block.name}: {error}") from error
         return _to_block_result(found)
 
     def _groups(self, block: Block, inputs: BlockInputs, linears: list[str]) -> list[ScaleGroup]:

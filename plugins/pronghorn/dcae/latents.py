@@ -114,8 +114,8 @@ def dump_latents(
         How many were written.
 
     Raises:
-        ValueError: there are no images, one cannot be read, the autoencoder's ratio does not divide the size, or it has
-            no scaling factor and none is given.
+        ValueError: there are no images, one cannot be read or has no finite latent, the autoencoder's ratio does not
+            divide the size, or it has no scaling factor and none is given.
     """
     ratio = int(vae.spatial_compression_ratio)
     if size < 1 or size % ratio:
@@ -134,6 +134,10 @@ def dump_latents(
         paths = todo[start : start + batch_size]
         batch = torch.stack([load_image(path, size=size) for path in paths]).to(first.device, first.dtype)
         for path, latent in zip(paths, vae.encode(batch).latent.float() * scale, strict=True):
+            if not latent.isfinite().all():
+                raise ValueError(
+                    f"{path}: its latent holds NaN or Inf; are the autoencoder's weights finite? Try bfloat16"
+                )
             _write(targets[path], latent.cpu().numpy())
     return len(todo)
 

@@ -66,7 +66,8 @@ def find_heads(
         A pattern; `save_pattern` writes it, `DuoAttentionConfig(gates=…)` takes its gates.
 
     Raises:
-        ValueError: bad settings or data, an attention whose heads cannot be gated, or a state of another run.
+        ValueError: bad settings or data, NaN or infinity in weights or activations, an attention whose heads cannot be
+            gated, or a state of another run.
 
     Source: DuoAttention (arXiv 2410.10819), section 2.2.
     """
@@ -75,6 +76,9 @@ def find_heads(
             raise ValueError(f"{name}: got {value}, wanted a positive number")
     if not len(dataset):
         raise ValueError("dataset: is empty")
+    from pronghorn.transformers.finite import check_weights
+
+    check_weights(model)
     streaming: dict[str, Any] = {"sink_size": sink_size, "recent_size": recent_size, "block_size": block_size}
     text = model.config.get_text_config()
     shape = (text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from tests.assets import smollm2_folder
+from tests.faults.child import in_a_fork, run_as_program
 from tests.faults.fail_at_call import FailAtCall
 from tests.faults.limited_disk import limited_disk
 from tests.models import CONFIGS, tiny_model, token_ids
@@ -19,7 +18,6 @@ from pronghorn.transformers.activation_store import ActivationStore
 from pronghorn.transformers.calibration import BlockResult, CalibrationRunner
 from pronghorn.transformers.disk import write_atomically
 
-ROOT = Path(__file__).parents[3]
 BLOCKS = 4
 
 
@@ -42,16 +40,6 @@ def same(results, wanted):
         assert results[name].info == result.info
 
 
-def child(*arguments):
-    """Run this file as a program."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=env, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def calibrate_once(state, log, kill_at):
     """One run of four blocks in this process, killed at an event; every search leaves a line in `log`."""
     from tests.faults.kill_at import KillAt
@@ -68,21 +56,6 @@ def calibrate_once(state, log, kill_at):
     killer = KillAt(kill_at, events)
     run(model, [token_ids(), token_ids(1, seed=1)], search, state_dir=state, activation_budget=0)
     return killer.count
-
-
-def in_a_fork(work, *arguments):
-    """The wait status of a forked process that does the work."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work(*arguments)
-            status = 0
-        finally:
-            if status:
-                traceback.print_exc()
-            os._exit(status)
-    return os.waitpid(pid, 0)[1]
 
 
 def killed_runs(folder, kills):
@@ -111,7 +84,7 @@ def killed_runs(folder, kills):
 @pytest.mark.fault(8)
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_anywhere_a_run_goes_on_to_the_same_bits(kills, tmp_path, figure):
-    found = child("kill", tmp_path, kills)
+    found = run_as_program(__file__, "kill", tmp_path, kills)
     assert len(found["runs"]) == kills
     for entry in found["runs"]:
         assert entry["signal"] == 9  # the injector fired
@@ -328,7 +301,7 @@ def smollm2_memory(folder):
 @pytest.mark.slow
 def test_smollm2_is_calibrated_in_two_gigabytes(tmp_path):
     smollm2_folder()
-    found = child("memory", tmp_path)
+    found = run_as_program(__file__, "memory", tmp_path)
     assert found["tokens"] == 128 * 512
     assert found["peak"] < 2e9
     assert found["planned"] == pytest.approx(found["peak"], rel=0.15)

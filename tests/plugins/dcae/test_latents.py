@@ -81,3 +81,13 @@ def test_what_breaks_leaves_no_half_files(photos, tmp_path):
         dump_latents(small(), photos, out, size=16, scaling_factor=1.0, batch_size=1, verbose=False)
     assert not list(out.rglob("*.part"))
     assert len(list(out.rglob("*.npy"))) >= 2
+
+
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_latent_that_is_no_number_is_not_written(photos, tmp_path, value):
+    vae, out = small(), tmp_path / "latents"
+    next(vae.encoder.parameters()).data.view(-1)[0] = value
+    with pytest.raises(ValueError, match=r"one\.png: its latent holds NaN or Inf"):
+        dump_latents(vae, photos, out, size=16, scaling_factor=1.0, verbose=False)
+    assert not list(out.rglob("*.npy"))

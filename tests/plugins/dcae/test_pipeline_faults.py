@@ -89,6 +89,7 @@ def living():
 
 
 @pytest.mark.fault(28)
+@pytest.mark.slow
 def test_memory_is_flat_over_fifty_images(figure):
     pipe = made(UViTPipeline)
     wanted = run(pipe)

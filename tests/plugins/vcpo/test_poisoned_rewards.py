@@ -1,4 +1,4 @@
-"""Twenty steps of GRPO with a poison in each: losses and weights stay finite, and what teaches nothing moves nothing."""
+"""Twenty steps of GRPO with a poison in each: losses and weights stay finite, what teaches nothing moves nothing."""
 
 import math
 

@@ -29,7 +29,7 @@ class Injector:
     """Says when a fault happens, and counts what it said."""
 
     def __init__(self, share):
-        self.random, self.share, self.fired = random.Random(0), share, dict.fromkeys(FAULTS, 0)
+        self.random, self.share, self.fired = random.Random(0), share, dict.fromkeys(FAULTS, 0)  # noqa: S311
 
     def __call__(self, fault):
         happens = self.random.random() < self.share
@@ -72,7 +72,7 @@ class Policy:
 
 
 class Beside:
-    """A thread in simulated time: a chunk takes three periods, or many more than it has actions; errors come with it."""
+    """A thread in simulated time: a chunk takes three periods, or far more than it lasts; errors come with it."""
 
     def __init__(self, time, faults):
         self.time, self.faults, self.free = time, faults, 0.0

@@ -57,6 +57,9 @@ def head_scores(
         samples: `input_ids` [tokens] and `labels` [tokens], -100 where nothing is asked.
         shape: layers and key/value heads.
         **mask: `sink_size`, `recent_size` and `block_size` of streaming heads.
+
+    Raises:
+        ValueError: activations that are not finite.
     """
     AttentionInterface.register(ATTENTION, _score_attention)
     AttentionMaskInterface.register(ATTENTION, lambda *args, **options: None)
@@ -64,9 +67,12 @@ def head_scores(
     model.set_attn_implementation(ATTENTION)
     decoder: Any = model.get_decoder()
     try:
-        for sample in samples:
+        for number, sample in enumerate(samples):
             scores.chosen = sample["labels"] != -100
             decoder(input_ids=sample["input_ids"][None].to(model.device), use_cache=False, head_scores=scores)
+            if not scores.difference.isfinite().all():
+                layer = int((~scores.difference.isfinite()).any(dim=1).nonzero()[0])
+                raise ValueError(f"sample {number}: the attention of layer {layer} gives NaN or Inf; try bfloat16")
     finally:
         model.set_attn_implementation(before)
     return (scores.difference / scores.difference.max().clamp(min=1e-30)).sqrt().tolist()

@@ -1,0 +1,108 @@
+"""The table of faults, the marks of tests, and the page that is written from both say the same."""
+
+import ast
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RUN = {"date": "2026-01-01", "commit": "c" * 40, "dirty": False, "device": "CPU", "versions": {"torch": "2.13"}}
+
+
+def by_path(path, name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def page():
+    return by_path("benchmarks/reliability.py", "reliability")
+
+
+@pytest.fixture
+def record():
+    return by_path("tests/faults/record.py", "fault_record_again")
+
+
+def marked_rows():
+    """(file, row) of every mark in the tests."""
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.fault":
+                yield from ((path.name, ast.literal_eval(argument)) for argument in node.args)
+
+
+def test_every_row_has_a_test_or_a_reason(page):
+    numbers = [row.number for row in page.ROWS]
+    assert numbers == list(range(1, 29))
+    marks = list(marked_rows())
+    assert [mark for mark in marks if mark[1] not in numbers] == []
+    without = {row.number for row in page.ROWS if not row.missing} - {row for _, row in marks}
+    assert without == set()
+
+
+def test_the_page_claims_no_more_than_was_seen(page, tmp_path, monkeypatch):
+    row = page.ROWS[8]
+    assert not row.missing
+    tests = {
+        "t.py::test_a[1]": {"rows": [9, 10], "outcome": "passed", "seconds": 1, "figures": {"n": 1200}, "run": "r"},
+        "t.py::test_a[2]": {"rows": [9, 10], "outcome": "passed", "seconds": 1, "figures": {"n": 7}, "run": "r"},
+        "t.py::test_b": {"rows": [9], "outcome": "passed", "seconds": 1, "figures": {}, "run": "r"},
+    }
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+
+    def said():
+        content = {"topic": "reliability", "runs": {"r": RUN}, "tests": tests}
+        (tmp_path / "reliability-cpu.json").write_text(json.dumps(content))
+        return page.sections()
+
+    text = said()
+    assert f"| 9 | {row.fault} | proved | 3 of 3 passed |" in text
+    assert "- `t.py::test_a`: 2 passed; n: 7 to 1,200" in text
+    assert f"| 11 | {page.ROWS[10].fault} | not covered |  |" in text
+    assert "commit cccccccccc, CPU: torch 2.13" in text
+    tests["t.py::test_b"] |= {"outcome": "skipped", "reason": "needs a GPU"}
+    assert f"| {row.fault} | partly | 2 of 3 passed |" in said()
+    assert "- `t.py::test_b`: 1 skipped (needs a GPU)" in said()
+    tests["t.py::test_b"]["outcome"] = "failed"
+    assert f"| {row.fault} | **fails** | 2 of 3 passed |" in said()
+
+
+def test_runs_are_merged_by_tests(record, tmp_path):
+    here = f"tests/house/{Path(__file__).name}"
+    path, entry = tmp_path / "found.json", {"rows": [9], "outcome": "passed", "seconds": 0.1, "figures": {}}
+    gone, kept = f"{here}::test_that_is_gone", f"{here}::test_runs_are_merged_by_tests"
+    cases = [f"{here}::test_every_row_has_a_test_or_a_reason[{case}]" for case in range(2)]
+    record.merge(path, {**RUN, "date": "1"}, {gone: entry, kept: entry, cases[0]: entry})
+    assert sorted(json.loads(path.read_text())["tests"]) == [cases[0], kept, gone][:2] + [gone]
+    record.merge(path, {**RUN, "date": "2"}, {cases[1]: {**entry, "outcome": "failed"}})
+    content = json.loads(path.read_text())
+    assert list(content["tests"]) == sorted([cases[1], kept])
+    assert content["tests"][cases[1]] == {**entry, "outcome": "failed", "run": "2"}
+    assert list(content["runs"]) == ["1", "2"]
+    record.merge(path, {**RUN, "date": "3"}, {kept: entry})
+    assert list(json.loads(path.read_text())["runs"]) == ["2", "3"]
+
+
+def test_what_a_test_gives_is_recorded(record, tmp_path):
+    recorder = record.Recorder(tmp_path / "found.json")
+
+    def report(name, outcome="passed", rows=(9,), **more):
+        properties = [("fault rows", list(rows)), ("figure: n", 3)] if rows else []
+        return SimpleNamespace(nodeid=name, user_properties=properties, duration=0.5, outcome=outcome, **more)
+
+    for outcome in ("passed", "failed", "passed"):
+        recorder.pytest_runtest_logreport(report("t.py::test_x[a@b]@group", outcome))
+    recorder.pytest_runtest_logreport(report("t.py::test_y", "skipped", longrepr=("t.py", 1, "Skipped: no GPU")))
+    recorder.pytest_runtest_logreport(report("t.py::test_z", rows=()))
+    assert recorder.tests == {
+        "t.py::test_x[a@b]": {"rows": [9], "outcome": "failed", "seconds": 1.5, "figures": {"n": 3}},
+        "t.py::test_y": {"rows": [9], "outcome": "skipped", "seconds": 0.5, "figures": {"n": 3}, "reason": "no GPU"},
+    }
+    assert sys.modules.get("fault_record_again") is None
