@@ -24,7 +24,7 @@ from pronghorn.transformers.activation_store import ActivationStore
 from pronghorn.transformers.calibration_capture import BlockCalls
 from pronghorn.transformers.calibration_data import check_token_ids
 from pronghorn.transformers.calibration_plan import CalibrationPlan, Undertaking, disk_bytes_of, plan_of
-from pronghorn.transformers.calibration_state import BlockResult, CalibrationState, fingerprint_of
+from pronghorn.transformers.calibration_state import BlockResult, CalibrationState, code_of, fingerprint_of
 from pronghorn.transformers.decoder import Block, find_decoder_blocks
 from pronghorn.transformers.disk import check_room
 from pronghorn.transformers.finite import check_weights
@@ -124,8 +124,9 @@ class CalibrationRunner:
         results: dict[str, BlockResult] = {}
         with self._evaluation():
             directory = self._directory_with_room()
+            settings = {"code": code_of(search), **self.fingerprint}
             state = CalibrationState(
-                self.state_dir, lambda: fingerprint_of(self.model, self.samples, self.fingerprint, self.device)
+                self.state_dir, lambda: fingerprint_of(self.model, self.samples, settings, self.device)
             )
             calls = BlockCalls(self.model, self.blocks)
             chunks = self._capture(calls, directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +63,7 @@ class CalibrationState:
         if differing:
             raise ValueError(
                 f"{directory} holds the state of another run; these differ: {', '.join(differing)}. "
-                "Use another directory, or delete this one"
+                "Use another directory, or delete this one (commands: --force)"
             )
 
     def load(self, index: int, device: torch.device) -> tuple[BlockResult, int] | None:
@@ -124,6 +125,20 @@ def fingerprint_of(
         "pronghorn": importlib.metadata.version("pronghorn"),
         **settings,
     }
+
+
+def code_of(function: Callable[..., Any]) -> str:
+    """A digest of the sources in the folder that a function comes from; empty where it comes from no file."""
+    path = getattr(inspect.getmodule(function), "__file__", None)
+    sources = [] if path is None else sorted(Path(path).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest() if sources else ""
+
+
+def forget(directory: Path) -> None:
+    """Remove what runs have kept in a directory, and nothing else."""
+    for pattern in ("fingerprint.json", "block-*.safetensors"):
+        for path in directory.glob(pattern):
+            path.unlink()
 
 
 def _differences(stored: Any, found: Any, name: str = "") -> list[str]:

@@ -28,6 +28,7 @@ Data = Annotated[Path | None, typer.Option(help="Text file for calibration; Pyth
 Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens a sequence.")]
 State = Annotated[Path | None, typer.Option(help="Folder that keeps progress; the same call then resumes.")]
+Force = Annotated[bool, typer.Option("--force", help="Begin anew, whatever run --state holds the progress of.")]
 Fuse = Annotated[bool, typer.Option("--fuse/--no-fuse", help="Run packed linears in their fast form.")]
 Compile = Annotated[
     bool,
@@ -95,6 +96,14 @@ def _search(
     return search.run(loaded, ids)
 
 
+def _anew(state: Path | None, force: bool) -> Path | None:
+    from pronghorn.transformers.calibration_state import forget
+
+    if force and state is not None:
+        forget(state)
+    return state
+
+
 def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path) -> None:
     from pronghorn.awq.convert import made_whole
     from pronghorn.awq.quantize import quantize_model
@@ -130,6 +139,7 @@ def search(
     samples: Samples = 128,
     seq_len: SeqLen = 512,
     state: State = None,
+    force: Force = False,
     dtype: Dtype = "auto",
     device: Device = None,
     dry_run: DryRun = False,
@@ -137,7 +147,7 @@ def search(
     """Search scales and clipping of MODEL and save them; `pack` applies them."""
     config = _config(bits, group_size, None, symmetric, duo_scaling, no_clip, skip)
     loaded, tokenizer = _load(model, dtype, device)
-    result = _search(loaded, tokenizer, config, data, samples, seq_len, state, dry_run)
+    result = _search(loaded, tokenizer, config, data, samples, seq_len, _anew(state, force), dry_run)
     result.save(out)
     typer.echo(f"{out}: {len(result.scale)} scales, {len(result.clip)} clip maxima")
 
@@ -157,6 +167,7 @@ def quantize(
     samples: Samples = 128,
     seq_len: SeqLen = 512,
     state: State = None,
+    force: Force = False,
     dtype: Dtype = "auto",
     device: Device = None,
     dry_run: DryRun = False,
@@ -167,7 +178,7 @@ def quantize(
     config = _config(bits, group_size, version, symmetric, duo_scaling, no_clip, skip)
     loaded, tokenizer = _load(model, dtype, device)
     if not rtn:
-        _search(loaded, tokenizer, config, data, samples, seq_len, state, dry_run).apply(loaded)
+        _search(loaded, tokenizer, config, data, samples, seq_len, _anew(state, force), dry_run).apply(loaded)
     _save(loaded, tokenizer, config, out)
 
 

@@ -96,6 +96,9 @@ def find(
     checkpointing: Annotated[bool, typer.Option(help="Compute layers twice, to save memory.")] = True,
     seed: Annotated[int, typer.Option(help="Of the data.")] = 42,
     state: Annotated[Path | None, typer.Option(help="Folder that keeps progress; the same call then resumes.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Begin anew, whatever run --state holds the progress of.")
+    ] = False,
     save_steps: Annotated[int, typer.Option(help="How often.")] = 50,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -108,10 +111,13 @@ def find(
     from pronghorn.duoattention.pattern import save_pattern
     from pronghorn.duoattention.plot import plot_gates
     from pronghorn.duoattention.sequence_parallel import launched
+    from pronghorn.transformers.calibration_state import forget
 
     if gate_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"gate_dtype: got {gate_dtype!r}, accepted are float32 and bfloat16")
     parallel = launched()
+    if force and state is not None and parallel.rank == 0:
+        forget(state)
     loaded, tokenizer = _load(model, dtype, device)
     torch.manual_seed(seed)  # the data set draws a passkey to know how long they are
     data = MultiPasskeyDataset(

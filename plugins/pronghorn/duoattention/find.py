@@ -135,7 +135,9 @@ class _State:
     def __init__(
         self, folder: Path | str | None, model: Any, dataset: Any, settings: dict[str, Any], seed: int
     ) -> None:
-        from pronghorn.transformers.calibration_state import CalibrationState, fingerprint_of
+        from pronghorn.transformers.calibration_state import CalibrationState, code_of, fingerprint_of
+
+        settings = {"code": code_of(find_heads), **settings}
 
         def fingerprint() -> dict[str, Any]:
             return fingerprint_of(model, [_drawn(dataset, 0, seed)["input_ids"]], settings, model.device)

@@ -1,5 +1,6 @@
 """Calibration under faults: killed, out of memory, a full disk, a damaged or a foreign state."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from tests.models import CONFIGS, tiny_model, token_ids
 from pronghorn.json_files import load_json, save_json
 from pronghorn.transformers.activation_store import ActivationStore
 from pronghorn.transformers.calibration import BlockResult, CalibrationRunner
+from pronghorn.transformers.calibration_state import forget
 from pronghorn.transformers.disk import write_atomically
 
 BLOCKS = 4
@@ -210,6 +212,28 @@ def test_another_run_is_not_continued(tmp_path):
         with pytest.raises(ValueError, match=field):
             run(state_dir=tmp_path, **{"fingerprint": settings, **changes})
     run(state_dir=tmp_path, fingerprint=settings)
+
+
+@pytest.mark.fault(9)
+def test_other_code_does_not_continue_a_run(tmp_path, monkeypatch):
+    room = tmp_path / "room" / "search.py"
+    room.parent.mkdir()
+    (room.parent / "beside.py").write_text("")
+    room.write_text(
+        "def of(outputs):\n    def search(block, inputs): return outputs(block, inputs)\n    return search\n"
+    )
+    spec = importlib.util.spec_from_file_location("fault_room", room)
+    monkeypatch.setitem(sys.modules, "fault_room", importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(sys.modules["fault_room"])
+    search, state = sys.modules["fault_room"].of(outputs), tmp_path / "state"
+    same(run(search=search, state_dir=state), run(search=search, state_dir=state))
+    (room.parent / "beside.py").write_text("edited = True")
+    with pytest.raises(ValueError, match="differ: code"):
+        run(search=search, state_dir=state)
+    (state / "notes.txt").write_text("mine")
+    forget(state)  # what --force does
+    assert [path.name for path in state.iterdir()] == ["notes.txt"]
+    run(search=search, state_dir=state)
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers", "pronghorn"])

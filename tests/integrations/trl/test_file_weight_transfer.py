@@ -95,6 +95,7 @@ def test_another_precision_is_told_once(server, tmp_path, caplog):
     assert caplog.text.count("weights are bfloat16, the server computes in float32") == 1
 
 
+@pytest.mark.fault(25)
 def test_what_a_server_may_refuse(server, tmp_path):
     transfer = FileWeightTransfer(server.address, tmp_path)
     server.refusals |= {"/server_info": 404, "/collective_rpc": 500}
@@ -108,6 +109,7 @@ def test_what_a_server_may_refuse(server, tmp_path):
         FileWeightTransfer("http://127.0.0.1:1", tmp_path, ready_seconds=0.0).init_weight_transfer()
 
 
+@pytest.mark.fault(10)
 def test_a_disk_that_is_full(server, tmp_path):
     """The server is asked nothing, and the weights before stay."""
     transfer = FileWeightTransfer(server.address, tmp_path)

@@ -113,6 +113,7 @@ def test_a_rows_versions_are_those_of_its_tokens():
     thread.join(30)
 
 
+@pytest.mark.fault(25)
 def test_it_goes_on_where_a_run_was():
     one = loop(allowed=104, dataset_start_index=98, first_group=98, done=(99, 101))
     found = samples(one, 7)
@@ -197,6 +198,7 @@ def test_the_child_process(port):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(25)
 def test_a_child_that_fails(port):
     """It says why, and stopping what is dead takes no time; TRL's own worker would wait for ever."""
     one = worker(port, reward=broken)

@@ -142,6 +142,17 @@ def test_commands_from_search_to_chat(letters, tmp_path):
     assert ", 0 of them cached" in spoken.output
 
 
+@pytest.mark.fault(9)
+def test_the_progress_of_another_run_is_refused_or_given_up(letters, tmp_path):
+    data, out = tmp_path / "data.txt", tmp_path / "awq.pt"
+    data.write_text("the quick brown fox jumps over the lazy dog. " * 4)
+    how = ["--group-size", 32, "--data", data, "--samples", 1, "--seq-len", 32, "--no-clip", "--state", tmp_path / "s"]
+    call("search", letters, out, *how, "--device", "cpu")
+    with pytest.raises(ValueError, match=r"differ: awq\.bits\. .*--force"):
+        call("search", letters, out, *how, "--device", "cpu", "--bits", 3)
+    assert "scales" in call("search", letters, out, *how, "--device", "cpu", "--bits", 3, "--force").output
+
+
 def test_three_bits_by_default_in_our_own_format(letters, tmp_path):
     how = ["--bits", 3, "--group-size", 32, "--rtn", "--device", "cpu", "--dtype", "float32"]
     assert "version natural" in call("quantize", letters, tmp_path / "q", *how).output

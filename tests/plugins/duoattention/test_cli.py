@@ -37,7 +37,7 @@ def test_find(letters, story, tmp_path, method):
     found = call(
         "find", letters, tmp_path / "out", "--method", method, "--text", story, "--steps", 2, "--sink", 4,
         "--recent", 8, "--block", 1, "--context-min", 200, "--context-max", 1000, "--passkeys", 1,
-        "--passkey-length", 2, "--samples", 1, "--state", tmp_path / "state", *FAST,
+        "--passkey-length", 2, "--samples", 1, "--state", tmp_path / "state", "--force", *FAST,
     )  # fmt: skip
     assert found.exit_code == 0, found.output
     assert "mean gate" in found.output

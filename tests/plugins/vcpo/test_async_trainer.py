@@ -86,12 +86,14 @@ def groups_by_step(run):
 
 
 @pytest.mark.fault(25)
-def test_without_lag_it_samples_and_learns_in_turn(start, tmp_path):
+def test_without_lag_it_samples_and_learns_in_turn(start, tmp_path, figure):
     trainer = trained(tmp_path / "a", start, max_staleness=0)
     run = read_run(tmp_path / "a")
     assert (run.staleness == 0).all()
     assert run.steps["ess_ratio"] == pytest.approx(np.ones(4), abs=1e-5)
-    assert np.abs(run.trajectories["log_ratio"]).max() < 1e-5
+    gap = float(np.abs(run.trajectories["log_ratio"]).max())
+    assert gap < 1e-5
+    figure("largest gap of log-probabilities after weights are handed over", gap)
     assert groups_by_step(run) == [[2 * step] * 4 + [2 * step + 1] * 4 for step in range(4)]
     again = trained(tmp_path / "b", start, max_staleness=0)
     for name, value in weights(trainer).items():
@@ -111,7 +113,7 @@ def test_however_a_step_is_cut(start, tmp_path):
 
 
 @pytest.mark.fault(25)
-def test_with_lag_4(start, tmp_path):
+def test_with_lag_4(start, tmp_path, figure):
     """Never more than 4 updates old, and as old as that; ratios are no longer 1; what is easy is learned."""
     trainer = made(tmp_path, start, steps=30, max_staleness=4)
     SamplerAhead(trainer)
@@ -125,6 +127,8 @@ def test_with_lag_4(start, tmp_path):
     assert groups_by_step(run) == [[2 * step] * 4 + [2 * step + 1] * 4 for step in range(30)]
     reward = run.steps["reward"]
     assert reward[-5:].mean() > reward[:5].mean() + 0.3
+    figure("updates", 30)
+    figure("oldest rollout, in updates", int(run.staleness.max()))
     assert max(logged(trainer, "vcpo/staleness_max")) == max(logged(trainer, "sample/staleness_max")) == 4
     assert sum(logged(trainer, "sample/dropped_groups_total")) == 0
     assert logged(trainer, "sample/rollout_queue_size")[5] >= 3 * ROWS
@@ -204,13 +208,14 @@ class Nothing:
 
 
 @pytest.mark.fault(25)
-def test_what_is_too_old_is_dropped_whole(start, tmp_path):
+def test_what_is_too_old_is_dropped_whole(start, tmp_path, figure):
     trainer = trained(tmp_path, start, worker=Foreign(), transfer=Nothing(), steps=5, max_staleness=1)
     run = read_run(tmp_path)
     assert run.staleness.max() == 1
     # Versions 1 and 1, then one of two updates ago with each: the third and those that follow are too old.
     dropped = trainer.rollouts.dropped
     assert dropped >= 2
+    figure("groups that were too old, dropped and counted", dropped)
     assert sum(logged(trainer, "sample/dropped_groups_total")) == dropped
     trained_groups = [group for groups in groups_by_step(run) for group in groups]
     assert all(trained_groups.count(group) == SIZE for group in trained_groups)

@@ -58,11 +58,13 @@ def hash_of(prompt):
 
 
 @pytest.mark.fault(25)
-def test_neutral_settings_are_grpo_step_by_step(tmp_path):
+def test_neutral_settings_are_grpo_step_by_step(tmp_path, figure):
     """Without baseline and scaling, on what the learner sampled itself, it is TRL's loss_type="grpo"."""
     ours = trained(tmp_path / "a", opob="off", ess_scaling="off", is_truncation=None, rollout_func=OnPolicy())
     theirs = trained(tmp_path / "b", kind=GRPOTrainer, loss_type="grpo", rollout_func=OnPolicy())
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-5)
+    stock = weights(theirs)
+    figure("largest difference of weights", max(float((a - stock[n]).abs().max()) for n, a in weights(ours).items()))
     assert logged(ours, "grad_norm") == pytest.approx(logged(theirs, "grad_norm"), rel=1e-4)
     assert logged(ours, "reward") == logged(theirs, "reward")
 

@@ -156,6 +156,7 @@ def test_a_port_is_not_shared(serve):
         serve(port=serve().port)
 
 
+@pytest.mark.fault(26)
 def test_a_policy_that_fails(serve, connect, caplog):
     def fail(request):
         raise KeyError("joint")
@@ -169,12 +170,14 @@ def test_a_policy_that_fails(serve, connect, caplog):
         connect(serve(lambda request: torch.zeros(0, 2)))(request_of())
 
 
+@pytest.mark.fault(26)
 def test_a_chunk_that_is_not_finite_reaches_no_robot(serve, connect):
     client = connect(serve(lambda request: torch.full((6, 2), torch.nan)))
     with AsyncRunner(client, SETTINGS, threaded=False) as runner, pytest.raises(InvalidChunkError, match="NaN"):
         runner.step(Observation({"camera": IMAGE}, torch.zeros(2)))
 
 
+@pytest.mark.fault(26)
 def test_a_deadline(serve, connect):
     release, computed = threading.Event(), []
 
@@ -193,6 +196,7 @@ def test_a_deadline(serve, connect):
     assert computed == [1, 3], "the second was given up before it began"
 
 
+@pytest.mark.fault(26)
 def test_a_policy_that_hangs_leaves_the_server_free_to_say_so(serve, connect, caplog):
     release = threading.Event()
     server = serve(lambda request: release.wait(10))
@@ -214,6 +218,7 @@ def settled(runner):
 SEEN = Observation({"camera": torch.zeros(1)}, torch.zeros(2))
 
 
+@pytest.mark.fault(26)
 def test_a_server_that_dies_in_mid_episode(serve, connect):
     server = serve()
     client = connect(server, timeout_s=2.0)
@@ -233,6 +238,7 @@ def test_a_server_that_dies_in_mid_episode(serve, connect):
         assert runner.statistics().late_ticks == 0
 
 
+@pytest.mark.fault(26)
 def test_an_answer_that_does_not_come_is_no_command(serve, connect):
     release = threading.Event()
 

@@ -120,6 +120,7 @@ def test_its_options():
         VLASHInferenceConfig(late_chunk="never").settings(ramp()[0], fps=50)
 
 
+@pytest.mark.fault(26)
 def test_motion_goes_on_over_chunks_without_a_stall(control):
     policy, *processors = ramp()
     run = control(policy, *processors, overlap_steps=3)
@@ -159,6 +160,7 @@ def not_finite(batch):
 
 
 @pytest.mark.parametrize(("way", "message"), [(fail, "no more"), (end_thread, "end its thread"), (not_finite, "NaN")])
+@pytest.mark.fault(26)
 def test_a_policy_that_fails_ends_the_rollout(control, caplog, way, message):
     policy, *processors = ramp()
     run = control(policy, *processors, overlap_steps=2)
@@ -180,6 +182,7 @@ def test_a_policy_that_fails_ends_the_rollout(control, caplog, way, message):
     assert not run.engine.failed
 
 
+@pytest.mark.fault(26)
 def test_a_chunk_that_is_too_late_ends_the_rollout(control):
     policy, *processors = ramp()
     run = control(policy, *processors, overlap_steps=2, stale_after_s=0.05)
@@ -195,6 +198,7 @@ def test_a_chunk_that_is_too_late_ends_the_rollout(control):
 
 
 @pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.fault(26)
 def test_the_first_chunk_is_not_waited_for_without_end(control, ended):
     policy, *processors = ramp()
     run = control(policy, *processors, wait_s=0.05 if not ended else 30)
@@ -206,6 +210,7 @@ def test_the_first_chunk_is_not_waited_for_without_end(control, ended):
 
 
 @pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.fault(26)
 def test_nothing_of_the_old_chunk_comes_after_an_intervention(control, reset):
     policy, *processors = ramp()
     run = control(policy, *processors, overlap_steps=3)
@@ -307,6 +312,7 @@ def test_what_does_not_fit_is_told_before_anything_moves(control):
         control(policy, *processors)
 
 
+@pytest.mark.fault(26)
 def test_a_camera_is_missing(control, caplog):
     run = control(*ramp(camera=True))
     assert run.step() is None
