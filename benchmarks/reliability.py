@@ -21,7 +21,7 @@ def sections() -> str:
              for name, test in content["tests"].items()]  # fmt: skip
     rows = [(row, [test for test in tests if row.number in test.rows]) for row in ROWS]
     overview = ["| row | fault | state | tests |", "| --- | --- | --- | --- |"]
-    overview += [f"| {row.number} | {row.fault} | {_state(row, found)} | {_count(found)} |" for row, found in rows]
+    overview += [f"| {row.number} | {row.title} | {_state(row, found)} | {_count(found)} |" for row, found in rows]
     parts = ["\n".join(overview), *(_section(row, found) for row, found in rows), _exceptions(), _provenance(contents)]
     return "\n\n".join(parts) + "\n"
 
@@ -52,9 +52,8 @@ def _count(tests: list[_Test]) -> str:
 
 
 def _section(row: Any, tests: list[_Test]) -> str:
-    lines = [f"## {row.number}. {row.fault}", "", f"To reach: {row.figure}.", "", f"State: {_state(row, tests)}."]
-    if row.missing:
-        lines += ["", f"Not shown: {row.missing}"]
+    lines = [f"## {row.number}. {row.title}", "", f"{row.fault}.", "", f"To reach: {row.figure}.", ""]
+    lines += [f"State: {_state(row, tests)}." + (f" Not shown here: {row.missing}." if row.missing else "")]
     functions: dict[str, list[_Test]] = {}
     for test in tests:
         functions.setdefault(test.function, []).append(test)

@@ -12,83 +12,96 @@ class Row(NamedTuple):
 
     Attributes:
         number: what tests call it by.
+        title: in a few words.
         fault: what goes wrong.
         figure: what is to hold all the same.
         missing: what of that no test of this repository shows, and why; empty where all of it is shown.
     """
 
     number: int
+    title: str
     fault: str
     figure: str
     missing: str = ""
 
 
-GPU = "The same on a GPU is not shown: it takes a card, and is run by hand before a release."
+GPU = "the same on a GPU, which these tests do without"
 
 ROWS = (
     Row(
         1,
+        "Broken checkpoint files",
         "A checkpoint is cut off, its tensors overlap, it is a web page or a pointer instead, or bits are flipped",
         "Every broken file is refused with its name within a second; of 2,000 random flips a loader, each is an error "
         "or is noticed by a checksum: no wrong number in silence",
     ),
     Row(
         2,
+        "Checkpoints that do not fit",
         "Names missing, too many or others; shape or dtype other than the configuration says; scales of zero, NaN or "
         "below zero; zero points beyond the codes; packed in another order",
         "An error that names tensor and layer; nothing is loaded in part without a word",
     ),
     Row(
         3,
+        "Hostile configurations",
         "A hostile configuration: code to run, unknown names, a thousand million layers, deep nesting, senseless "
         "numbers, shards outside the folder",
         "An error; no code runs; less than 200 MB of memory",
     ),
     Row(
         4,
+        "Wrong tensors to a kernel",
         "A kernel is given the wrong device, dtype or layout",
         "An error that names the argument; strides that are allowed give the same bits as contiguous memory",
         GPU,
     ),
     Row(
         5,
+        "Sizes at the edge",
         "Sizes at the edge: nothing, one, beside a tile's border, beyond 32-bit offsets, more blocks than a grid takes",
         "Equal to a float64 reference, or an error",
-        GPU + " Offsets beyond 32 bits and grids beyond their limit need more memory than two cores come with.",
+        GPU + "; offsets beyond 32 bits and grids beyond their limit, which need more memory than two cores come with",
     ),
     Row(
         6,
+        "Poisoned numbers",
         "NaN or infinity in weights, activations or calibration data; channels of zeros or of a constant; outliers "
         "10,000 times as large; overflow of float16; denormal numbers",
-        "Weights: an error that names the tensor; calibration: an error that names the sample; channels of zeros have "
+        "Weights: an error that names the tensor; calibration: an error that names sample or layer; channels of zeros have "
         "finite scales; whatever is only rounded to nearest is listed",
-        GPU,
+        GPU + "; AWQ lists no linear that is fed by denormal numbers alone, which has no influence and gets no scales",
     ),
     Row(
         7,
+        "Bad calibration data",
         "Calibration data that are empty, too short, repeated or no text; the wrong tokenizer; a source that breaks in "
         "the middle",
         "An error before any work, or what was asked for",
     ),
     Row(
         8,
+        "Killed or interrupted",
         "Long work is killed, interrupted, or loses power",
         "It goes on and ends with the same bits; at most one layer is lost; no half-written folder can be loaded",
-        "Resuming a model of 7 billion parameters is not shown.",
+        "a model of 7 billion parameters",
     ),
     Row(
         9,
+        "Resumed as another run",
         "A run is resumed with other weights, data, settings, code or library versions",
         "Refused, and what differs is named",
     ),
     Row(
         10,
+        "No room on disk",
         "The disk is full, read-only or forbidden",
         "An OSError with the bytes needed and free, before the start where they are known; what was there stays; no "
         "temporary file is left",
     ),
     Row(
         11,
+        "Out of memory",
         "Memory runs out during calibration",
         "Half the micro-batch up to three times, then an error that says what was needed and what to turn; memory is "
         "back where it was",
@@ -96,53 +109,62 @@ ROWS = (
     ),
     Row(
         12,
+        "Preemption",
         "vLLM takes a running request's blocks away",
         "64 requests give the tokens of a run without want, with 50 preemptions or more",
         GPU,
     ),
     Row(
         13,
+        "Options of vLLM together",
         "vLLM's prefix cache, chunked prefill, compilation, asynchronous scheduling: on or off in pairs",
         "The same tokens, or a refusal at the start",
         GPU,
     ),
     Row(
         14,
+        "Many requests at once",
         "Many requests at once, some aborted; several answers a prompt; prompts of no or too many tokens",
         "Each answer is that of its request alone; every block is given back",
         GPU,
     ),
     Row(
         15,
+        "A worker that dies",
         "A worker dies, or a layer raises after some steps",
         "Every request in flight gets an error within 10 seconds; the process ends; our words reach the caller",
         GPU,
     ),
     Row(
         16,
+        "Running for long",
         "A server runs for long",
         "Memory grows by at most 1 MiB in 10,000 requests; descriptors and threads stay as many",
-        "Millions of requests, and a saturated GPU, are not shown.",
+        "millions of requests, and a GPU that has no time left",
     ),
     Row(
         17,
+        "Broken plugins",
         "A plugin breaks: it does not import, raises, is slow, prints, registers twice, or has another's name",
         "All others and the library that loads them start as ever; one warning gives the reason, and so does "
         "`pronghorn info`",
     ),
     Row(
         18,
+        "Missing or other libraries",
         "A library is not there, too old, too new, or imported in part",
         "Importing a method takes less than 0.2 seconds and no torch; using it says which version is needed and how to "
         "get it",
     ),
     Row(
         19,
+        "Other versions of Pronghorn",
         "A checkpoint of an older or newer Pronghorn",
         "Older: the same bits for ever; newer: an error that says so",
     ),
     Row(
         20,
+        "Compiled, copied, sharded",
         "torch.compile, export, copies, pickling to another process, shared memory, FSDP and DDP",
         "No graph breaks; at most one compilation more for a batch of any size; operations pass opcheck, and gradcheck "
         "where they train",
@@ -150,18 +172,21 @@ ROWS = (
     ),
     Row(
         21,
+        "Computed twice",
         "The same is computed twice",
         "The same bits for the same seed; nothing that is not deterministic without a word",
         GPU,
     ),
     Row(
         22,
+        "Threads",
         "Threads: several models, configurations and streams at once; a fork; a switch of kernels in the middle",
         "The results of one after the other",
         GPU,
     ),
     Row(
         23,
+        "Tuning and compiling kernels",
         "Tuning and compilation of kernels: a stale or read-only cache, one configuration that does not compile, no "
         "compiler",
         "The next configuration with one warning; the reference only where that is allowed",
@@ -169,27 +194,31 @@ ROWS = (
     ),
     Row(
         24,
+        "Another GPU, or none",
         "The GPU is too old or another vendor's, or there is none",
         "A table says what runs where; the reference runs; never an illegal instruction",
     ),
     Row(
         25,
+        "Reinforcement learning",
         "Reinforcement learning: rewards that are NaN or all equal, empty completions, old rollouts, weights that were "
         "not handed over, a worker that starts again",
         "Losses stay finite; equal rewards teach nothing; age is counted and bounded; learner and sampler agree to "
         "1e-3; neutral settings are the stock trainer step by step",
-        "A run with vLLM beside the learner on a GPU is not shown.",
+        "vLLM beside the learner on a GPU",
     ),
     Row(
         26,
+        "Robots",
         "Robots: observations that are late, dropped, doubled, out of order or NaN; inference slower than a chunk; "
         "clocks that jump",
         "Never more than one control period without a command, unless a hold is declared; no command is NaN or out of "
         "range",
-        "Latency of a loaded GPU is not shown.",
+        "latencies of a GPU that has other work too",
     ),
     Row(
         27,
+        "Images and points",
         "Images and points: empty, of one pixel or voxel, huge, in odd colours, cut off; coordinates that are NaN, "
         "repeated or overflow",
         "An error, or equal to the reference",
@@ -197,6 +226,7 @@ ROWS = (
     ),
     Row(
         28,
+        "Generating images",
         "Generation: no guidance, one step, one pipeline again, one seed twice, a callback that raises or interrupts",
         "The pipeline can be used afterwards; the same seed gives the same bits; memory stays flat",
         GPU,

@@ -63,15 +63,15 @@ def test_the_page_claims_no_more_than_was_seen(page, tmp_path, monkeypatch):
         return page.sections()
 
     text = said()
-    assert f"| 9 | {row.fault} | proved | 3 of 3 passed |" in text
+    assert f"| 9 | {row.title} | proved | 3 of 3 passed |" in text
     assert "- `t.py::test_a`: 2 passed; n: 7 to 1,200" in text
-    assert f"| 11 | {page.ROWS[10].fault} | not covered |  |" in text
+    assert f"| 11 | {page.ROWS[10].title} | not covered |  |" in text
     assert "commit cccccccccc, CPU: torch 2.13" in text
     tests["t.py::test_b"] |= {"outcome": "skipped", "reason": "needs a GPU"}
-    assert f"| {row.fault} | partly | 2 of 3 passed |" in said()
+    assert f"| {row.title} | partly | 2 of 3 passed |" in said()
     assert "- `t.py::test_b`: 1 skipped (needs a GPU)" in said()
     tests["t.py::test_b"]["outcome"] = "failed"
-    assert f"| {row.fault} | **fails** | 2 of 3 passed |" in said()
+    assert f"| {row.title} | **fails** | 2 of 3 passed |" in said()
 
 
 def test_runs_are_merged_by_tests(record, tmp_path):
