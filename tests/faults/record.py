@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
 
 
 class Recorder:
-    """Collects the reports of tests that bear `fault`; writes them when the run ends, and meanwhile, lest it be killed."""
+    """Collects the reports of tests that bear `fault`; writes them at the end, and before it, lest a run be killed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -68,7 +68,7 @@ ROWS = (
         "Poisoned numbers",
         "NaN or infinity in weights, activations or calibration data; channels of zeros or of a constant; outliers "
         "10,000 times as large; overflow of float16; denormal numbers",
-        "Weights: an error that names the tensor; calibration: an error that names sample or layer; channels of zeros have "
+        "Weights: an error that names the tensor; calibration: one that names sample or layer; channels of zeros have "
         "finite scales; whatever is only rounded to nearest is listed",
         GPU + "; AWQ lists no linear that is fed by denormal numbers alone, which has no influence and gets no scales",
     ),
