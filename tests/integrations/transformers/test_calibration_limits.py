@@ -6,14 +6,14 @@ import os
 import re
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from tests.faults.child import in_a_fork, run_as_program
 from tests.faults.fail_at_call import FailAtCall
-from tests.faults.limited_memory import limit_memory
+from tests.faults.limited_memory import limited_memory
 from tests.integrations.transformers.test_calibration_faults import outputs, run, same
 from tests.models import tiny_model, token_ids
 
@@ -108,12 +108,11 @@ def starved(folder):
     def work(more):
         run(model, samples, search)  # warms up
         start = living_bytes()
-        if more:
-            limit_memory(more)
         tried.clear()
         found = {"error": ""}
         try:
-            found["sequences"] = [float(result.tensors["out"]) for result in run(model, samples, search).values()]
+            with limited_memory(more) if more else nullcontext():
+                found["sequences"] = [float(result.tensors["out"]) for result in run(model, samples, search).values()]
         except torch.OutOfMemoryError as error:
             found["error"] = str(error)
             del error

@@ -1,4 +1,4 @@
-"""Policies and executors that do what a test says."""
+"""Policies, executors and clocks that do what a test says."""
 
 import threading
 from functools import partial
@@ -62,6 +62,22 @@ class _LatePending:
 
     def cancel(self):
         self.executor.cancelled += 1
+
+
+class FakeClock:
+    """Time that passes only when told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
 
 
 def run(settings, policy, ticks, *, state_dim=1, batch=(), manager=None, **arguments):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from tests.faults.fake_clock import FakeClock
+from tests.plugins.vlash.stubs import FakeClock
 
 from pronghorn.vlash.chunks import Observation
 from pronghorn.vlash.config import VLASHSettings

@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.faults.fake_clock import FakeClock
-from tests.plugins.vlash.stubs import CountingPolicy, LateExecutor, run, values
+from tests.plugins.vlash.stubs import CountingPolicy, FakeClock, LateExecutor, run, values
 
 from pronghorn.vlash.chunks import Observation
 from pronghorn.vlash.config import VLASHSettings

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.faults.fake_clock import FakeClock
 from tests.plugins.vlash.remote_calls import DESCRIPTION, IMAGE, SETTINGS, message, ramp, raw, request_of
-from tests.plugins.vlash.stubs import CountingPolicy
+from tests.plugins.vlash.stubs import CountingPolicy, FakeClock
 from typer.testing import CliRunner
 
 from pronghorn.vlash.chunks import Observation

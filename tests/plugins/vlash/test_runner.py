@@ -7,8 +7,7 @@ import time
 
 import pytest
 import torch
-from tests.faults.fake_clock import FakeClock
-from tests.plugins.vlash.stubs import CountingPolicy, SlowPolicy
+from tests.plugins.vlash.stubs import CountingPolicy, FakeClock, SlowPolicy
 
 from pronghorn.vlash.chunks import Observation
 from pronghorn.vlash.config import VLASHSettings
