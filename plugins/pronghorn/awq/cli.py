@@ -69,6 +69,13 @@ def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     return loaded, AutoTokenizer.from_pretrained(model)
 
 
+def _begin_anew(state: Path | None, force: bool) -> None:
+    from pronghorn.transformers.calibration_state import forget
+
+    if force and state is not None:
+        forget(state)
+
+
 def _search(
     loaded: Any,
     tokenizer: Any,
@@ -94,14 +101,6 @@ def _search(
         typer.echo(str(search.plan(loaded, ids)))
         raise typer.Exit
     return search.run(loaded, ids)
-
-
-def _anew(state: Path | None, force: bool) -> Path | None:
-    from pronghorn.transformers.calibration_state import forget
-
-    if force and state is not None:
-        forget(state)
-    return state
 
 
 def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path) -> None:
@@ -145,9 +144,10 @@ def search(
     dry_run: DryRun = False,
 ) -> None:
     """Search scales and clipping of MODEL and save them; `pack` applies them."""
+    _begin_anew(state, force)
     config = _config(bits, group_size, None, symmetric, duo_scaling, no_clip, skip)
     loaded, tokenizer = _load(model, dtype, device)
-    result = _search(loaded, tokenizer, config, data, samples, seq_len, _anew(state, force), dry_run)
+    result = _search(loaded, tokenizer, config, data, samples, seq_len, state, dry_run)
     result.save(out)
     typer.echo(f"{out}: {len(result.scale)} scales, {len(result.clip)} clip maxima")
 
@@ -175,10 +175,11 @@ def quantize(
 ) -> None:
     """Search, scale, clip and pack MODEL into a checkpoint that transformers and vLLM load."""
     _refuse_existing(out)
+    _begin_anew(state, force)
     config = _config(bits, group_size, version, symmetric, duo_scaling, no_clip, skip)
     loaded, tokenizer = _load(model, dtype, device)
     if not rtn:
-        _search(loaded, tokenizer, config, data, samples, seq_len, _anew(state, force), dry_run).apply(loaded)
+        _search(loaded, tokenizer, config, data, samples, seq_len, state, dry_run).apply(loaded)
     _save(loaded, tokenizer, config, out)
 
 
