@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import runpy
 from collections.abc import Iterable
@@ -19,11 +20,42 @@ def sections() -> str:
     contents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("reliability-*.json"))]
     tests = [_Test(name, {**test, **content["runs"][test["run"]]}) for content in contents
              for name, test in content["tests"].items()]  # fmt: skip
-    rows = [(row, [test for test in tests if row.number in test.rows]) for row in ROWS]
+    recorded = {test.function for test in tests}
+    waiting = {function: rows for function, rows in marked().items() if function not in recorded}
+    rows = []
+    for row in ROWS:
+        not_run = [function for function, numbers in waiting.items() if row.number in numbers]
+        rows.append((row, [test for test in tests if row.number in test.rows], not_run))
     overview = ["| row | fault | state | tests |", "| --- | --- | --- | --- |"]
-    overview += [f"| {row.number} | {row.title} | {_state(row, found)} | {_count(found)} |" for row, found in rows]
-    parts = ["\n".join(overview), *(_section(row, found) for row, found in rows), _exceptions(), _provenance(contents)]
+    overview += [f"| {row[0].number} | {row[0].title} | {_state(*row)} | {_count(row[1])} |" for row in rows]
+    parts = ["\n".join(overview), *(_section(*row) for row in rows), _exceptions(), _provenance(contents)]
     return "\n\n".join(parts) + "\n"
+
+
+def marked() -> dict[str, set[int]]:
+    """The rows that each test says it proves, by `file::function`."""
+    found: dict[str, set[int]] = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        tree = ast.parse(path.read_text())
+        of_file = _rows_in(
+            node for node in tree.body if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node)
+        )
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                rows = of_file | _rows_in(node.decorator_list)
+                if rows:
+                    found[f"{path.relative_to(ROOT)}::{node.name}"] = rows
+    return found
+
+
+def _rows_in(nodes: Iterable[ast.AST]) -> set[int]:
+    return {
+        ast.literal_eval(argument)
+        for node in nodes
+        for call in ast.walk(node)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.mark.fault"
+        for argument in call.args
+    }
 
 
 class _Test:
@@ -38,26 +70,28 @@ class _Test:
         self.device: str = entry["device"]
 
 
-def _state(row: Any, tests: list[_Test]) -> str:
+def _state(row: Any, tests: list[_Test], waiting: list[str]) -> str:
     outcomes = {test.outcome for test in tests}
     if "failed" in outcomes:
         return "**fails**"
     if "passed" not in outcomes:
         return "not covered"
-    return "partly" if row.missing or "skipped" in outcomes else "proved"
+    return "partly" if row.missing or waiting or "skipped" in outcomes else "proved"
 
 
 def _count(tests: list[_Test]) -> str:
     return f"{sum(test.outcome == 'passed' for test in tests)} of {len(tests)} passed" if tests else ""
 
 
-def _section(row: Any, tests: list[_Test]) -> str:
+def _section(row: Any, tests: list[_Test], waiting: list[str]) -> str:
     lines = [f"## {row.number}. {row.title}", "", f"{row.fault}.", "", f"To reach: {row.figure}.", ""]
-    lines += [f"State: {_state(row, tests)}." + (f" Not shown here: {row.missing}." if row.missing else "")]
+    lines += [f"State: {_state(row, tests, waiting)}." + (f" Not shown here: {row.missing}." if row.missing else "")]
     functions: dict[str, list[_Test]] = {}
     for test in tests:
         functions.setdefault(test.function, []).append(test)
-    lines += ["", *(_line(function, cases) for function, cases in functions.items())] if functions else []
+    told = [*(_line(function, cases) for function, cases in functions.items()),
+            *(f"- `{function}`: not run" for function in waiting)]  # fmt: skip
+    lines += ["", *told] if told else []
     return "\n".join(lines)
 
 

@@ -45,7 +45,7 @@ ROWS = (
     Row(
         3,
         "Hostile configurations",
-        "A hostile configuration: code to run, unknown names, a thousand million layers, deep nesting, senseless "
+        "Code to run, unknown names, a thousand million layers, deep nesting, senseless "
         "numbers, shards outside the folder",
         "An error; no code runs; less than 200 MB of memory",
     ),
@@ -59,7 +59,7 @@ ROWS = (
     Row(
         5,
         "Sizes at the edge",
-        "Sizes at the edge: nothing, one, beside a tile's border, beyond 32-bit offsets, more blocks than a grid takes",
+        "Nothing, one, beside a tile's border, beyond 32-bit offsets, more blocks than a grid takes",
         "Equal to a float64 reference, or an error",
         GPU + "; offsets beyond 32 bits and grids beyond their limit, which need more memory than two cores come with",
     ),
@@ -180,7 +180,7 @@ ROWS = (
     Row(
         22,
         "Threads",
-        "Threads: several models, configurations and streams at once; a fork; a switch of kernels in the middle",
+        "Several models, configurations and streams at once; a fork; a switch of kernels in the middle",
         "The results of one after the other",
         GPU,
     ),
@@ -201,7 +201,7 @@ ROWS = (
     Row(
         25,
         "Reinforcement learning",
-        "Reinforcement learning: rewards that are NaN or all equal, empty completions, old rollouts, weights that were "
+        "Rewards that are NaN or all equal, empty completions, old rollouts, weights that were "
         "not handed over, a worker that starts again",
         "Losses stay finite; equal rewards teach nothing; age is counted and bounded; learner and sampler agree to "
         "1e-3; neutral settings are the stock trainer step by step",
@@ -210,7 +210,7 @@ ROWS = (
     Row(
         26,
         "Robots",
-        "Robots: observations that are late, dropped, doubled, out of order or NaN; inference slower than a chunk; "
+        "Observations that are late, dropped, doubled, out of order or NaN; inference slower than a chunk; "
         "clocks that jump",
         "Never more than one control period without a command, unless a hold is declared; no command is NaN or out of "
         "range",
@@ -227,7 +227,7 @@ ROWS = (
     Row(
         28,
         "Generating images",
-        "Generation: no guidance, one step, one pipeline again, one seed twice, a callback that raises or interrupts",
+        "No guidance, one step, one pipeline again, one seed twice, a callback that raises or interrupts",
         "The pipeline can be used afterwards; the same seed gives the same bits; memory stays flat",
         GPU,
     ),
