@@ -91,6 +91,23 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
+    ecosystem: Annotated[str, typer.Option("--for", help="transformers, vllm, diffusers or lerobot.")],
+    source: Annotated[
+        str | None, typer.Option(help="Folder or hub name of what it was made from: answers are compared.")
+    ] = None,
+    min_agreement: Annotated[float, typer.Option(help="Least share of tokens answered as the source does.")] = 0.5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Prove that a checkpoint is safe to load, loads whole and answers, before you ship it; exit code 1 if not."""
+    from pronghorn.cli.check import print_check
+
+    if not print_check(folder, ecosystem, source, min_agreement, as_json):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command; a user's mistake is one line, not a traceback."""
     try:

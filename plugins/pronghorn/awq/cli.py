@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from pronghorn.awq.chat import Chat
     from pronghorn.awq.config import AwqConfig
+    from pronghorn.awq.report import AwqReport
 
 app = typer.Typer(no_args_is_help=True, help="AWQ: 4-bit (and 2-, 3-, 8-bit) weights for language models.")
 
@@ -36,6 +37,8 @@ Compile = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="float16, bfloat16, float32 or auto.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu …; the GPU if there is one.")]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Do not compare with MODEL, write no model card.")]
+BaseModel = Annotated[str | None, typer.Option(help="MODEL's hub name for the card, where MODEL is a folder.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print peak memory, time and disk, and stop.")]
 
 
@@ -103,7 +106,7 @@ def _search(
     return search.run(loaded, ids)
 
 
-def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path) -> None:
+def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path, report: AwqReport | None) -> None:
     from pronghorn.awq.convert import made_whole
     from pronghorn.awq.quantize import quantize_model
     from pronghorn.awq.transformers import mark_quantized
@@ -117,6 +120,8 @@ def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path) -> None:
         seal(folder)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     typer.echo(f"{out}: {size / 2**20:.1f} MiB of weights, {config.bits} bits, version {config.version}")
+    if report is not None:
+        typer.echo(report.write(out, model, config))
 
 
 def _refuse_existing(out: Path) -> None:
@@ -172,15 +177,25 @@ def quantize(
     device: Device = None,
     dry_run: DryRun = False,
     rtn: Annotated[bool, typer.Option("--rtn", help="Only round to nearest, without a search.")] = False,
+    no_report: NoReport = False,
+    base_model: BaseModel = None,
 ) -> None:
     """Search, scale, clip and pack MODEL into a checkpoint that transformers and vLLM load."""
+    from pronghorn.awq.report import AwqReport
+
     _refuse_existing(out)
     _begin_anew(state, force)
     config = _config(bits, group_size, version, symmetric, duo_scaling, no_clip, skip)
     loaded, tokenizer = _load(model, dtype, device)
-    if not rtn:
-        _search(loaded, tokenizer, config, data, samples, seq_len, state, dry_run).apply(loaded)
-    _save(loaded, tokenizer, config, out)
+    found = None if rtn else _search(loaded, tokenizer, config, data, samples, seq_len, state, dry_run)
+    how: dict[str, Any] = {"method": "rtn"} if rtn else {
+        "method": "awq", "n_samples": samples, "seq_len": seq_len, "text": data.name if data else "builtin",
+        "grid": config.grid, "clip": config.clip, "duo_scaling": config.duo_scaling,
+    }  # fmt: skip
+    report = None if no_report else AwqReport(loaded, tokenizer, model, base_model, how)
+    if found is not None:
+        found.apply(loaded)
+    _save(loaded, tokenizer, config, out, report)
 
 
 @app.command()
@@ -195,8 +210,11 @@ def pack(
     skip: Skip = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    no_report: NoReport = False,
+    base_model: BaseModel = None,
 ) -> None:
     """Apply a saved search to MODEL and pack it."""
+    from pronghorn.awq.report import AwqReport
     from pronghorn.awq.search import SearchResult
     from pronghorn.transformers.experts import unfuse_experts
 
@@ -204,9 +222,10 @@ def pack(
     config = _config(bits, group_size, version, symmetric, False, False, skip)
     found = SearchResult.load(result)
     loaded, tokenizer = _load(model, dtype, device)
+    report = None if no_report else AwqReport(loaded, tokenizer, model, base_model, {"saved in": result.name})
     unfuse_experts(loaded)
     found.apply(loaded)
-    _save(loaded, tokenizer, config, out)
+    _save(loaded, tokenizer, config, out, report)
 
 
 @app.command()

@@ -147,13 +147,9 @@ def _convert_file(
 
 def _repack(parts: Mapping[str, Tensor], old: AwqConfig, new: AwqConfig) -> dict[str, Tensor]:
     named = {"qzeros" if part == "scaled_zeros" else part: tensor for part, tensor in parts.items()}
-    rows, columns = _features(named["qweight"], old.layout, old.bits)
-    if "scales" not in named:
-        raise ValueError("scales: missing")
+    rows, columns = features(named, old)
     if not named["scales"].is_floating_point():
         raise ValueError(f"scales: got {named['scales'].dtype}, wanted numbers of floating point")
-    if old.layout == "natural" and old.group_size != -1:
-        columns = named["scales"].shape[0] * old.group_size  # the words may be padded
     if not bool(named["scales"].isfinite().all()):
         raise ValueError("scales: hold NaN or Inf")
     how: dict[str, Any] = {"bits": old.bits, "group_size": old.group_size}
@@ -168,17 +164,28 @@ def _repack(parts: Mapping[str, Tensor], old: AwqConfig, new: AwqConfig) -> dict
     return packed
 
 
-def _features(qweight: Tensor, layout: str, bits: int) -> tuple[int, int]:
-    """(N, K) of a weight from the shape of its packed codes."""
-    first, second = qweight.shape
+def features(tensors: Mapping[str, Tensor], config: AwqConfig) -> tuple[int, int]:
+    """(N, K) of a weight from the shapes of its packed tensors, named as `LAYOUTS` names them.
+
+    Raises:
+        ValueError: a tensor is missing, or not a matrix.
+    """
+    for name in ("qweight", "scales"):
+        if name not in tensors:
+            raise ValueError(f"{name}: missing")
+        if tensors[name].dim() != 2:
+            raise ValueError(f"{name}: got shape {tuple(tensors[name].shape)}, wanted two dimensions")
+    first, second = tensors["qweight"].shape
+    if config.layout == "natural" and config.group_size != -1:
+        return second, tensors["scales"].shape[0] * config.group_size  # the words may be padded
     return {
         "gemm": (second * 8, first),
         "gemv": (first, second * 8),
         "gemv_fast": (first * 4, second),
         "exllama": (second, first * 8),
         "marlin": (second // 2, first * 16),
-        "natural": (second, first * 32 // bits),
-    }[layout]
+        "natural": (second, first * 32 // config.bits),
+    }[config.layout]
 
 
 @contextmanager

@@ -151,14 +151,18 @@ def apply(
     bits: Bits = 16,
     prefill: Prefill = "dense_first",
     dtype: Dtype = "auto",
+    no_report: Annotated[bool, typer.Option("--no-report", help="Do not compare with MODEL, write no card.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="MODEL's hub name for the card, where it is a folder.")] = None,
 ) -> None:
     """Save MODEL with its full heads first in every layer, and the pattern for that order in OUT/duoattention."""
+    from pronghorn.duoattention.report import DuoReport
     from pronghorn.duoattention.transformers import apply_duo
 
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another name or remove it")
     config = _config(pattern, sparsity, threshold, balance, sink, recent, bits, prefill)
     loaded, tokenizer = _load(model, dtype, "cpu")
+    report = None if no_report else DuoReport(loaded, tokenizer, config, model, base_model)
     duo = apply_duo(loaded, config, reorder=True)
     loaded.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -166,6 +170,8 @@ def apply(
     type(config).from_dict({**fixed, "sparsity": None, "threshold": 0.5}).save_pretrained(out / "duoattention")
     kept = sum(map(sum, duo.full_heads))
     typer.echo(f"{out}: {kept} of {len(duo.full_heads) * len(duo.full_heads[0])} key/value heads are full")
+    if report is not None:
+        typer.echo(report.write(out, duo))
 
 
 @app.command()

@@ -24,6 +24,8 @@ def convert(
     model: Model, output: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[str, typer.Option(help="diffusers or efficientvit.")] = "diffusers", config: Config = None,
     name: Annotated[str | None, typer.Option(help="Model name to write in the official layout.")] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Do not compare with MODEL, write no card.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="MODEL's hub name for the card, where it is a folder.")] = None,
 ) -> None:  # fmt: skip
     """Write weights in diffusers' or the official layout, bit for bit."""
     if to not in ("diffusers", "efficientvit"):
@@ -34,6 +36,10 @@ def convert(
     else:
         vae.save_efficientvit(output, model_name=name or config or Path(model).name)
     typer.echo(f"{output}: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters in {to}'s layout")
+    if not no_report:
+        from pronghorn.dcae.report import write_conversion_report
+
+        typer.echo(write_conversion_report(output, vae, model, to, base_model))
 
 
 @app.command()

@@ -1,0 +1,165 @@
+"""The report and the model card beside a checkpoint: `quality.json` for programs, `README.md` for people."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+
+from pronghorn.checkpoint.provenance import provenance
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+REPORT, CARD = "quality.json", "README.md"
+COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+WORST_LAYERS = 5
+
+
+@dataclass(frozen=True)
+class Report:
+    """What there is to say of a checkpoint that was made from another.
+
+    Attributes:
+        method: its name, as people read it.
+        source: folder or hub name of what it was made from.
+        library_name: that loads it, as the Hub calls it.
+        recipe: the configuration that made it.
+        figures: measured numbers by name; `layers`, a number for each layer, is shown by its worst.
+        data: what the figures were measured on.
+        usage: Python that loads it, with `CHECKPOINT` in place of its folder's name.
+        texts: outputs side by side, by whose they are; the first is what was asked.
+        tags: for the Hub's search.
+        seed: of what was drawn, where something was.
+        base_model: what the card calls the source; by default its hub name, or its folder's name.
+        seconds: that measuring took.
+    """
+
+    method: str
+    source: str
+    library_name: str
+    recipe: Mapping[str, Any]
+    figures: Mapping[str, Any]
+    data: str
+    usage: str
+    texts: Mapping[str, str] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    seed: int | None = None
+    base_model: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def base(self) -> str:
+        """The source's name on the card: a path of this machine means nothing to others."""
+        is_folder = Path(self.source).exists()
+        return self.base_model or (Path(self.source).resolve().name if is_folder else self.source)
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Write `quality.json` and `README.md` into a checkpoint's folder, and copy the source's licence.
+
+    Raises:
+        OSError: no room or no permission.
+    """
+    made = provenance(seed=report.seed)
+    content = {
+        "format": FORMAT, "method": report.method, "base_model": report.base, "recipe": report.recipe,
+        "figures": report.figures, "data": report.data, "texts": report.texts,
+        "seconds": round(report.seconds, 3), "provenance": made,
+    }  # fmt: skip
+    _replace(folder / REPORT, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    known = _of_source(report.source)
+    given = {name: known[name] for name in COPIED if known.get(name)}
+    data = ModelCardData(
+        base_model=report.base, library_name=report.library_name, tags=[*report.tags, "pronghorn"], **given
+    )
+    _replace(folder / CARD, f"---\n{data.to_yaml()}\n---\n\n{_text(report, made, folder.name)}")
+    for path in _folder(report.source).glob("LICENSE*") if Path(report.source).exists() else ():
+        if path.is_file():
+            shutil.copy(path, folder / path.name)
+
+
+def _of_source(source: str) -> dict[str, Any]:
+    """The header of the source's card; empty where it has none."""
+    try:
+        path = _folder(source) / CARD if Path(source).exists() else Path(hf_hub_download(source, CARD))
+        return dict(ModelCard.load(path).data.to_dict()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        logger.warning("the licence of %s is not known, state it in the card yourself: %s", source, error)
+        return {}
+
+
+def _folder(source: str) -> Path:
+    return Path(source) if Path(source).is_dir() else Path(source).parent
+
+
+def _text(report: Report, made: Mapping[str, Any], name: str) -> str:
+    parts = [
+        f"# {report.base}, {report.method}",
+        f"Made from `{report.base}` with {report.method} by Pronghorn {made['versions']['pronghorn']}.",
+        f"```python\n{report.usage.replace('CHECKPOINT', name)}\n```",
+        "## Quality",
+        f"Against the source, measured on {report.data}.",
+        _table([("", ""), *((name, _number(value)) for name, value in _flat(report.figures))]),
+    ]
+    layers = report.figures.get("layers")
+    if layers:
+        worst = sorted(layers.items(), key=lambda item: -item[1])[:WORST_LAYERS]
+        parts += [
+            f"Relative error of the outputs of layers, the largest {len(worst)} of {len(layers)}:",
+            _table([("layer", "error"), *((name, _number(value)) for name, value in worst)]),
+        ]
+    if report.texts:
+        parts.append("## Side by side")
+        parts += [f"{whose}:\n\n{_quoted(text)}" for whose, text in report.texts.items()]
+    parts += [
+        "## Recipe", f"```json\n{json.dumps(report.recipe, indent=1, sort_keys=True)}\n```",
+        "## Where the figures come from",
+        _table([("", ""), *((name, _number(value)) for name, value in _flat(made))]),
+        f"Measuring took {report.seconds:.1f} s; all figures are in `{REPORT}`.",
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += [] if name == "layers" else _flat(value, f"{prefix}{name} ")
+        else:
+            found.append((prefix + name, value))
+    return found
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    head, *rest = (f"| {name} | {value} |" for name, value in rows)
+    return "\n".join([head, "| --- | --- |", *rest])
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _quoted(text: str) -> str:
+    fence = "`" * max(3, 1 + max((len(run) for run in _ticks(text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _ticks(text: str) -> list[str]:
+    return [run for run in "".join(c if c == "`" else " " for c in text).split() if run]
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

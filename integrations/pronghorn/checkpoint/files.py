@@ -1,0 +1,141 @@
+"""The files of a checkpoint's folder: no code, no pickle, nothing outside of it, all of it what its name says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pronghorn.checkpoint import CONFIGS, Checkpoint, Finding, failed, ok
+
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".keras", ".msgpack"}
+CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".bat", ".exe", ".jar", ".whl"}
+NAMES_CODE = ("auto_map", "custom_pipelines", "custom_pipeline")
+STUBS = {
+    b"version https://git-lfs": "a pointer of Git LFS in place of the file",
+    b"<!doctype html": "a web page in place of the file",
+    b"<html": "a web page in place of the file",
+}
+MAX_JSON_BYTES = 256 << 20  # the largest tokenizers have about 40 MB
+
+
+def check_files(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What can be said of a folder's files without a library that would load them."""
+    folder = checkpoint.folder
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    yield _result(
+        "configuration", [] if any(name in names for name in CONFIGS) else [f"{folder}: no {' and no '.join(CONFIGS)}"],
+        "give the folder that save_pretrained wrote", next((name for name in CONFIGS if name in names), ""),
+    )  # fmt: skip
+    yield _result(
+        "no links out of the folder", [why for path in files if (why := _leads_out(path, folder))],
+        "replace the link by a copy of the file", f"{len(files)} files",
+    )  # fmt: skip
+    inside = [path for path in files if not _leads_out(path, folder)]
+    yield _result(
+        "no pickles", [str(path.relative_to(folder)) for path in inside if path.suffix.lower() in PICKLES],
+        "save the weights as safetensors (save_pretrained does), and remove the file: reading it can run code",
+    )  # fmt: skip
+    yield _result(
+        "no code", [str(path.relative_to(folder)) for path in inside if path.suffix.lower() in CODE],
+        "remove it: a checkpoint that brings its own code is loaded only by those who trust it with their machine",
+    )  # fmt: skip
+    yield _result(
+        "whole files", [f"{path.relative_to(folder)}: {why}" for path in inside if (why := _stub(path))],
+        "fetch the file itself, as with `git lfs pull` or `hf download`", f"{_size(inside)} in {len(inside)} files",
+    )  # fmt: skip
+    yield from _check_json([path for path in inside if path.suffix == ".json"], folder)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file: no NaN, no key twice, no nesting that ends the reader. Infinity is in configurations of Mamba.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path.name}: {path.stat().st_size} bytes, wanted at most {MAX_JSON_BYTES}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        return found
+
+    def infinite(constant: str) -> float:
+        if constant == "NaN":
+            raise ValueError("NaN is no number")
+        return float(constant)
+
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=unique, parse_constant=infinite)
+    except RecursionError:
+        raise ValueError(f"{path.name}: nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def _check_json(files: list[Path], folder: Path) -> Iterator[Finding]:
+    wrong, codes = [], []
+    for path in files:
+        try:
+            codes += [f"{path.relative_to(folder)}: {name}" for name in _naming_code(read_json(path))]
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+    yield _result(
+        "JSON", wrong, "write the file again from its source; Python's json.dumps(allow_nan=False) tells where",
+        f"{len(files)} files",
+    )  # fmt: skip
+    yield _result(
+        "no configuration names code", codes,
+        "remove the entry: what it names would be imported and run; Pronghorn never sets trust_remote_code",
+    )  # fmt: skip
+
+
+def _naming_code(content: Any) -> list[str]:
+    found, waiting = [], [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            found += [name for name in NAMES_CODE if value.get(name)]
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return found
+
+
+def _leads_out(path: Path, folder: Path) -> str:
+    """Where a link leads that leaves the folder; the Hub's cache, whose snapshots are links to its blobs, is one."""
+    if not path.is_symlink():
+        return ""
+    target = path.resolve()
+    home = folder.resolve()
+    allowed = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    if any(target.is_relative_to(root) for root in allowed) and target.is_file():
+        return ""
+    return f"{path.relative_to(folder)} -> {path.readlink()}"
+
+
+def _stub(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip().lower()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if not start:
+        return "" if path.name in ("merges.txt", ".gitkeep", ".gitattributes") else "it is empty"
+    return next((what for mark, what in STUBS.items() if start.startswith(mark)), "")
+
+
+def _size(files: list[Path]) -> str:
+    return f"{sum(path.stat().st_size for path in files) / 2**20:.1f} MiB"
+
+
+def _result(name: str, wrong: list[str], remedy: str, detail: str = "") -> Finding:
+    if not wrong:
+        return ok(name, detail)
+    rest = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return failed(name, f"{'; '.join(wrong[:3])}{rest}", remedy)

@@ -1,0 +1,56 @@
+"""The quality report and model card beside a checkpoint that AWQ quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pronghorn.awq.config import AwqConfig
+from pronghorn.awq.evaluate import perplexity
+from pronghorn.transformers.answers import positions_of
+from pronghorn.transformers.calibration_data import builtin_text
+from pronghorn.transformers.quality import QualityReport
+
+WINDOWS = 2
+OF_THE_SEARCH = ("method", "n_samples", "seq_len", "grid", "clip", "duo_scaling", "scale_groups")
+TAGS = ("awq", "quantized")
+
+
+class AwqReport:
+    """Compares a model with what it was before it was quantized.
+
+    Args:
+        model: full precision; it is asked now.
+        tokenizer: its tokenizer.
+        source: folder or hub name that it was loaded from.
+        base_model: what the card calls it.
+        search: how scales and clipping were found, as JSON.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, source: str, base_model: str | None, search: Mapping[str, Any]
+    ) -> None:
+        self.quality = QualityReport(model, tokenizer, source, base_model=base_model)
+        self.search = search
+        self.before = self._perplexity(model)
+
+    def write(self, folder: Path, model: Any, config: AwqConfig) -> str:
+        """Write `quality.json` and `README.md` beside the quantized model; what they say, in a line."""
+        after = self._perplexity(model)
+        recipe = {name: value for name, value in config.to_dict().items() if name not in OF_THE_SEARCH}
+        written = self.quality.write(
+            folder, model, method="AWQ", recipe={**recipe, "search": self.search},
+            tags=(*TAGS, f"{config.bits}-bit"),
+            figures={"perplexity of the source": self.before, "perplexity": after},
+        )  # fmt: skip
+        agreed, apart = written.figures["top-1 agreement"], written.figures["KL divergence, nats a token"]
+        return (
+            f"{folder}: top-1 agreement {agreed:.4f}, KL {apart:.5f}, perplexity {self.before:.3f} -> {after:.3f}; "
+            f"model card in {written.seconds:.1f} s"
+        )
+
+    def _perplexity(self, model: Any) -> float:
+        window = min(512, positions_of(model.config.get_text_config().to_dict()) or 512)
+        text, tokenizer = builtin_text("evaluation"), self.quality.tokenizer
+        return perplexity(model, tokenizer, text, window=window, max_windows=WINDOWS, progress=False).perplexity

@@ -1,0 +1,50 @@
+"""The quality report and model card beside a model that was saved with its pattern."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pronghorn.duoattention.config import DuoAttentionConfig
+from pronghorn.duoattention.transformers import DuoAttention
+from pronghorn.transformers.quality import QualityReport
+
+WINDOWS = 3  # windows of streaming heads that a text is long: what they forget must show
+USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pronghorn.duoattention import DuoAttentionConfig, apply_duo
+
+model = AutoModelForCausalLM.from_pretrained("CHECKPOINT")
+tokenizer = AutoTokenizer.from_pretrained("CHECKPOINT")
+duo = apply_duo(model, DuoAttentionConfig.from_pretrained("CHECKPOINT/duoattention"))
+output = model.generate(**tokenizer("Hello", return_tensors="pt"), past_key_values=duo.make_cache())"""
+
+
+class DuoReport:
+    """Compares answers through DuoAttention's cache with those of the model as it was.
+
+    Args:
+        model: as it was; it is asked now.
+        tokenizer: its tokenizer.
+        config: which heads stream, and what they keep.
+        source: folder or hub name that it was loaded from.
+        base_model: what the card calls it.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, config: DuoAttentionConfig, source: str, base_model: str | None
+    ) -> None:
+        length = WINDOWS * config.window
+        self.quality = QualityReport(model, tokenizer, source, base_model=base_model, length=length)
+
+    def write(self, folder: Path, duo: DuoAttention) -> str:
+        """Write `quality.json` and `README.md` beside the model; what they say, in a line."""
+        config, heads = duo.config, [full for layer in duo.full_heads for full in layer]
+        recipe = {name: value for name, value in config.to_dict().items() if name != "gates"}
+        written = self.quality.write(
+            folder, duo.model, method="DuoAttention", recipe=recipe, tags=("duoattention", "kv-cache"),
+            seed=config.seed, figures={"full key/value heads": sum(heads), "key/value heads": len(heads)},
+            usage=USAGE, make_cache=duo.make_cache, chunk=max(1, config.recent_size // 2),
+        )  # fmt: skip
+        agreed, apart = written.figures["top-1 agreement"], written.figures["KL divergence, nats a token"]
+        return f"{folder}: top-1 agreement {agreed:.4f}, KL {apart:.5f}; model card in {written.seconds:.1f} s"

@@ -1,0 +1,260 @@
+"""`pronghorn check`: whole checkpoints pass, each fault is found by name, and what is refused is not loaded."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.models import tiny_model
+from tests.plugins.conftest import letters  # noqa: F401 - a fixture
+from typer.testing import CliRunner
+
+import pronghorn.cli.check as room
+from pronghorn.cli import app
+from pronghorn.cli.check import check
+from pronghorn.methods import entry_points
+
+WHOLE = "model.safetensors"
+NAME = "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A plain checkpoint of transformers, in two shards."""
+    folder = tmp_path_factory.mktemp("whole")
+    tiny_model("llama").save_pretrained(folder, max_shard_size="200KB")
+    assert (folder / NAME).is_file()
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "copy")
+
+
+@pytest.fixture
+def single(tmp_path):
+    """Another, in one file."""
+    tiny_model("llama").save_pretrained(tmp_path / "single")
+    return tmp_path / "single"
+
+
+def found(folder, ecosystem="transformers", **options):
+    return {finding.name: finding for finding in check(folder, ecosystem, **options)}
+
+
+def states(findings):
+    return {finding.state for finding in findings.values()}
+
+
+def change_json(path, **changes):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **changes}))
+
+
+def change_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def cut(path, share=0.5):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def moved(folder):
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    return {**places, next(name for name, place in places.items() if place == NAME): "model-00001-of-00002.safetensors"}
+
+
+def edit(folder, name, old, new):
+    path = folder / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def spoil(tensors, number=float("nan")):
+    next(iter(tensors.values())).view(-1)[3] = number
+
+
+INDEX = "model.safetensors.index.json"
+REFUSED = {
+    "pickle": ("no pickles", "evil.bin", lambda f: (f / "evil.bin").write_bytes(b"x")),
+    "code": ("no code", "modeling_evil.py", lambda f: (f / "modeling_evil.py").write_text("raise SystemExit")),
+    "code in a folder": ("no code", "a/b.so", lambda f: ((f / "a").mkdir(), (f / "a/b.so").write_bytes(b"ELF"))),
+    "link out": ("no links out", "leak.txt", lambda f: (f / "leak.txt").symlink_to("/etc/hostname")),
+    "link to a folder": ("no links out", "up", lambda f: (f / "up").symlink_to(f.parent)),
+    "LFS": ("whole files", "Git LFS", lambda f: (f / NAME).write_text("version https://git-lfs.github.com/spec/v1\n")),
+    "HTML": ("whole files", "web page", lambda f: (f / "config.json").write_text("<!DOCTYPE html><p>404</p>")),
+    "empty": ("whole files", "empty", lambda f: (f / NAME).write_bytes(b"")),
+    "truncated": ("safetensors", NAME, lambda f: cut(f / NAME)),
+    "NaN in JSON": ("JSON", "NaN", lambda f: edit(f, "config.json", '"vocab_size": 128', '"vocab_size": NaN')),
+    "key twice": ("JSON", "twice", lambda f: edit(f, "config.json", "{", '{"vocab_size": 7,')),
+    "nested": ("JSON", "too deep", lambda f: (f / "extra.json").write_text("[" * 10**5 + "]" * 10**5)),
+    "auto_map": ("names code", "auto_map", lambda f: change_json(f / "config.json", auto_map={"AutoModel": "evil.E"})),
+    "path in the index": ("index", "../x", lambda f: change_json(f / INDEX, weight_map={"a": "../x.safetensors"})),
+    "missing shard": ("index", NAME, lambda f: (f / NAME).unlink()),
+    "moved tensor": ("index", "the index says", lambda f: change_json(f / INDEX, weight_map=moved(f))),
+    "many layers": ("sizes", "num_hidden_layers", lambda f: change_json(f / "config.json", num_hidden_layers=10**9)),
+    "large vocabulary": ("sizes", "vocab_size", lambda f: change_json(f / "config.json", vocab_size=10**12)),
+    "NaN": ("finite", "holds NaN", lambda f: change_tensors(f / NAME, spoil)),
+    "no configuration": ("configuration", "no config.json", lambda f: (f / "config.json").unlink()),
+    "no weights": ("safetensors", "none", lambda f: [path.unlink() for path in f.glob("*.safetensors")]),
+}  # fmt: skip
+
+
+def test_a_whole_checkpoint_passes(whole):
+    findings = found(whole, source=str(whole))
+    assert states({name: one for name, one in findings.items() if name != "tokenizer"}) == {"ok"}
+    assert findings["tokenizer"].state == "skipped"
+    assert "top-1 agreement 1.0000, KL 0.00000" in findings["as the source"].detail
+
+
+@pytest.mark.fault(1, 2, 3)
+@pytest.mark.parametrize("fault", REFUSED)
+def test_refused_before_anything_is_loaded(copy, monkeypatch, fault):
+    loads = []
+    monkeypatch.setattr(room, "_room", lambda ecosystem: loads.append(ecosystem))
+    name, detail, inject = REFUSED[fault]
+    assert states(found(copy)) == {"ok", "failed"}  # without a fault only our stand-in for the loader fails
+    assert loads.pop() == "transformers"
+    inject(copy)
+    findings = found(copy)
+    failed = [one for one in findings.values() if one.state == "failed"]
+    assert [name in one.name for one in failed].count(True), failed
+    assert any(detail in one.detail and one.remedy for one in failed), failed
+    assert findings["loading in transformers"].state == "skipped"
+    assert loads == []
+
+
+@pytest.mark.fault(3)
+def test_nothing_runs_what_a_checkpoint_brings(copy, tmp_path):
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(canary),)
+
+    payload = pickle.dumps(Evil())
+    pickle.loads(payload)  # noqa: S301 - it works
+    canary.rmdir()
+    (copy / "pytorch_model.bin").write_bytes(payload)
+    (copy / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})")
+    change_json(copy / "config.json", auto_map={"AutoConfig": "evil.Evil"}, model_type="evil")
+    assert found(copy)["no pickles"].state == "failed"
+    assert not canary.exists()
+
+
+def changes_tensors(change):
+    return lambda folder: change_tensors(folder / WHOLE, change)
+
+
+LOADED = {
+    "missing key": ("lm_head.weight: missing", changes_tensors(lambda t: t.pop("lm_head.weight"))),
+    "extra key": ("extra: the model has no place", changes_tensors(lambda t: t.update(extra=torch.ones(2)))),
+    "renamed key": ("head: the model has no place", changes_tensors(lambda t: t.update(head=t.pop("lm_head.weight")))),
+    "shape": ("(96, 64), the configuration means (80, 64)",
+              lambda f: change_json(f / "config.json", intermediate_size=80)),
+    "unknown architecture": ("wanted a class", lambda f: change_json(f / "config.json", architectures=["Evil"])),
+    "special token": ("eos_token_id: got 500", lambda f: change_json(f / "generation_config.json", eos_token_id=500)),
+    "overflow": ("NaN or Inf", changes_tensors(lambda t: t["lm_head.weight"].fill_(3e38))),
+}  # fmt: skip
+
+
+@pytest.mark.fault(2, 6)
+@pytest.mark.parametrize("fault", LOADED)
+def test_what_shows_when_it_is_loaded(single, fault):
+    assert "failed" not in states(found(single))
+    detail, inject = LOADED[fault]
+    inject(single)
+    failed = [one for one in found(single).values() if one.state == "failed"]
+    assert len(failed) == 1
+    assert detail in failed[0].detail
+    assert failed[0].remedy
+
+
+def test_a_tokenizer_of_another_model(whole, tmp_path, letters):  # noqa: F811
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(letters / name, folder / name)
+    assert found(folder)["tokenizer"].state == "ok"
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"] |= {f"word{i}": 95 + i for i in range(1, 100)}
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    assert "ids, the model's vocabulary 128" in found(folder)["tokenizer"].detail
+
+
+def test_another_model_than_the_source(whole, tmp_path):
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
+    findings = found(whole, source=str(tmp_path / "other"))
+    assert findings["as the source"].state == "failed"
+    assert "top-1 agreement 0.0" in findings["as the source"].detail
+    assert found(whole, source=str(tmp_path / "other"), min_agreement=0.0)["as the source"].state == "ok"
+
+
+def test_the_command_says_it_in_json_and_by_its_exit_code(whole, copy):
+    done = CliRunner().invoke(app, ["check", str(whole), "--for", "transformers", "--json"])
+    report = json.loads(done.stdout)
+    assert done.exit_code == 0
+    assert report["passed"]
+    assert {"name", "state", "detail", "remedy"} == set(report["checks"][0])
+    cut(copy / NAME)
+    done = CliRunner().invoke(app, ["check", str(copy), "--for", "transformers"])
+    assert done.exit_code == 1
+    assert "must not be shipped" in done.stdout
+    for arguments, named in (
+        ([str(whole), "--for", "jax"], "--for: got 'jax'"),
+        ([str(whole / "nowhere"), "--for", "vllm"], "nowhere"),
+        ([str(whole), "--for", "vllm", "--min-agreement", "2"], "--min-agreement: got 2"),
+    ):
+        done = CliRunner().invoke(app, ["check", *arguments])
+        assert done.exit_code == 1
+        assert named in str(done.exception)
+
+
+@pytest.mark.fault(17)
+def test_a_broken_method_does_not_keep_others_from_being_checked(whole, monkeypatch):
+    class Broken:
+        name = "badluck"
+
+        def load(self):
+            raise ModuleNotFoundError("no module badluck_plugin")
+
+    monkeypatch.setattr(room, "entry_points", lambda group: [Broken(), *entry_points(group)])
+    findings = found(whole)
+    assert "failed" not in states(findings)
+    assert findings["badluck"].state == "skipped"
+    assert "ModuleNotFoundError" in findings["badluck"].detail
+
+
+def test_the_hubs_cache_is_no_link_out_of_the_folder(whole, tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/123", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in whole.iterdir():
+        shutil.copy(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert found(snapshot)["no links out of the folder"].state == "ok"
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("vllm")
+def test_vllms_engine_is_asked(whole, tmp_path):
+    pytest.importorskip("vllm", reason="the vllm extra is not installed")
+    folder = tmp_path / "model"
+    tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32).save_pretrained(folder)
+    findings = found(folder, "vllm", source=str(folder))
+    assert states({name: one for name, one in findings.items() if name != "tokenizer"}) == {"ok"}, findings
+    assert "top-1 agreement 1.0000, KL 0.00000" in findings["as the source"].detail
+    change_json(folder / "config.json", intermediate_size=80)
+    assert "the configuration means (80, 128)" in found(folder, "vllm")["keys and shapes"].detail
+    # vLLM's attention on a CPU has no heads of 16: a checkpoint that transformers takes, and no user could serve.
+    assert found(whole, "transformers")["answers"].state == "ok"
+    if torch.cuda.is_available():
+        return
+    assert "head_dim=16" in found(whole, "vllm")["vllm"].detail

@@ -1,0 +1,98 @@
+"""What DuoAttention says of checkpoints to `pronghorn check`, and the report beside what `apply` saves."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from pronghorn.cli.check import check
+from pronghorn.duoattention import DuoAttentionConfig, apply_duo
+from pronghorn.duoattention.cli import app
+from pronghorn.duoattention.pattern import GATES, Pattern, save_pattern
+
+SIZES = ["--sink", "2", "--recent", "8"]
+
+
+@pytest.fixture(scope="session")
+def applied(letters, tmp_path_factory):
+    """The tiny model with a pattern, and its report."""
+    root = tmp_path_factory.mktemp("applied")
+    save_pattern(Pattern([[1.0, 0.0], [0.0, 1.0]]), root / "pattern")
+    done = CliRunner().invoke(
+        app, ["apply", str(letters), str(root / "pattern"), str(root / "model"), *SIZES], catch_exceptions=False
+    )
+    assert "model card in" in done.output
+    return root / "model"
+
+
+def found(folder, **options):
+    return {one.name: one for one in check(folder, "transformers", **options)}
+
+
+def test_a_model_with_its_pattern_passes(applied, letters):
+    findings = found(applied, source=str(letters))
+    assert {one.state for one in findings.values()} == {"ok"}
+    assert "2 of 4" in findings["DuoAttention gates"].detail
+    assert "top-1 agreement 1.0000" in findings["as the source"].detail  # without the cache it is the model it was
+
+
+@pytest.mark.fault(2)
+@pytest.mark.parametrize(
+    ("gates", "named"),
+    [
+        ("1.0\t0.0\n", "for 1 layers of 2"),
+        ("1.0\n0.0\n", "for 2 layers of 1"),
+        ("1.0\tnan\n0.0\t1.0\n", "finite"),
+        ("one\ttwo\n", "line 1"),
+    ],
+)
+def test_gates_of_another_model(applied, tmp_path, gates, named):
+    folder = shutil.copytree(applied, tmp_path / "copy")
+    assert found(folder)["DuoAttention gates"].state == "ok"
+    (folder / "duoattention" / GATES).write_text(gates)
+    findings = found(folder)
+    assert findings["DuoAttention gates"].state == "failed"
+    assert named in findings["DuoAttention gates"].detail
+    assert "loading in transformers" in findings
+
+
+def test_the_reports_figures_are_those_of_the_cache(applied, letters):
+    """Measured anew from the saved checkpoint, token by token."""
+    report = json.loads((applied / "quality.json").read_text())
+    assert report["recipe"]["sink_size"] == 2
+    assert report["provenance"]["seed"] == 42
+    assert report["figures"]["full key/value heads"] == 2
+    model = AutoModelForCausalLM.from_pretrained(applied)
+    source = AutoModelForCausalLM.from_pretrained(letters)
+    tokenizer = AutoTokenizer.from_pretrained(applied)
+    config = DuoAttentionConfig.from_pretrained(applied / "duoattention")
+    duo = apply_duo(model, config)
+    from pronghorn.transformers.answers import windows
+
+    equal, divergence, tokens = 0, 0.0, 0
+    for ids in windows(tokenizer, 128, longest=128, length=30):
+        with torch.no_grad():
+            cache = duo.make_cache()
+            ours = torch.cat([model(part, past_key_values=cache).logits[0] for part in ids.split(4, 1)]).log_softmax(-1)
+            theirs = source(ids).logits[0].log_softmax(-1)
+        equal += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        divergence += float((theirs.exp() * (theirs - ours)).sum())
+        tokens += len(ours)
+    assert report["figures"]["tokens"] == tokens
+    assert report["figures"]["top-1 agreement"] == pytest.approx(equal / tokens, abs=2e-3)
+    assert report["figures"]["KL divergence, nats a token"] == pytest.approx(divergence / tokens, rel=1e-3)
+    assert divergence > 0
+
+
+def test_no_report_and_the_same_weights(applied, letters, tmp_path):
+    CliRunner().invoke(
+        app, ["apply", str(letters), str(applied / "duoattention"), str(tmp_path / "x"), *SIZES, "--no-report"],
+        catch_exceptions=False,
+    )  # fmt: skip
+    names = {path.name for path in (tmp_path / "x").iterdir()}
+    assert names == {path.name for path in applied.iterdir()} - {"README.md", "quality.json"}
+    assert load_file(tmp_path / "x" / "model.safetensors").keys() == load_file(applied / "model.safetensors").keys()
