@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
+from pronghorn.atomic import write_atomically
 from pronghorn.checkpoint.provenance import provenance
 
 logger = logging.getLogger(__name__)
@@ -73,13 +74,14 @@ def write_report(folder: Path, report: Report) -> None:
         "figures": report.figures, "data": report.data, "texts": report.texts,
         "seconds": round(report.seconds, 3), "provenance": made,
     }  # fmt: skip
-    _replace(folder / REPORT, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_atomically(folder / REPORT, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     known = _of_source(report.source)
     given = {name: known[name] for name in COPIED if known.get(name)}
     data = ModelCardData(
         base_model=report.base, library_name=report.library_name, tags=[*report.tags, "pronghorn"], **given
     )
-    _replace(folder / CARD, f"---\n{data.to_yaml()}\n---\n\n{_text(report, made, folder.name)}")
+    header = f"---\n{data.to_yaml()}\n---\n\n"
+    write_atomically(folder / CARD, (header + _text(report, made, folder.name)).encode())
     for path in _folder(report.source).glob("LICENSE*") if Path(report.source).exists() else ():
         if path.is_file():
             shutil.copy(path, folder / path.name)
@@ -153,13 +155,3 @@ def _quoted(text: str) -> str:
 
 def _ticks(text: str) -> list[str]:
     return [run for run in "".join(c if c == "`" else " " for c in text).split() if run]
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pronghorn.checkpoint import CONFIGS, Checkpoint, Finding, failed, ok
+from pronghorn.json_files import parse_json
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".keras", ".msgpack"}
 CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".bat", ".exe", ".jar", ".whl"}
@@ -50,32 +50,14 @@ def check_files(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file: no NaN, no key twice, no nesting that ends the reader. Infinity is in configurations of Mamba.
+    """A JSON file of a size that some checkpoint has; see `parse_json`.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is larger, or not what `parse_json` takes.
     """
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path.name}: {path.stat().st_size} bytes, wanted at most {MAX_JSON_BYTES}")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
-        return found
-
-    def infinite(constant: str) -> float:
-        if constant == "NaN":
-            raise ValueError("NaN is no number")
-        return float(constant)
-
-    try:
-        return json.loads(path.read_bytes(), object_pairs_hook=unique, parse_constant=infinite)
-    except RecursionError:
-        raise ValueError(f"{path.name}: nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from None
+    return parse_json(path.read_bytes(), path.name)
 
 
 def _check_json(files: list[Path], folder: Path) -> Iterator[Finding]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
 from pronghorn.checkpoint.files import read_json
+from pronghorn.sealed import INDEX as SEAL
+from pronghorn.sealed import check_seal
+from pronghorn.tensor_files import opened
 
 INDEX = ".safetensors.index.json"
 NUMBERS_AT_ONCE = 1 << 24
@@ -44,11 +46,23 @@ def check_weights(checkpoint: Checkpoint) -> Iterator[Finding]:
             return
     count = sum(map(len, stored.values()))
     yield ok("safetensors", f"{count} tensors in {len(files)} files")
+    yield from _check_seals(checkpoint)
     for root in sorted({path.parent for path in files}):
         together = checkpoint.ecosystem in ("transformers", "vllm")  # others keep statistics beside weights
         yield from _check_folder(root, {path: held for path, held in stored.items() if path.parent == root}, together)
     yield _check_sizes(checkpoint, stored)
     yield _check_finite(stored)
+
+
+def _check_seals(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """That files have the digests that they were sealed with, where they were."""
+    for index in sorted(checkpoint.folder.rglob(SEAL)):
+        try:
+            check_seal(index.parent)
+        except (ValueError, OSError) as error:
+            yield failed("digests", str(error), "fetch them again, or `pronghorn seal` what you changed on purpose")
+            return
+        yield ok("digests", f"the files are those that {SEAL} has")
 
 
 def tensors_of(path: Path) -> dict[str, Stored]:
@@ -57,11 +71,8 @@ def tensors_of(path: Path) -> dict[str, Stored]:
     Raises:
         ValueError: it is not a whole one.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: Stored(path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name}: not a whole safetensors file ({error})") from None
+    with opened(path) as file:
+        return {name: Stored(path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
 
 
 def _check_folder(folder: Path, stored: dict[Path, dict[str, Stored]], together: bool) -> Iterator[Finding]:
@@ -117,7 +128,7 @@ def _check_sizes(checkpoint: Checkpoint, stored: dict[Path, dict[str, Stored]]) 
 def _check_finite(stored: dict[Path, dict[str, Stored]]) -> Finding:
     counted = 0
     for path, held in stored.items():
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             for name in held:
                 tensor = file.get_tensor(name)
                 if not tensor.is_floating_point():

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from pronghorn.awq.config import METHOD, PUBLISHED_METHOD, AwqConfig
@@ -15,6 +14,7 @@ from pronghorn.awq.convert import PACKED, features, read_awq_config
 from pronghorn.awq.layers import AwqLinear
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok
 from pronghorn.kernels.dequantize_weight.layouts import LAYOUTS, unpack_scales
+from pronghorn.tensor_files import opened
 
 OF_A_LINEAR = (".qweight", ".qzeros", ".scaled_zeros")
 REMEDY = "quantize the source again, or fetch the checkpoint again; `pronghorn awq convert` changes formats"
@@ -58,7 +58,7 @@ def _is_ours(checkpoint: Checkpoint) -> bool:
 
 
 def _opened(stack: ExitStack, path: Path) -> Any:
-    return stack.enter_context(safe_open(path, framework="pt"))
+    return stack.enter_context(opened(path))
 
 
 def _check_linear(linear: str, parts: Mapping[str, Tensor], config: AwqConfig) -> None:

@@ -59,7 +59,9 @@ def shorter(part):
     return lambda tensors: tensors.update({f"{LINEAR}.{part}": tensors[f"{LINEAR}.{part}"][:-1].contiguous()})
 
 
-@pytest.mark.parametrize("version", FORMATS)
+@pytest.mark.parametrize(
+    "version", [pytest.param(name, marks=() if name in ("gemm", "natural") else pytest.mark.slow) for name in FORMATS]
+)
 def test_whole_checkpoints_pass_and_answer_as_their_source(packed, version):
     findings = {one.name: one for one in check(packed / version, "transformers", str(packed / "source"), 0.1)}
     assert {one.state for name, one in findings.items() if name != "tokenizer"} == {"ok"}

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import pronghorn.transformers  # noqa: F401 - registers
 from pronghorn.awq.cli import app
 from pronghorn.awq.evaluate import perplexity
+from pronghorn.cli.check import check
 from pronghorn.transformers.answers import windows
 from pronghorn.transformers.calibration_data import builtin_text
 
@@ -138,6 +139,19 @@ def test_a_model_that_answers_nan_is_told_and_nothing_is_claimed(source, tmp_pat
     assert "NaN" in str(done.exception)
     assert (tmp_path / "out/model.safetensors").is_file()
     assert not (tmp_path / "out/README.md").exists()
+
+
+@pytest.mark.fault(1)
+def test_a_flipped_bit_is_found_by_the_seal(made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "copy")
+    assert {one.name: one.state for one in check(folder, "transformers")}["digests"] == "ok"
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-5] ^= 4  # another number, and no other check could tell
+    (folder / "model.safetensors").write_bytes(content)
+    findings = {one.name: one for one in check(folder, "transformers")}
+    assert findings["digests"].state == "failed"
+    assert "model.safetensors" in findings["digests"].detail
+    assert {one.state for name, one in findings.items() if name not in ("digests", "loading in transformers")} == {"ok"}
 
 
 class Hub:
