@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from pronghorn.cli.check import check
 from pronghorn.dcae import CONFIGURATIONS
 from pronghorn.dcae.cli import app
+from pronghorn.sealed import INDEX as SEAL
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -56,8 +57,10 @@ def test_an_autoencoder_passes(folder):
     ],
 )
 def test_weights_that_are_not_the_architectures(folder, name, inject):
-    assert "failed" not in {one.state for one in found(folder).values()}
+    assert {one.state for one in found(folder).values()} == {"ok"}
     inject(folder)
+    assert found(folder)["digests"].state == "failed"
+    (folder / SEAL).unlink()  # as in checkpoints from elsewhere
     findings = found(folder)
     assert findings[name].state == "failed", findings
     assert "loading in diffusers" in findings
@@ -100,7 +103,9 @@ def test_a_pipeline_that_names_a_module_from_elsewhere(tmp_path, monkeypatch):
 @pytest.mark.fault(2)
 def test_a_pipeline_with_a_key_too_few(tmp_path):
     made(ALL[0]).save_pretrained(tmp_path / "pipe")
+    assert {one.state for one in found(tmp_path / "pipe").values()} == {"ok"}
     spoil(tmp_path / "pipe" / "vae", lambda t: t.pop("encoder.conv_in.weight"))
+    (tmp_path / "pipe" / "vae" / SEAL).unlink()
     assert "failed" in {one.state for one in found(tmp_path / "pipe").values()}
 
 

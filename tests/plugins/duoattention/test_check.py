@@ -42,18 +42,19 @@ def test_a_model_with_its_pattern_passes(applied, letters):
 
 @pytest.mark.fault(2)
 @pytest.mark.parametrize(
-    ("gates", "named"),
+    ("damage", "named"),
     [
-        ("1.0\t0.0\n", "for 1 layers of 2"),
-        ("1.0\n0.0\n", "for 2 layers of 1"),
-        ("1.0\tnan\n0.0\t1.0\n", "finite"),
-        ("one\ttwo\n", "line 1"),
+        (lambda folder: save_pattern(Pattern([[1.0, 0.0]]), folder), "for 1 layers of 2"),
+        (lambda folder: save_pattern(Pattern([[1.0], [0.0]]), folder), "for 2 layers of 1"),
+        (lambda folder: (folder / GATES).write_text("1.0\tnan\n0.0\t1.0\n"), "finite"),
+        (lambda folder: (folder / GATES).write_text("one\ttwo\n"), "line 1"),
+        (lambda folder: (folder / GATES).write_text("1.0\t1.0\n0.0\t1.0\n"), "damaged"),
     ],
 )
-def test_gates_of_another_model(applied, tmp_path, gates, named):
+def test_gates_of_another_model(applied, tmp_path, damage, named):
     folder = shutil.copytree(applied, tmp_path / "copy")
     assert found(folder)["DuoAttention gates"].state == "ok"
-    (folder / "duoattention" / GATES).write_text(gates)
+    damage(folder / "duoattention")
     findings = found(folder)
     assert findings["DuoAttention gates"].state == "failed"
     assert named in findings["DuoAttention gates"].detail
