@@ -71,10 +71,11 @@ def load_whole(folder: str | Path, device: str | None = None) -> tuple[Any, list
     if kind is None:
         raise ValueError(f"architectures: got {names}, wanted a class of transformers {transformers.__version__}")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    how: dict[str, Any] = {"device_map": {"": where}} if where == "meta" else {}
     loaded: Any = kind.from_pretrained(
         folder, dtype="auto", use_safetensors=True, output_loading_info=True,
         ignore_mismatched_sizes=True,  # to name them; the error that is raised otherwise names none
-        **({"device_map": {"": where}} if where == "meta" else {}),
+        **how,
     )  # fmt: skip
     model, info = loaded
     misfits = [f"{name}: missing" for name in sorted(info["missing_keys"])]
