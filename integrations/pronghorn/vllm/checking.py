@@ -88,7 +88,8 @@ def _serve(model: str | Path, prompt: list[int], without_tokenizer: bool, vocab_
     ]
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in (prompt, few)]
     try:
-        long, short = engine.generate(prompts, asked, use_tqdm=False)
+        answered: Any = engine.generate(prompts, asked, use_tqdm=False)
+        long, short = answered
         return _Served(
             list(long.outputs[0].token_ids),
             [next(token for token, found in row.items() if found.rank == 1) for row in long.prompt_logprobs[1:]],
