@@ -7,6 +7,7 @@ other. One that fails is reported by name, with its reason, and breaks nothing e
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import threading
@@ -19,6 +20,7 @@ from pronghorn.process_state import kept
 logger = logging.getLogger(__name__)
 
 ECOSYSTEMS = ("transformers", "vllm", "diffusers", "lerobot", "trl")
+GROUPS = (*ECOSYSTEMS, "cli", "verify", "contract")
 DISABLE = "PRONGHORN_DISABLE"
 SLOW = 20.0  # seconds; importing an ecosystem's library takes several
 
@@ -60,6 +62,28 @@ def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
                 "two plugins are called %r: %s is used, %s is not", entry.name, _origin(kept), _origin(entry)
             )
     return [unique[name] for name in sorted(unique)]
+
+
+def installed_methods() -> dict[str, str]:
+    """The package of every installed method, by the method's name: what holds the rooms that entry points name."""
+    found: dict[str, str] = {}
+    for group in GROUPS:
+        for entry in entry_points(group):
+            found.setdefault(entry.name, entry.module.rpartition(".")[0] or entry.module)
+    return dict(sorted(found.items()))
+
+
+def ships_to(method: str, package: str, ecosystem: str) -> bool:
+    """Whether a method has an entry point for an ecosystem, or a room to import: some need no registration.
+
+    An import error of its package means no.
+    """
+    if any(entry.name == method for entry in entry_points(ecosystem)):
+        return True
+    try:
+        return importlib.util.find_spec(f"{package}.{ecosystem}") is not None
+    except (Exception, SystemExit):  # noqa: BLE001 - a broken package is reported where it is registered
+        return False
 
 
 def is_disabled(method: str) -> bool:

@@ -1,8 +1,12 @@
-"""What every method owes its users, for all entry points of this distribution."""
+"""What every method owes its users: one matrix over all that are installed, from this distribution or any other.
 
+Methods say themselves what to try it with, and what is not theirs and why: `pronghorn.contract.Contract`.
+PRONGHORN_CONTRACT, a list of names with commas, restricts it to some.
+"""
+
+import copy
 import dataclasses
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,22 +14,50 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from pronghorn.methods import ECOSYSTEMS, entry_points
+from pronghorn.contract import CHECKS, Contract
+from pronghorn.kernels._operation import relative_error
+from pronghorn.methods import ECOSYSTEMS, entry_points, installed_methods
+from pronghorn.versions import obstacle
 
-METHODS = sorted(
-    path.name for path in (Path(__file__).parents[2] / "plugins" / "pronghorn").glob("[a-z]*") if path.is_dir()
-)
+SOURCES = Path(__file__).parents[2] / "plugins" / "pronghorn"
+CHOSEN = os.environ.get("PRONGHORN_CONTRACT")
+PACKAGES = {name: package for name, package in installed_methods().items() if not CHOSEN or name in CHOSEN.split(",")}
+COMPILED = 1e-6  # operations that are compiled may add in another order
 
 
-LAYERS = ("dcae", "torchsparse", "vcpo")  # methods that are imported, and registered nowhere
-ELSEWHERE = ("vlash",)  # whose ecosystem is not in this environment; its tests have one
+each_method = pytest.mark.parametrize("method", PACKAGES)
 
 
-@pytest.mark.parametrize("method", METHODS)
+def contract(method, check=None):
+    """A method's own part; skips where that holds a reason against a check."""
+    found = {entry.name: entry for entry in entry_points("contract")}
+    assert method in found, f"{method} has no entry point in pronghorn.contract"
+    part = found[method].load()
+    if check is not None:
+        assert check in CHECKS
+        if check in part.exceptions:
+            pytest.skip(f"{method}, {check}: {part.exceptions[check]}")
+    return part
+
+
+@each_method
+def test_it_says_what_to_try_it_with(method):
+    assert isinstance(contract(method), Contract)
+
+
+def test_no_method_of_this_repository_is_left_out():
+    folders = {path.name for path in SOURCES.glob("[a-z]*") if path.is_dir()}
+    assert bool(CHOSEN) or folders <= set(PACKAGES)
+
+
+@each_method
 def test_the_face_is_quick_and_imports_no_torch(method):
+    contract(method, "face")
     code = (
-        f"import time, sys; start = time.perf_counter(); import pronghorn.{method};"
+        f"import time, sys; start = time.perf_counter(); import {PACKAGES[method]};"
         "print(time.perf_counter() - start, 'torch' in sys.modules)"
     )
     seconds, torch = min(
@@ -36,9 +68,10 @@ def test_the_face_is_quick_and_imports_no_torch(method):
     assert torch == "False"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_method
 def test_the_face_keeps_its_promises(method):
-    face = importlib.import_module(f"pronghorn.{method}")
+    contract(method, "face")
+    face = importlib.import_module(PACKAGES[method])
     assert face.__doc__
     for name in face.__all__:
         assert getattr(face, name).__doc__, name
@@ -47,7 +80,7 @@ def test_the_face_keeps_its_promises(method):
 
 
 def configurations(method):
-    room = importlib.import_module(f"pronghorn.{method}.config")
+    room = importlib.import_module(f"{PACKAGES[method]}.config")
     kinds = [
         value for value in vars(room).values() if dataclasses.is_dataclass(value) and value.__module__ == room.__name__
     ]
@@ -55,8 +88,9 @@ def configurations(method):
     return kinds
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_method
 def test_the_configuration_survives_json(method):
+    contract(method, "configuration")
     for kind in configurations(method):
         config = kind()
         assert kind.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -64,36 +98,119 @@ def test_the_configuration_survives_json(method):
         assert all(f"{name}:" in kind.__doc__ for name in names), names
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_configuration_rejects_what_is_no_value(method):
+@pytest.mark.fault(3)
+@each_method
+@pytest.mark.parametrize("value", [object(), float("nan")], ids=["object", "nan"])
+def test_the_configuration_rejects_what_is_no_value(method, value):
     """Every knob, save those that take anything, names itself when it is given something else."""
+    contract(method, "configuration")
     for kind in configurations(method):
         for field in dataclasses.fields(kind):
             if field.type != "Any":
                 with pytest.raises((ValueError, TypeError), match=field.name):
-                    kind(**{field.name: object()})
+                    kind(**{field.name: value})
+
+
+@pytest.mark.fault(3)
+@each_method
+def test_the_configuration_rejects_what_it_does_not_know(method):
+    contract(method, "unknown settings")
+    for kind in configurations(method):
+        with pytest.raises((ValueError, TypeError), match="nothing_of_that_name"):
+            kind.from_dict({**json.loads(json.dumps(kind().to_dict())), "nothing_of_that_name": 1})
 
 
 @pytest.mark.parametrize("ecosystem", ECOSYSTEMS)
 def test_the_users_switch(ecosystem):
-    ships = {entry.name for entry in entry_points(ecosystem) if entry.name in METHODS}
+    ships = {entry.name for entry in entry_points(ecosystem) if entry.name in PACKAGES}
     code = (
         "from pronghorn.methods import register_all;"
         f"print(sorted((o.method, o.state) for o in register_all({ecosystem!r}) if o.method in {ships!r}))"
     )
-    env = {**os.environ, "PRONGHORN_DISABLE": ",".join(METHODS)}
+    env = {**os.environ, "PRONGHORN_DISABLE": ",".join(PACKAGES)}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert found.strip() == str([(method, "disabled") for method in sorted(ships)])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_registering_again_is_a_no_op(method):
-    found = [
-        importlib.import_module(f"pronghorn.{method}.{room}")
-        for room in ("transformers", "vllm")
-        if importlib.util.find_spec(f"pronghorn.{method}.{room}") is not None
-    ]
-    assert found or method in LAYERS + ELSEWHERE
-    for room in found:
-        room.register()
-        room.register()
+@pytest.mark.fault(17)
+@pytest.mark.parametrize(
+    ("method", "ecosystem"),
+    [
+        (entry.name, ecosystem)
+        for ecosystem in ECOSYSTEMS
+        for entry in entry_points(ecosystem)
+        if entry.name in PACKAGES
+    ],
+)
+def test_registering_again_is_a_no_op(method, ecosystem):
+    if obstacle(ecosystem):
+        pytest.skip(f"{method} ships to {ecosystem}, which is not in this environment")
+    contract(method, "registration")
+    (entry,) = [entry for entry in entry_points(ecosystem) if entry.name == method]
+    register = entry.load()
+    register()
+    register()
+
+
+@pytest.fixture(scope="session")
+def made():
+    """A method's module and what it computes, made once; others must not change it."""
+    kept = {}
+
+    def make(method, check):
+        part = contract(method, check)
+        if method not in kept:
+            module = part.module(0)
+            kept[method] = part, module, part.run(module)
+            assert kept[method][2].isfinite().all()
+            assert not torch.equal(kept[method][2], part.run(part.module(1))), "the module's numbers have no effect"
+        return kept[method]
+
+    return make
+
+
+def same_state(module, other):
+    """Whether two modules have the same state, key by key and bit by bit."""
+    one, two = module.state_dict(), other.state_dict()
+    return list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@each_method
+def test_what_is_loaded_is_what_was_saved(method, made, tmp_path):
+    part, module, wanted = made(method, "save and load")
+    part.save(module, tmp_path)
+    loaded = part.load(tmp_path)
+    assert same_state(loaded, module)
+    assert torch.equal(part.run(loaded), wanted)
+
+
+@pytest.mark.fault(20)
+@each_method
+def test_a_copy_is_one(method, made):
+    part, module, wanted = made(method, "deepcopy")
+    copied = copy.deepcopy(module)
+    assert torch.equal(part.run(copied), wanted)
+    ours, theirs = (
+        {tensor.data_ptr() for tensor in one.state_dict().values() if tensor.numel()} for one in (module, copied)
+    )
+    assert not ours & theirs
+
+
+@each_method
+def test_a_new_module_takes_the_state_of_another(method, made):
+    part, module, wanted = made(method, "state dict")
+    other = part.module(1)
+    assert not same_state(other, module)
+    other.load_state_dict(module.state_dict())
+    assert same_state(other, module)
+    assert torch.equal(part.run(other), wanted)
+
+
+@pytest.mark.fault(20)
+@each_method
+def test_it_compiles_to_one_graph(method, made):
+    part, module, wanted = made(method, "compile")
+    counted = CompileCounterWithBackend("aot_eager")
+    found = part.run(torch.compile(module, fullgraph=True, backend=counted))
+    assert counted.frame_count == 1
+    assert relative_error(found, wanted) <= COMPILED

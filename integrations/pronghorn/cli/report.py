@@ -14,17 +14,29 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pronghorn.methods import DISABLE, ECOSYSTEMS, entry_points, is_disabled, register_all, unavailable
+from pronghorn.methods import (
+    DISABLE,
+    ECOSYSTEMS,
+    installed_methods,
+    is_disabled,
+    register_all,
+    ships_to,
+    unavailable,
+)
 from pronghorn.versions import installed, obstacle, remedy
 
 LIBRARIES = ("torch", "triton", "transformers", "vllm", "diffusers", "trl", "peft", "lerobot")
 
 
 def print_methods() -> None:
-    """A table of methods by ecosystems; nothing is loaded."""
-    ships = {ecosystem: [entry.name for entry in entry_points(ecosystem)] for ecosystem in ECOSYSTEMS}
-    table = Table("method", *ECOSYSTEMS)
-    for method in sorted({name for names in ships.values() for name in names}):
+    """A table of methods by ecosystems; nothing is loaded. What is in no ecosystem is used in torch itself."""
+    packages = installed_methods()
+    ships = {
+        ecosystem: [method for method, package in packages.items() if ships_to(method, package, ecosystem)]
+        for ecosystem in ECOSYSTEMS
+    }
+    table = Table("method", *ECOSYSTEMS, "torch")
+    for method in packages:
         cells = []
         for ecosystem in ECOSYSTEMS:
             if method not in ships[ecosystem]:
@@ -33,7 +45,7 @@ def print_methods() -> None:
                 cells.append(f"disabled by {DISABLE}")
             else:
                 cells.append("no" if obstacle(ecosystem) else "yes")
-        table.add_row(method, *cells)
+        table.add_row(method, *cells, "" if any(cells) else "yes")
     console = Console()
     console.print(table)
     for ecosystem in ECOSYSTEMS:

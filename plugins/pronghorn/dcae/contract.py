@@ -1,0 +1,40 @@
+"""DC-AE's part of the contract of all methods: a small autoencoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pronghorn.contract import Contract
+from pronghorn.dcae.config import EVIT, RES, DCAEConfig
+from pronghorn.dcae.diffusers.autoencoder import AutoencoderDC
+
+STAGES = (RES, EVIT)
+CONFIG = DCAEConfig(
+    latent_channels=8, attention_head_dim=8, encoder_block_types=STAGES, decoder_block_types=STAGES,
+    encoder_block_out_channels=(16, 16), decoder_block_out_channels=(16, 16), encoder_layers_per_block=(0, 1),
+    decoder_layers_per_block=(0, 1), encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+    decoder_norm_types=("rms_norm",) * 2, decoder_act_fns=("silu",) * 2,
+)  # fmt: skip
+
+
+def _module(seed: int) -> AutoencoderDC:
+    vae = AutoencoderDC(**CONFIG.to_dict()).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    return vae
+
+
+def _run(module: AutoencoderDC) -> Tensor:
+    found: Tensor = module(torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)).sample
+    return found.detach()
+
+
+contract = Contract(
+    module=_module,
+    run=_run,
+    save=lambda module, folder: module.save_pretrained(folder),
+    load=AutoencoderDC.from_pretrained,
+)
