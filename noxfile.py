@@ -24,7 +24,7 @@ PROJECTS = [ROOT, ROOT / "integrations" / "lerobot_policy_pronghorn"]
 SOURCES = [*(ROOT / name for name in ("kernels", "integrations", "plugins")), PROJECTS[1]]
 TORCH = {"main": "torch==2.13.0", "oldest": "torch==2.11.0", "lerobot": "torch==2.11.0"}
 WORKERS = "2"
-LEROBOT_TESTS = ["tests/integrations/lerobot", "tests/plugins/vlash/lerobot"]
+LEROBOT_TESTS = ["tests/integrations/lerobot", *map(str, sorted(Path("tests/plugins").glob("*/lerobot")))]
 
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "test"]

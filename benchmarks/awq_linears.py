@@ -16,6 +16,8 @@ from torch import Tensor
 from pronghorn.kernels.dequantize_weight import dequantize_weight
 from pronghorn.kernels.w4a16_matmul.cases import OPERATION
 
+NEEDS = ("cuda",)
+
 LINEARS = [(4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)]
 ROWS = [1, 4, 16, 64, 256, 2048]
 GROUP_SIZE = 128

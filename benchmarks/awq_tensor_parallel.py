@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from harness import median, prepare_vllm, row, write
 
+NEEDS = ("cuda:2",)
+
 SHAPE = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "vocab_size": 4096, "max_position_embeddings": 512,

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from harness import prepare_vllm, row, write
 
+NEEDS = ("cuda",)
+
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,

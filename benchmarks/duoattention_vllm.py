@@ -21,6 +21,8 @@ import torch
 from awq_vllm import LLAMA_3_8B
 from harness import median, prepare_vllm, row, write
 
+NEEDS = ("cuda",)
+
 PATTERN = "Llama-3-8B-Instruct-Gradient-1048k"
 SIZES = {"sink_size": 64, "recent_size": 256}
 DUO = {"pattern": PATTERN, "sparsity": 0.5, "balance": "per_layer", **SIZES}

@@ -25,10 +25,12 @@ def test_wheel_holds_every_source_file(wheel):
     sources = {
         str(path.relative_to(ROOT / root))
         for root in ("kernels", "integrations", "plugins")
-        for path in (ROOT / root / "pronghorn").rglob("*.py")
+        for path in (ROOT / root / "pronghorn").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == sources
+    assert any(name.endswith(".in") for name in held)  # what `pronghorn new` writes
 
 
 def test_wheel_installs_and_finds_its_methods(wheel, tmp_path):

@@ -85,6 +85,17 @@ def test_verify_checks_an_operation_and_a_method():
     assert found.returncode == 0, found.stdout + found.stderr
     assert "dequantize" in found.stdout
     assert "official results" in found.stdout
+    assert "all 2 passed" in found.stdout
+
+
+def test_verify_knows_all_that_has_landed():
+    """Every kernel's folder, and every method."""
+    from pronghorn.kernels._operation import operations
+    from pronghorn.methods import entry_points, installed_methods
+
+    folders = {path.parent.name for path in (ROOT / "kernels/pronghorn/kernels").glob("*/__init__.py")}
+    assert {operation.name for operation in operations()} == folders
+    assert {entry.name for entry in entry_points("verify")} == set(installed_methods())
 
 
 def test_verify_fails_where_a_check_fails(tmp_path):
@@ -96,8 +107,66 @@ def test_verify_fails_where_a_check_fails(tmp_path):
     tensors = load_file(ROOT / "tests/golden/data/awq/pack_v2_codes_only.safetensors")
     tensors["qweight"] = tensors["qweight"] ^ torch.tensor(1, dtype=torch.int16)
     save_file(tensors, folder / "pack_v2_codes_only.safetensors")
-    found = pronghorn("verify", "awq", env={**os.environ, "PRONGHORN_GOLDEN": str(tmp_path)})
+    found = pronghorn("verify", "awq", "--json", env={**os.environ, "PRONGHORN_GOLDEN": str(tmp_path)})
     assert found.returncode == 1
+    report = json.loads(found.stdout)
+    assert not report["passed"]
+    assert [method["name"] for method in report["methods"] if not method["passed"]] == ["awq"]
+    assert any(not check["passed"] for check in report["methods"][0]["checks"])
+
+
+SCRIPT = """
+from harness import write
+def main():
+    write()
+main()
+"""
+
+
+def test_bench_runs_what_can_run_here(tmp_path, monkeypatch, capsys):
+    from pronghorn.cli.bench import bench
+
+    (tmp_path / "plugins" / "pronghorn").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "pronghorn"\n')
+    scripts = {
+        "good.py": SCRIPT,
+        "large.py": 'NEEDS = ("cuda:99",)\n' + SCRIPT,
+        "missing.py": "import nothing_of_that_name\n" + SCRIPT,
+        "below.py": "import shared\n" + SCRIPT,
+        "shared.py": "import nothing_of_that_name\n",
+        "broken.py": SCRIPT.replace("    write()", "    raise ValueError('out of luck')"),
+        "endless.py": SCRIPT.replace("    write()", "    while True: pass"),
+        "harness.py": (
+            "import os\nfrom pathlib import Path\nfrom pronghorn.measurement import row, write as keep\n"
+            "def write():\n    times = {'p20': 1.0, 'p50': 1.0, 'p80': 1.0}\n"
+            "    keep('good', [row('it', 'them', '2', times, times)], Path(os.environ['OUT']))\n"
+        ),
+    }
+    (tmp_path / "benchmarks").mkdir()
+    for name, content in scripts.items():
+        (tmp_path / "benchmarks" / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    chosen = ["bias_activation", "good", "large", "missing", "below"]
+    assert bench(chosen, seconds=60, out=tmp_path / "out" / "bench.json")
+    found = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert {"topic", "device", "driver", "versions", "commit", "dirty", "date", "rows"} <= set(found)
+    assert [entry["what"] for entry in found["rows"]] == ["bias_activation", "good: it"]
+    assert found["rows"][0]["ours"]["p50"] > 0
+    assert found["not_run"] == {
+        "large": "needs 99 GPUs", "missing": "needs nothing_of_that_name", "below": "needs nothing_of_that_name",
+    }  # fmt: skip
+    assert not bench(["broken"], seconds=60, out=tmp_path / "bench.json")
+    assert "failed: ValueError: out of luck" in json.loads((tmp_path / "bench.json").read_text())["not_run"]["broken"]
+    assert bench(["endless"], seconds=2, out=tmp_path / "bench.json")
+    assert "took more than 2 s" in json.loads((tmp_path / "bench.json").read_text())["not_run"]["endless"]
+    with pytest.raises(ValueError, match="no benchmark; there are"):
+        bench(["nothing"], seconds=2, out=tmp_path / "bench.json")
+    capsys.readouterr()
+    assert bench([], seconds=2, out=tmp_path / "none.json", listed=True)
+    said = capsys.readouterr().out
+    assert "good: can run here" in said
+    assert "awq bench: needs a model: pronghorn awq bench --help" in said
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_mistakes_are_one_line():

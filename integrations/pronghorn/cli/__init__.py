@@ -83,11 +83,15 @@ def seal(
 @app.command()
 def verify(
     names: Annotated[list[str] | None, typer.Argument(help="Operations or methods; all of them by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check operations and methods on this device: error against the reference, speed against the hardware's limit."""
+    """Check operations and methods on this device: error against the reference, speed against the hardware's limit.
+
+    Exits with 1 where a check fails.
+    """
     from pronghorn.cli.verify import verify as run
 
-    if not run(names or []):
+    if not run(names or [], as_json):
         raise typer.Exit(1)
 
 
@@ -106,6 +110,41 @@ def check(
 
     if not print_check(folder, ecosystem, source, min_agreement, as_json):
         raise typer.Exit(1)
+
+
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks; all of them by default.")] = None,
+    seconds: Annotated[float, typer.Option(help="Most that one may take; longer ones are ended, and listed.")] = 120.0,
+    out: Annotated[Path, typer.Option("--json", help="File for the results.")] = Path("bench.json"),
+    listed: Annotated[bool, typer.Option("--list", help="Say what there is and what can run here, and stop.")] = False,
+) -> None:
+    """Run the benchmarks that can run here: every operation, and in a clone those of its folder.
+
+    Exits with 1 where one fails.
+    """
+    from pronghorn.cli.bench import bench as run
+
+    if not run(names or [], seconds=seconds, out=out, listed=listed):
+        raise typer.Exit(1)
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Of the method and its package: small letters, digits, underscores.")],
+    ecosystem: Annotated[
+        str, typer.Option(help="Where it ships to: transformers, vllm, diffusers, lerobot, trl, or torch for none.")
+    ],
+    into: Annotated[Path, typer.Option(help="A clone of Pronghorn, or where a distribution is to be made.")] = Path(),
+) -> None:
+    """Write a small method that works and passes its tests, as a start for yours."""
+    from pronghorn.cli.new import is_clone, write_method
+
+    for path in write_method(name, ecosystem, into):
+        typer.echo(path)
+    if is_clone(into):
+        typer.echo(f"next: make test; or python -m pytest tests/plugins/{name}")
+    else:
+        typer.echo(f"next: pip install -e {into / f'pronghorn-{name}'}; then pytest there, and pronghorn {name}")
 
 
 def main() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,18 @@ from rich.table import Table
 
 from pronghorn.kernels._operation import Operation, operations, relative_error
 from pronghorn.methods import entry_points, is_disabled
+from pronghorn.verification import Check
 
 GOLDEN = "PRONGHORN_GOLDEN"
 REPEATS = 5
 
 
-def verify(names: Sequence[str]) -> bool:
+def verify(names: Sequence[str], as_json: bool = False) -> bool:
     """Check the named operations and methods, or all; whether all checks passed.
+
+    Args:
+        names: of operations and methods; none are all.
+        as_json: print `{"device", "limits", "operations", "methods", "passed"}` instead of tables.
 
     Raises:
         ValueError: a name that is neither an operation nor a method with reference data.
@@ -34,65 +42,102 @@ def verify(names: Sequence[str]) -> bool:
         raise ValueError(
             f"{unknown[0]!r}: neither an operation nor a method; there are {', '.join([*known, *replays])}"
         )
-    console = Console()
-    passed = True
     chosen = [operation for name, operation in known.items() if not names or name in names]
-    if chosen:
-        passed &= _verify_operations(console, chosen, device)
-    for name, entry in replays.items():
-        if not names or name in names:
-            try:
-                replay = entry.load()
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken method must not take the others along
-                console.print(f"{name}: not available: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
-                passed = False
-                continue
-            passed &= _verify_method(console, name, replay, device)
-    return passed
+    bandwidth, rate = limits(device) if chosen else (math.nan, math.nan)
+    measured = [_operation(operation, device, bandwidth, rate) for operation in chosen]
+    methods = [_method(name, entry, device) for name, entry in replays.items() if not names or name in names]
+    found = {
+        "device": str(device),
+        "limits": {"bytes_per_second": bandwidth, "flops_per_second": rate} if chosen else None,
+        "operations": measured,
+        "methods": methods,
+        "passed": all(part["passed"] for part in (*measured, *methods)),
+    }
+    if as_json:
+        print(json.dumps(found, indent=2))  # noqa: T201 - plain, for other programs to read
+    else:
+        _show(found)
+    return bool(found["passed"])
 
 
-def _verify_operations(console: Console, chosen: Sequence[Operation], device: torch.device) -> bool:
-    bandwidth, rate = _limits(device)
-    table = Table("operation", "dtype", "worst error", "tolerance", "time", "of the limit", title=f"on {device}")
-    passed = True
-    for operation in chosen:
-        for dtype, tolerance in operation.tolerance.items():
-            error = max(_error(operation, knobs, dtype, device) for knobs in operation.shapes)
-            passed &= error <= tolerance
-            table.add_row(
-                operation.name, str(dtype).removeprefix("torch."), _colour(error, tolerance), f"{tolerance:.0e}"
-            )
-        knobs = operation.large if device.type == "cuda" else operation.shapes[0]
-        arguments = operation.example(knobs, torch.float16, torch.Generator().manual_seed(0), device)
-        seconds = _seconds(functools.partial(operation.timed, **arguments), device)
-        cost = operation.cost(knobs)
-        floor = max(cost.bytes / bandwidth, cost.flops / rate)
-        shape = " ".join(f"{key}={value}" for key, value in knobs.items())
-        table.add_row("", f"float16 {shape}", "", "", f"{seconds * 1e6:.0f} us", f"{floor / seconds:.1%}")
-    console.print(table)
-    console.print(f"limits measured here: {bandwidth / 1e9:.0f} GB/s copied, {rate / 1e12:.2f} TFLOP/s multiplied")
-    return passed
+def _operation(operation: Operation, device: torch.device, bandwidth: float, rate: float) -> dict[str, Any]:
+    checks = [
+        _check(
+            str(dtype).removeprefix("torch."),
+            max(_error(operation, knobs, dtype, device) for knobs in operation.shapes),
+            tolerance,
+        )
+        for dtype, tolerance in operation.tolerance.items()
+    ]
+    knobs = operation.large if device.type == "cuda" else operation.shapes[0]
+    arguments = operation.example(knobs, torch.float16, torch.Generator().manual_seed(0), device)
+    seconds = _seconds(functools.partial(operation.timed, **arguments), device)
+    cost = operation.cost(knobs)
+    return {
+        "name": operation.name,
+        "checks": checks,
+        "shape": " ".join(f"{key}={value}" for key, value in knobs.items()),
+        "seconds": seconds,
+        "share_of_limit": max(cost.bytes / bandwidth, cost.flops / rate) / seconds,
+        "passed": all(check["passed"] for check in checks),
+    }
 
 
-def _verify_method(console: Console, name: str, replay: Callable[..., Any], device: torch.device) -> bool:
+def _method(name: str, entry: EntryPoint, device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": name, "checks": [], "reason": "", "passed": False}
+    try:
+        replay = entry.load()
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken method must not take the others along
+        return {**found, "reason": f"not available: {type(error).__name__}: {error}"}
     root = Path(os.environ.get(GOLDEN) or "tests/golden/data")
     folder = root / name if (root / name).is_dir() else root
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        console.print(
-            f"{name}: no reference data in {folder.resolve()}; they are in the repository, tests/golden/data: "
-            f"set {GOLDEN} to that folder",
-            soft_wrap=True,
+        reason = (
+            f"no reference data in {folder.resolve()}; they are in the repository, tests/golden/data: "
+            f"set {GOLDEN} to that folder"
         )
-        return False
-    table = Table("file", "check", "error", "tolerance", title=f"{name}, official results")
-    passed = True
-    for path in files:
-        for check in replay(path, device):
-            passed &= check.passed
-            table.add_row(path.stem, check.name, _colour(check.error, check.tolerance), f"{check.tolerance:.0e}")
-    console.print(table)
-    return passed
+        return {**found, "reason": reason}
+    checks = [
+        {"file": path.stem, **_check(check.name, check.error, check.tolerance)}
+        for path in files
+        for check in replay(path, device)
+    ]
+    return {**found, "checks": checks, "passed": all(check["passed"] for check in checks)}
+
+
+def _check(name: str, error: float, tolerance: float) -> dict[str, Any]:
+    found = Check(name, error, tolerance)
+    return {"check": name, "error": error, "tolerance": tolerance, "passed": found.passed}
+
+
+def _show(found: dict[str, Any]) -> None:
+    console = Console()
+    if found["operations"]:
+        table = Table(
+            "operation", "dtype", "worst error", "tolerance", "time", "of the limit", title=f"on {found['device']}"
+        )
+        for operation in found["operations"]:
+            for check in operation["checks"]:
+                table.add_row(operation["name"], check["check"], _coloured(check), f"{check['tolerance']:.0e}")
+            micro, share = operation["seconds"] * 1e6, operation["share_of_limit"]
+            table.add_row("", f"float16 {operation['shape']}", "", "", f"{micro:.0f} us", f"{share:.1%}")
+        console.print(table)
+        copied, multiplied = found["limits"].values()
+        console.print(
+            f"limits measured here: {copied / 1e9:.0f} GB/s copied, {multiplied / 1e12:.2f} TFLOP/s multiplied"
+        )
+    for method in found["methods"]:
+        if method["reason"]:
+            console.print(f"{method['name']}: {method['reason']}", markup=False, soft_wrap=True)
+            continue
+        table = Table("file", "check", "error", "tolerance", title=f"{method['name']}, official results")
+        for check in method["checks"]:
+            table.add_row(check["file"], check["check"], _coloured(check), f"{check['tolerance']:.0e}")
+        console.print(table)
+    parts = (*found["operations"], *found["methods"])
+    failed = [part["name"] for part in parts if not part["passed"]]
+    console.print(f"failed: {', '.join(failed)}" if failed else f"all {len(parts)} passed", soft_wrap=True)
 
 
 def _error(operation: Operation, knobs: Any, dtype: torch.dtype, device: torch.device) -> float:
@@ -100,8 +145,8 @@ def _error(operation: Operation, knobs: Any, dtype: torch.dtype, device: torch.d
     return relative_error(operation.function(**arguments), operation.oracle(arguments))
 
 
-def _colour(error: float, tolerance: float) -> str:
-    return f"[{'green' if error <= tolerance else 'bold red'}]{error:.1e}[/]"
+def _coloured(check: dict[str, Any]) -> str:
+    return f"[{'green' if check['passed'] else 'bold red'}]{check['error']:.1e}[/]"
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -121,7 +166,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _limits(device: torch.device) -> tuple[float, float]:
+def limits(device: torch.device) -> tuple[float, float]:
     """Bytes per second of a copy, counting both ways, and multiplications and additions per second of a matmul."""
     big = device.type == "cuda"
     buffer = torch.empty((1 << 30) if big else (1 << 26), dtype=torch.uint8, device=device)
