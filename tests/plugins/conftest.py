@@ -10,16 +10,21 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="session")
-def letters(tmp_path_factory):
-    """A tiny model with a tokenizer of one token a letter, saved."""
-    folder = tmp_path_factory.mktemp("letters")
+def letters_tokenizer():
+    """One token a letter."""
     characters = [chr(code) for code in range(32, 127)]
     vocabulary = {letter: index for index, letter in enumerate(["<unk>", *characters])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="~")
     tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """A tiny model with a tokenizer of one token a letter, saved."""
+    folder = tmp_path_factory.mktemp("letters")
+    letters_tokenizer().save_pretrained(folder)
     tiny_model("llama").save_pretrained(folder)
     return folder

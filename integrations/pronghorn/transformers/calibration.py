@@ -6,9 +6,12 @@ the hidden states travel, from block to block, so that one block and its inputs 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pronghorn.estimate import Estimate, folder_bytes, peak_bytes
 from pronghorn.transformers.activation_store import ActivationStore
 from pronghorn.transformers.calibration_capture import BlockCalls
 from pronghorn.transformers.calibration_data import check_token_ids
@@ -106,6 +110,8 @@ class CalibrationRunner:
         self,
         search: Callable[[Block, BlockInputs], BlockResult],
         transform: Callable[[Block, BlockResult], None] | None = None,
+        *,
+        first: int | None = None,
     ) -> dict[str, BlockResult]:
         """Search every block in order; results by block name.
 
@@ -114,6 +120,7 @@ class CalibrationRunner:
                 runs out of memory, so it must leave the block as it was.
             transform: changes a block by its result, so that the next blocks see what it then puts out; without it
                 every block sees what the original model gives it.
+            first: stop after so many blocks.
 
         Raises:
             ValueError: NaN or Inf in weights or activations, or a `state_dir` of another run (the fields are named).
@@ -130,7 +137,7 @@ class CalibrationRunner:
             )
             calls = BlockCalls(self.model, self.blocks)
             chunks = self._capture(calls, directory)
-            bar = tqdm(self.blocks, desc="calibrating", unit="block", disable=not self.progress)
+            bar = tqdm(self.blocks[:first], desc="calibrating", unit="block", disable=not self.progress)
             for index, block in enumerate(bar):
                 with self._visiting(block):
                     bar.set_postfix_str(f"{block.name}: search")
@@ -142,6 +149,30 @@ class CalibrationRunner:
                         bar.set_postfix_str(f"{block.name}: forward")
                         self._smaller_if_needed(chunks, calls, block, partial(self._advance, index, chunks))
         return results
+
+    def rehearse(self, search: Callable[[Block, BlockInputs], BlockResult]) -> tuple[Estimate, int]:
+        """What `run` will take, from the search of the first block, of which nothing is kept.
+
+        Blocks are taken to be alike. Errors are those of `run`.
+
+        Returns:
+            The estimate, and the bytes of all results.
+        """
+        started, begun = time.perf_counter(), []
+
+        def timed(block: Block, inputs: BlockInputs) -> BlockResult:
+            begun.append(time.perf_counter())
+            return search(block, inputs)
+
+        trial, count = copy.copy(self), len(self.blocks)
+        with tempfile.TemporaryDirectory() as folder:
+            trial.state_dir = Path(folder)
+            trial.run(timed, first=1)
+            results = count * folder_bytes(Path(folder))
+        seconds = begun[0] - started + count * (time.perf_counter() - begun[0])
+        spilled = disk_bytes_of(dataclasses.replace(self._undertaking(), keeps_results=False))
+        disk = spilled + (0 if self.state_dir is None else results)
+        return Estimate(peak_bytes(self.device), disk, seconds, f"one of {count} blocks"), results
 
     @torch.no_grad()
     def plan(self, estimate: Callable[[Block, int], tuple[float, int]]) -> CalibrationPlan:

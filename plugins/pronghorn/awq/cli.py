@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -39,7 +39,9 @@ Dtype = Annotated[str, typer.Option(help="float16, bfloat16, float32 or auto.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu …; the GPU if there is one.")]
 NoReport = Annotated[bool, typer.Option("--no-report", help="Do not compare with MODEL, write no model card.")]
 BaseModel = Annotated[str | None, typer.Option(help="MODEL's hub name for the card, where MODEL is a folder.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print peak memory, time and disk, and stop.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Try a piece of it, print peak memory, time and disk, and stop.")
+]
 
 
 def _config(
@@ -87,9 +89,9 @@ def _search(
     samples: int,
     seq_len: int,
     state: Path | None,
-    dry_run: bool,
+    dry_run: Literal["no", "search", "quantize"] = "no",
 ) -> Any:
-    from pronghorn.awq.quantize import check_linear, decoder_linears
+    from pronghorn.awq.quantize import check_linear, decoder_linears, packing_estimate
     from pronghorn.awq.search import AwqSearch
     from pronghorn.transformers.calibration_data import calibration_samples
 
@@ -100,8 +102,13 @@ def _search(
     for name, linear in decoder_linears(loaded, config):
         check_linear(name, linear, config)
     search = AwqSearch(config, state_dir=state)
-    if dry_run:
-        typer.echo(str(search.plan(loaded, ids)))
+    if dry_run != "no":
+        found, written = search.rehearse(loaded, ids)
+        seconds = found.seconds
+        if dry_run == "quantize":
+            packing = packing_estimate(loaded, config)
+            written, seconds = packing.disk_bytes, seconds + packing.seconds
+        typer.echo(str(replace(found, disk_bytes=found.disk_bytes + written, seconds=seconds)))
         raise typer.Exit
     return search.run(loaded, ids)
 
@@ -152,7 +159,8 @@ def search(
     _begin_anew(state, force)
     config = _config(bits, group_size, None, symmetric, duo_scaling, no_clip, skip)
     loaded, tokenizer = _load(model, dtype, device)
-    result = _search(loaded, tokenizer, config, data, samples, seq_len, state, dry_run)
+    planned: Literal["no", "search"] = "search" if dry_run else "no"
+    result = _search(loaded, tokenizer, config, data, samples, seq_len, state, planned)
     result.save(out)
     typer.echo(f"{out}: {len(result.scale)} scales, {len(result.clip)} clip maxima")
 
@@ -187,7 +195,15 @@ def quantize(
     _begin_anew(state, force)
     config = _config(bits, group_size, version, symmetric, duo_scaling, no_clip, skip)
     loaded, tokenizer = _load(model, dtype, device)
-    found = None if rtn else _search(loaded, tokenizer, config, data, samples, seq_len, state, dry_run)
+    found = None
+    if not rtn:
+        planned: Literal["no", "quantize"] = "quantize" if dry_run else "no"
+        found = _search(loaded, tokenizer, config, data, samples, seq_len, state, planned)
+    elif dry_run:
+        from pronghorn.awq.quantize import packing_estimate
+
+        typer.echo(str(packing_estimate(loaded, config)))
+        raise typer.Exit
     how: dict[str, Any] = {"method": "rtn"} if rtn else {
         "method": "awq", "n_samples": samples, "seq_len": seq_len, "text": data.name if data else "builtin",
         "grid": config.grid, "clip": config.clip, "duo_scaling": config.duo_scaling,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from pronghorn.awq.config import AwqConfig
 from pronghorn.awq.layers import AwqLinear, rounding_dtype
 from pronghorn.awq.selection import quantizable_linears
+from pronghorn.estimate import Estimate, peak_bytes, tensor_bytes
 from pronghorn.kernels.group_fake_quantize import group_fake_quantize
 
 
@@ -35,6 +37,24 @@ def quantize_model(
     for name, linear in tqdm(linears.items(), desc=f"packing {config.bits}-bit", disable=not progress, unit="linear"):
         model.set_submodule(name, AwqLinear.from_linear(linear, config, dtype=dtype, name=name))
     return model
+
+
+def packing_estimate(model: nn.Module, config: AwqConfig) -> Estimate:
+    """What `quantize_model` and saving take: a linear is packed for the time, the rest are shapes."""
+    linears = dict(decoder_linears(model, config))
+    in_dtype = {"bias": False, "config": config, "device": "meta"}
+    packed = [
+        AwqLinear(linear.in_features, linear.out_features, dtype=linear.weight.dtype, name=name, **in_dtype)  # type: ignore[arg-type]
+        for name, linear in linears.items()
+    ]
+    weights = [linear.weight for linear in linears.values()]
+    disk = tensor_bytes(list(model.state_dict().values())) - tensor_bytes(weights)
+    disk += sum(tensor_bytes(list(module.state_dict().values())) for module in packed)
+    name, largest = max(linears.items(), key=lambda item: item[1].weight.numel())
+    started = time.perf_counter()
+    AwqLinear.from_linear(largest, config, name=name)
+    seconds = (time.perf_counter() - started) * sum(weight.numel() for weight in weights) / largest.weight.numel()
+    return Estimate(peak_bytes(largest.weight.device), disk, seconds, f"one of {len(linears)} linears was packed")
 
 
 def fake_quantize_model(model: nn.Module, config: AwqConfig) -> nn.Module:

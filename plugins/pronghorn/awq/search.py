@@ -21,6 +21,7 @@ from pronghorn.awq.tracing import ScaleGroup, trace_scale_groups
 FORMAT = 2  # of the file, with a digest
 
 if TYPE_CHECKING:
+    from pronghorn.estimate import Estimate
     from pronghorn.transformers.calibration import BlockInputs, BlockResult, CalibrationPlan, CalibrationRunner
     from pronghorn.transformers.decoder import Block
 
@@ -180,6 +181,10 @@ class AwqSearch:
         """
         blocks = self._runner(model, samples).run(self._search)
         return _collect(blocks)
+
+    def rehearse(self, model: nn.Module, samples: Sequence[Tensor]) -> tuple[Estimate, int]:
+        """What `run` will take, from the first block's search, and the bytes of its result."""
+        return self._runner(model, samples).rehearse(self._search)
 
     def plan(self, model: nn.Module, samples: Sequence[Tensor]) -> CalibrationPlan:
         """Peak memory, time and disk of `run`, before anything starts."""

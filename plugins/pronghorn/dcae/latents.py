@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.dcae.images import find_images, load_image
+from pronghorn.estimate import Estimate, folder_bytes, peak_bytes
 from pronghorn.json_files import damaged
 
 MARK = b"sha256"  # after the array, before its digest
@@ -140,6 +143,34 @@ def dump_latents(
                 )
             _write(targets[path], latent.cpu().numpy())
     return len(todo)
+
+
+def rehearse_dump(vae: Any, images: str | Path, *, batch_size: int = 8, **options: Any) -> Estimate:
+    """What `dump_latents` takes, from the latents of three batches, or of all images if there are fewer.
+
+    Args:
+        vae: as for `dump_latents`, as all others are.
+        images: likewise.
+        batch_size: likewise.
+        **options: likewise.
+    """
+    paths = find_images(images)
+    tried = paths[: 3 * batch_size]
+    with tempfile.TemporaryDirectory() as name:
+        chosen, latents = Path(name) / "images", Path(name) / "latents"
+        chosen.mkdir()
+        times = [0.0, 0.0]
+        for turn, batch in enumerate((tried[:batch_size], tried[batch_size:])):
+            for index, path in enumerate(batch):
+                (chosen / f"{turn}-{index}{path.suffix}").symlink_to(path.resolve())
+            started = time.perf_counter()
+            dump_latents(vae, chosen, latents, batch_size=batch_size, verbose=False, **options)
+            times[turn] = time.perf_counter() - started
+        written = folder_bytes(latents)
+    later = len(tried) - batch_size  # the first batch starts things
+    seconds = times[0] + (len(paths) - batch_size) * times[1] / later if later > 0 else times[0]
+    peak = peak_bytes(next(vae.parameters()).device)
+    return Estimate(peak, written * len(paths) // len(tried), seconds, f"{len(tried)} of {len(paths)} images")
 
 
 def _write(path: Path, values: np.ndarray) -> None:

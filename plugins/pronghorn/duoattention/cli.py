@@ -102,11 +102,14 @@ def find(
     save_steps: Annotated[int, typer.Option(help="How often.")] = 50,
     dtype: Dtype = "auto",
     device: Device = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Try some steps, print peak memory, time and disk, and stop.")
+    ] = False,
 ) -> None:
     """Find the retrieval heads of MODEL; under `accelerate launch` its processes share each sequence."""
     import torch
 
-    from pronghorn.duoattention.find import find_heads
+    from pronghorn.duoattention.find import find_heads, rehearse
     from pronghorn.duoattention.passkey import MultiPasskeyDataset
     from pronghorn.duoattention.pattern import save_pattern
     from pronghorn.duoattention.plot import plot_gates
@@ -115,6 +118,8 @@ def find(
 
     if gate_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"gate_dtype: got {gate_dtype!r}, accepted are float32 and bfloat16")
+    if dry_run and method != "optimise":
+        raise ValueError(f"dry_run: got method={method!r}, which takes seconds; only 'optimise' is long")
     parallel = launched()
     if force and state is not None and parallel.rank == 0:
         forget(state)
@@ -124,11 +129,18 @@ def find(
         tokenizer, _texts(text), context_length_min=context_min, context_length_max=context_max,
         num_passkeys=passkeys, passkey_length=passkey_length,
     )  # fmt: skip
+    options: dict[str, Any] = {
+        "lr": lr, "reg_weight": reg_weight, "sink_size": sink, "recent_size": recent,
+        "block_size": None if block == 1 else block, "dense_branch": dense_branch,
+        "gate_dtype": getattr(torch, gate_dtype), "gradient_checkpointing": checkpointing, "seed": seed,
+        "parallel": parallel,
+    }  # fmt: skip
+    if dry_run:
+        typer.echo(rehearse(loaded, data, num_steps=steps, **options))
+        return
     found = find_heads(
-        loaded, data, method=method, num_steps=steps, lr=lr, reg_weight=reg_weight, sink_size=sink,  # type: ignore[arg-type]
-        recent_size=recent, block_size=None if block == 1 else block, dense_branch=dense_branch,  # type: ignore[arg-type]
-        gate_dtype=getattr(torch, gate_dtype), gradient_checkpointing=checkpointing, samples=samples, seed=seed,
-        state_dir=state, save_steps=save_steps, parallel=parallel,
+        loaded, data, method=method, num_steps=steps, samples=samples, state_dir=state, save_steps=save_steps,  # type: ignore[arg-type]
+        **options,
     )  # fmt: skip
     if parallel.rank == 0:
         save_pattern(found, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.duoattention.gates import GateOptimizer, Step
-from pronghorn.duoattention.pattern import Pattern
+from pronghorn.duoattention.pattern import Pattern, save_pattern
 from pronghorn.duoattention.sequence_parallel import SequenceParallel
+from pronghorn.estimate import Estimate, StepClock, folder_bytes, peak_bytes
 
 
 def find_heads(
@@ -118,6 +120,42 @@ def find_heads(
             if on_step is not None:
                 on_step(found, optimizer)
     return Pattern(optimizer.table(), settings)
+
+
+def rehearse(model: Any, dataset: Sequence[dict[str, Tensor]], *, num_steps: int, **options: Any) -> Estimate:
+    """What `find_heads` takes when it optimizes: a step with the longest sample, then some of the lengths between.
+
+    Args:
+        model: as for `find_heads`, as all others are.
+        dataset: likewise.
+        num_steps: likewise.
+        **options: likewise, without `state_dir`.
+    """
+    order = sorted(range(len(dataset)), key=lambda index: len(dataset[index]["input_ids"]))
+    tried = [order[-1], *(order[int(share * len(order))] for share in (0.125, 0.375, 0.625, 0.875))]
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as folder:
+        found = find_heads(
+            model, _InTurn([dataset[index] for index in tried]), num_steps=len(tried), state_dir=folder,
+            on_step=clock, **options,
+        )  # fmt: skip
+        save_pattern(found, Path(folder) / "pattern")
+        written = folder_bytes(Path(folder))
+    return Estimate(peak_bytes(model.device), written, clock.scaled(num_steps), f"{len(tried)} of {num_steps} steps")
+
+
+class _InTurn(Sequence[dict[str, Tensor]]):
+    """A data set of one sample, which is the next of several whenever it is read in training."""
+
+    def __init__(self, samples: Sequence[dict[str, Tensor]]) -> None:
+        self._samples, self._reads = samples, -1  # the first read is the fingerprint's
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        self._reads += 1
+        return self._samples[max(self._reads - 1, 0) % len(self._samples)]
 
 
 def _drawn(dataset: Any, step: int, seed: int) -> dict[str, Tensor]:

@@ -96,11 +96,17 @@ def dump(
     model: Model, images: Images, output: Annotated[Path, typer.Argument(help="Folder for the latents.")],
     size: Size = 512, scaling_factor: Annotated[float | None, typer.Option(help="By default the model's.")] = None,
     config: Config = None, batch_size: BatchSize = 8, device: Device = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Try some images, print peak memory, time and disk, and stop.")
+    ] = False,
 ) -> None:  # fmt: skip
     """Write every image's latent as .npy; run it again to go on."""
-    from pronghorn.dcae.latents import dump_latents
+    from pronghorn.dcae.latents import dump_latents, rehearse_dump
 
     vae = on(_load(model, config), device)
+    if dry_run:
+        typer.echo(rehearse_dump(vae, images, size=size, scaling_factor=scaling_factor, batch_size=batch_size))
+        return
     written = dump_latents(vae, images, output, size=size, scaling_factor=scaling_factor, batch_size=batch_size)
     typer.echo(f"{written} latents written to {output}")
 

@@ -25,6 +25,7 @@ Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="L
 SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints; 0 makes none.")]
 Workers = Annotated[int, typer.Option(help="Processes that read data.")]
 Seed = Annotated[int, typer.Option(help="Of all that is drawn.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Try a few steps, print peak memory, time and disk, and stop.")]
 LogWith = Annotated[str | None, typer.Option(help="A tracker of accelerate's, as tensorboard.")]
 PERCEPTUAL = ("pyramid", "lpips")
 
@@ -52,11 +53,12 @@ def train(
     gradient_checkpointing: Checkpointing = False,
     evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = PhaseConfig.evaluate_every,
     save_every: SaveEvery = PhaseConfig.save_every, workers: Workers = PhaseConfig.workers,
-    seed: Seed = PhaseConfig.seed, log_with: LogWith = None,
+    seed: Seed = PhaseConfig.seed, log_with: LogWith = None, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Train an autoencoder through one of the three phases; the same command goes on with one that was broken off."""
     from pronghorn.dcae.diffusers.loading import start_dcae
     from pronghorn.dcae.diffusers.training import AutoencoderTrainer
+    from pronghorn.dcae.diffusers.training.rehearsal import rehearse
 
     settings = PhaseConfig(
         phase=phase, steps=steps, resolution=resolution, batch_size=batch_size, learning_rate=learning_rate,
@@ -67,11 +69,17 @@ def train(
     )  # fmt: skip
     distance = _distance(perceptual)
     _seed(seed)
-    trainer = AutoencoderTrainer(
-        start_dcae(model, config=config), settings, images, output=output, held_out=held_out, perceptual=distance,
-        log_with=log_with,
-    )  # fmt: skip
-    metrics = trainer.fit()
+    vae = start_dcae(model, config=config)
+
+    def trainer(settings: PhaseConfig, output: Path) -> AutoencoderTrainer:
+        return AutoencoderTrainer(
+            vae, settings, images, output=output, held_out=held_out, perceptual=distance, log_with=log_with
+        )
+
+    if dry_run:
+        _say(str(rehearse(settings, trainer)))
+        return
+    metrics = trainer(settings, output).fit()
     found = "" if metrics is None else f", PSNR {metrics.psnr:.2f} dB and SSIM {metrics.ssim:.4f} of {held_out}"
     _say(f"{output / 'model'}: phase {phase}, {steps} steps{found}")
 
@@ -93,9 +101,11 @@ def train_diffusion(
     ema_decay: EmaDecay = 0.9999, mixed_precision: Precision = PhaseConfig.mixed_precision,
     gradient_checkpointing: Checkpointing = False, save_every: SaveEvery = PhaseConfig.save_every,
     workers: Workers = PhaseConfig.workers, seed: Seed = PhaseConfig.seed, log_with: LogWith = None,
+    dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Train a diffusion model on latents; the same command goes on with one that was broken off."""
     from pronghorn.dcae.diffusers.training import DiffusionTrainer, Latents, new_model
+    from pronghorn.dcae.diffusers.training.rehearsal import rehearse
     from pronghorn.dcae.diffusion import DiffusionConfig
 
     settings = DiffusionConfig(
@@ -111,7 +121,14 @@ def train_diffusion(
         num_attention_heads=heads, patch_size=patch_size,
     )  # fmt: skip
     _say(f"{len(data.paths)} latents of {len(data.classes)} classes, {model.num_parameters() / 1e6:.2f} M parameters")
-    DiffusionTrainer(model, settings, latents, output=output, log_with=log_with).fit()
+
+    def trainer(settings: DiffusionConfig, output: Path) -> DiffusionTrainer:
+        return DiffusionTrainer(model, settings, latents, output=output, log_with=log_with)
+
+    if dry_run:
+        _say(str(rehearse(settings, trainer)))
+        return
+    trainer(settings, output).fit()
     _say(f"{output / 'model'}: {method}, {steps} steps")
 
 

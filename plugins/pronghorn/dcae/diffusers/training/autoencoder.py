@@ -81,8 +81,16 @@ class AutoencoderTrainer:
             self._critics = list(self._discriminator.parameters())
             self._critic, self._critic_schedule = self._loop.optimizer(self._critics)
 
-    def fit(self) -> ReconstructionMetrics | None:
+    @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+        return self._loop.accelerator.device  # type: ignore[no-any-return]
+
+    def fit(self, on_step: Callable[[int], None] | None = None) -> ReconstructionMetrics | None:
         """Train for the configuration's steps; the autoencoder then has the mean of its weights, and is in `output`.
+
+        Args:
+            on_step: called after each step with its number.
 
         Returns:
             Metrics of the images that were held out, if there are some.
@@ -100,6 +108,8 @@ class AutoencoderTrainer:
                 with self._loop.mean_weights():
                     found |= self._evaluated(step)
             self._loop.log(step, found)
+            if on_step is not None:
+                on_step(step)
         self._loop.finish(self.vae, self.output / MODEL)
         self.vae.eval().requires_grad_(True)
         return self._metrics()

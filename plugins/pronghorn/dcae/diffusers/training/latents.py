@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,16 @@ class DiffusionTrainer:
         self._model: nn.Module = self._loop.accelerator.prepare(model)
         self._optimizer, self._schedule = self._loop.optimizer(self._loop.trained)
 
-    def fit(self) -> None:
+    @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+        return self._loop.accelerator.device  # type: ignore[no-any-return]
+
+    def fit(self, on_step: Callable[[int], None] | None = None) -> None:
         """Train for the configuration's steps; the model then has the mean of its weights, and is in `output`.
+
+        Args:
+            on_step: called after each step with its number.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -102,5 +111,7 @@ class DiffusionTrainer:
                     loop.update(self._optimizer, self._schedule, loop.trained)
             loop.count()
             loop.log(step, {"loss": loss.item()})
+            if on_step is not None:
+                on_step(step)
         loop.finish(self.model, self.output / MODEL)
         self.model.eval()

@@ -1,0 +1,95 @@
+"""What a command will take, said by its `--dry-run` after a short piece of the real work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What all of a run takes.
+
+    Attributes:
+        memory_bytes: its peak: of the whole process on a CPU, allocated by torch on a GPU.
+        disk_bytes: the most that it has written at a time.
+        seconds: of the run, on this machine as it is now.
+        basis: the piece of the work that was done to know it.
+    """
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+    basis: str
+
+    def __str__(self) -> str:
+        time = f"{self.seconds:.3g} seconds" if self.seconds < 120 else f"{self.seconds / 60:.3g} minutes"
+        return (
+            f"peak memory {_size(self.memory_bytes)}, disk {_size(self.disk_bytes)}, about {time} "
+            f"(measured: {self.basis})"
+        )
+
+
+@dataclass
+class StepClock:
+    """Takes the time between steps; call it after each.
+
+    Attributes:
+        started: when the first step began, in seconds of `time.perf_counter`.
+        ended: when each ended.
+    """
+
+    started: float = field(default_factory=time.perf_counter)
+    ended: list[float] = field(default_factory=list)
+
+    def __call__(self, *_: object) -> None:
+        """A step has ended."""
+        self.ended.append(time.perf_counter())
+
+    def scaled(self, steps: int) -> float:
+        """Seconds of so many steps, of which the first is slower, as it starts things.
+
+        Raises:
+            ValueError: fewer than two were taken.
+        """
+        if len(self.ended) < 2:
+            raise ValueError(f"steps: {len(self.ended)} were timed, wanted at least 2")
+        first, last = self.ended[0], self.ended[-1]
+        return first - self.started + (steps - 1) * (last - first) / (len(self.ended) - 1)
+
+
+def peak_bytes(device: torch.device | str) -> int:
+    """The peak so far: resident bytes of this process, or on a GPU what torch has allocated there.
+
+    Raises:
+        OSError: the system does not tell (it is not Linux).
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status: does not tell the peak of the memory")
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def tensor_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes of tensors, each storage once."""
+    return sum(
+        {t.data_ptr() if t.device.type != "meta" else id(t): t.numel() * t.element_size() for t in tensors}.values()
+    )
+
+
+def _size(amount: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if amount >= 1 << power:
+            return f"{amount / (1 << power):.3g} {unit}"
+    return f"{amount} bytes"

@@ -1,0 +1,204 @@
+"""What `--dry-run` says, against what then happens: memory, disk and time of the same command, within 15 %."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.plugins.conftest import letters_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+NEAR = 0.15
+UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "seconds": 1.0, "minutes": 60.0}
+# Of the process, so that other processes do not matter: the clock counts its own work, and the peak is that above
+# what it takes to import the libraries.
+CHILD = """
+import importlib, json, sys, time
+time.perf_counter = time.process_time
+libraries, works, arguments = json.loads(sys.argv[1])
+for library in libraries:
+    importlib.import_module(library)
+def peak():
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+seconds, depth = [0.0], [0]
+def timed(owner, name):
+    real = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+        started = time.process_time()
+        depth[0] += 1
+        try:
+            return real(*args, **kwargs)
+        finally:
+            depth[0] -= 1
+            if not depth[0]:
+                seconds[0] += time.process_time() - started
+    setattr(owner, name, wrapped)
+for work in works:
+    room, *path = work.split(":")[0], *work.split(":")[1].split(".")
+    owner = importlib.import_module(room)
+    for part in path[:-1]:
+        owner = getattr(owner, part)
+    timed(owner, path[-1])
+before = peak()
+from pronghorn.cli import app
+app(arguments, standalone_mode=False)
+print(json.dumps({"before": before, "peak": peak(), "seconds": seconds[0]}))
+"""
+
+
+@dataclass
+class Case:
+    """A command, where it writes, and which functions are its work."""
+
+    arguments: list
+    outputs: list
+    works: list
+    libraries: tuple = ("torch", "transformers", "pronghorn.transformers")
+
+
+def run(case, *more):
+    given = json.dumps([case.libraries, case.works, [str(argument) for argument in (*case.arguments, *more)]])
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", CHILD, given], env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *said, last = done.stdout.splitlines()
+    return " ".join(said), json.loads(last)
+
+
+def written(folders):
+    files = [path for folder in folders for path in ([folder] if folder.is_file() else folder.rglob("*"))]
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def amount(said, what):
+    number, unit = re.search(rf"{what} ([\d.e+]+) (\w+)", said).groups()
+    return float(number) * UNITS[unit]
+
+
+def assert_as_said(case, figure, time):
+    said, trial = run(case, "--dry-run")
+    assert not any(output.exists() for output in case.outputs), "a dry run leaves nothing"
+    _, real = run(case)
+    figures = {
+        "memory": (amount(said, "peak memory") - trial["before"], real["peak"] - real["before"]),
+        "disk": (amount(said, "disk"), written(case.outputs)),
+        **({"time": (amount(said, "about"), real["seconds"])} if time else {}),
+    }
+    for name, (expected, found) in figures.items():
+        figure(f"{case.arguments[0]} {case.arguments[1]}: {name} said / happened", round(expected / found, 3))
+    for name, (expected, found) in figures.items():
+        assert expected == pytest.approx(found, rel=NEAR), name
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """Its weights are much more than what else a process holds."""
+    folder = tmp_path_factory.mktemp("language")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 3, "num_attention_heads": 6}
+    LlamaForCausalLM(LlamaConfig(vocab_size=8192, **sizes)).save_pretrained(folder)
+    letters_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for index in range(24):
+        pixels = np.random.default_rng(index).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    from pronghorn.dcae.config import EVIT, RES, DCAEConfig
+    from pronghorn.dcae.diffusers import AutoencoderDC
+
+    kinds, widths = (RES, RES, EVIT), (64, 128, 256)
+    config = DCAEConfig(
+        latent_channels=8, scaling_factor=0.5, encoder_block_types=kinds, decoder_block_types=kinds,
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, encoder_layers_per_block=(1, 1, 2),
+        decoder_layers_per_block=(1, 1, 2), encoder_qkv_multiscales=((),) * 3, decoder_qkv_multiscales=((),) * 3,
+        decoder_norm_types=("rms_norm",) * 3, decoder_act_fns=("silu",) * 3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("autoencoder")
+    AutoencoderDC(**config.to_dict()).save_pretrained(folder)
+    return folder
+
+
+DIFFUSERS = ("torch", "diffusers", "accelerate", "pronghorn.dcae.diffusers.training")
+TRAINING = "pronghorn.dcae.diffusers.training"
+
+
+def encode(autoencoder, photos, folder):
+    arguments = ["dcae", "dump", autoencoder, photos, folder / "latents", "--size", 128, "--batch-size", 4]
+    return Case(arguments, [folder / "latents"], ["pronghorn.dcae.latents:dump_latents"], DIFFUSERS)
+
+
+def train_autoencoder(autoencoder, photos, folder):
+    arguments = [
+        "dcae", "train", autoencoder, photos, folder / "out", "--phase", 1, "--resolution", 32, "--steps", 10,
+        "--batch-size", 4, "--save-every", 5, "--warmup-steps", 2, "--workers", 0,
+    ]  # fmt: skip
+    return Case(arguments, [folder / "out"], [f"{TRAINING}:AutoencoderTrainer.fit"], DIFFUSERS)
+
+
+def train_diffusion(folder):
+    for label in range(2):
+        (folder / "latents" / str(label)).mkdir(parents=True)
+        for index in range(4):
+            np.save(
+                folder / "latents" / str(label) / f"{index}.npy",
+                np.random.default_rng(index).normal(size=(8, 8, 8)).astype("f4"),
+            )
+    arguments = [
+        "dcae", "train-diffusion", folder / "latents", folder / "out", "--hidden-size", 384, "--depth", 5, "--heads", 6,
+        "--steps", 20, "--batch-size", 8, "--save-every", 10, "--warmup-steps", 2, "--workers", 0,
+    ]  # fmt: skip
+    return Case(arguments, [folder / "out"], [f"{TRAINING}:DiffusionTrainer.fit"], DIFFUSERS)
+
+
+def test_memory_and_disk_of_a_training(tmp_path, figure):
+    assert_as_said(train_diffusion(tmp_path), figure, time=False)
+
+
+@pytest.mark.slow
+def test_training_a_diffusion_model(tmp_path, figure):
+    assert_as_said(train_diffusion(tmp_path), figure, time=True)
+
+
+@pytest.mark.slow
+def test_training_an_autoencoder(autoencoder, photos, tmp_path, figure):
+    assert_as_said(train_autoencoder(autoencoder, photos, tmp_path), figure, time=True)
+
+
+@pytest.mark.slow
+def test_encoding_images(autoencoder, photos, tmp_path, figure):
+    assert_as_said(encode(autoencoder, photos, tmp_path), figure, time=True)
+
+
+@pytest.mark.slow
+def test_finding_heads(language_model, tmp_path, figure):
+    arguments = [
+        "duoattention", "find", language_model, tmp_path / "pattern", "--steps", 16, "--context-min", 300,
+        "--context-max", 1200, "--passkeys", 2, "--passkey-length", 4, "--block", 1, "--sink", 16, "--recent", 64,
+        "--state", tmp_path / "state",
+    ]  # fmt: skip
+    outputs = [tmp_path / "pattern", tmp_path / "state"]
+    assert_as_said(Case(arguments, outputs, ["pronghorn.duoattention.find:find_heads"]), figure, time=True)
+
+
+@pytest.mark.slow
+def test_quantizing(language_model, tmp_path, figure):
+    arguments = ["awq", "quantize", language_model, tmp_path / "out", "--samples", 2, "--seq-len", 128]
+    works = ["pronghorn.awq.search:AwqSearch.run", "pronghorn.awq.quantize:quantize_model"]
+    assert_as_said(Case(arguments, [tmp_path / "out"], works), figure, time=True)
