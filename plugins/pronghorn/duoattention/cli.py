@@ -136,7 +136,7 @@ def find(
         "parallel": parallel,
     }  # fmt: skip
     if dry_run:
-        typer.echo(rehearse(loaded, data, num_steps=steps, **options))
+        typer.echo(rehearse(loaded, data, num_steps=steps, **options))  # type: ignore[arg-type]
         return
     found = find_heads(
         loaded, data, method=method, num_steps=steps, samples=samples, state_dir=state, save_steps=save_steps,  # type: ignore[arg-type]

@@ -84,7 +84,7 @@ class AutoencoderTrainer:
     @property
     def device(self) -> torch.device:
         """Where it trains."""
-        return self._loop.accelerator.device  # type: ignore[no-any-return]
+        return self._loop.accelerator.device
 
     def fit(self, on_step: Callable[[int], None] | None = None) -> ReconstructionMetrics | None:
         """Train for the configuration's steps; the autoencoder then has the mean of its weights, and is in `output`.

@@ -90,7 +90,7 @@ class DiffusionTrainer:
     @property
     def device(self) -> torch.device:
         """Where it trains."""
-        return self._loop.accelerator.device  # type: ignore[no-any-return]
+        return self._loop.accelerator.device
 
     def fit(self, on_step: Callable[[int], None] | None = None) -> None:
         """Train for the configuration's steps; the model then has the mean of its weights, and is in `output`.
