@@ -20,6 +20,7 @@ UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "seconds": 
 # what it takes to import the libraries.
 CHILD = """
 import importlib, json, sys, time
+from pathlib import Path
 time.perf_counter = time.process_time
 libraries, works, arguments = json.loads(sys.argv[1])
 for library in libraries:
@@ -202,3 +203,19 @@ def test_quantizing(language_model, tmp_path, figure):
     arguments = ["awq", "quantize", language_model, tmp_path / "out", "--samples", 2, "--seq-len", 128]
     works = ["pronghorn.awq.search:AwqSearch.run", "pronghorn.awq.quantize:quantize_model"]
     assert_as_said(Case(arguments, [tmp_path / "out"], works), figure, time=True)
+
+
+@pytest.mark.slow
+def test_sweeping_a_task(tmp_path, figure):
+    """Its memory is that of the libraries, and its files are small: time alone is compared."""
+    arguments = [
+        "vlash", "sweep", "--modes", "sync,vlash", "--delays", "0:1", "--seeds", 2, "--train-steps", 400,
+        "--environments", 64, "--json", tmp_path / "rows.json",
+    ]  # fmt: skip
+    works = ["pronghorn.vlash.tracking:train", "pronghorn.vlash.sweep:rollout"]
+    case = Case(arguments, [tmp_path / "rows.json"], works, ("torch", "pronghorn.vlash.tracking"))
+    said, _ = run(case, "--dry-run")
+    assert not (tmp_path / "rows.json").exists()
+    _, real = run(case)
+    figure("vlash sweep: time said / happened", round(amount(said, "about") / real["seconds"], 3))
+    assert amount(said, "about") == pytest.approx(real["seconds"], rel=NEAR)

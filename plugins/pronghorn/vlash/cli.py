@@ -46,6 +46,9 @@ def sweep(
     train_steps: Annotated[int, typer.Option(help="tracking: updates of each policy.")] = 6000,
     environments: Annotated[int, typer.Option(help="tracking: robots at a time.")] = 512,
     policies: Annotated[Path | None, typer.Option(help="tracking: folder that keeps trained policies.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="tracking: try a part, print peak memory, time and disk, and stop.")
+    ] = False,
 ) -> None:
     """Run a task under growing delays: success, stalls, reaction latency, jumps and jerk of each method."""
     from rich.console import Console
@@ -58,8 +61,17 @@ def sweep(
         raise ImportError("--png needs matplotlib: pip install matplotlib")
     if seeds < 1:
         raise ValueError(f"seeds: got {seeds}, wanted at least 1")
-    asked = _task(task, train_steps, environments, policies)
     names, waits = modes.split(","), _delays(delays)
+    if dry_run:
+        from pronghorn.vlash.tracking import rehearse
+
+        if task not in TASKS:
+            raise ValueError(
+                f"dry_run: got task={task!r}, wanted {', '.join(TASKS)}: how long others take is not known"
+            )
+        typer.echo(rehearse(names, waits, seeds, train_steps=train_steps, environments=environments, folder=policies))
+        return
+    asked = _task(task, train_steps, environments, policies)
     earlier = read_rows(out, asked) if out is not None else []
     rows = []
     for row in run(asked, names, waits, range(seeds), earlier):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pronghorn.estimate import Estimate, peak_bytes, tensor_bytes
 from pronghorn.tensor_files import load_tensors, save_tensors
 from pronghorn.vlash.chunks import ChunkRequest, Observation
 from pronghorn.vlash.config import NAIVE, RTC, RTC_FULL, SUM_DELTA, SYNC, VLASH, VLASHSettings
 from pronghorn.vlash.flow import integrate, interpolate, target
 from pronghorn.vlash.guidance import guided_velocity
 from pronghorn.vlash.offsets import apply_offset, draw_offsets
-from pronghorn.vlash.sweep import Method
+from pronghorn.vlash.sweep import Method, sweep
 
 FORMAT = 2  # of a policy's file
 REACH = 0.12  # the most that the robot moves in a step, each way
@@ -27,6 +31,7 @@ HIT = 0.1  # distance below which the target is held
 SETTLED = 50  # steps before which nothing counts
 CHUNK, WIDTH, EULER_STEPS = 8, 192, 5
 MAX_DELAY_STEPS = 4
+_TRIED = (20, 100)  # steps of training in a rehearsal
 GUIDANCE_CAP = 5.0  # of guidance, as in the Kinetix experiments
 
 
@@ -335,3 +340,40 @@ class TrackingTask:
                 save_tensors(path, policy.state_dict(), format=FORMAT)
         self._policies[training, seed] = policy
         return policy
+
+
+def rehearse(
+    modes: Sequence[str], delays: Sequence[int], seeds: int, *, train_steps: int, environments: int, folder: Path | None
+) -> Estimate:
+    """What a sweep of this task takes: some steps of training, then one seed of every method under every delay.
+
+    Args:
+        modes: of `TrackingTask.modes`.
+        delays: control periods that the policy takes.
+        seeds: how many.
+        train_steps: of each policy.
+        environments: robots at a time.
+        folder: where policies are kept; without one they are not counted as written.
+
+    Raises:
+        ValueError: a mode or delay is not one of the task's.
+    """
+    few, more = _TRIED
+    seconds = []
+    for steps in _TRIED:
+        started = time.perf_counter()
+        policy = train(**_TRAININGS[PLAIN], steps=steps, seed=0)
+        seconds.append(time.perf_counter() - started)
+    of_step = (seconds[1] - seconds[0]) / (more - few)
+    trial = TrackingTask(train_steps=few, environments=environments)
+    trainings = {_MODES[mode][1] for mode in modes if mode in _MODES} - {EXPERT}
+    for training in trainings:
+        trial.policy(training, 0)
+    started = time.perf_counter()
+    rows = [row.to_dict() for row in sweep(trial, modes, delays, [0])]
+    runs = time.perf_counter() - started
+    kept = 0 if folder is None else len(trainings) * seeds * tensor_bytes(list(policy.state_dict().values()))
+    return Estimate(
+        peak_bytes("cpu"), kept + seeds * len(json.dumps(rows, indent=1)),
+        seeds * (runs + len(trainings) * train_steps * of_step), f"{more} steps of training, one of {seeds} seeds",
+    )  # fmt: skip
