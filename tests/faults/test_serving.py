@@ -1,0 +1,340 @@
+"""Serving under load and faults, with the real vLLM on a CPU: no wrong token, no lost block, flat memory."""
+
+import asyncio
+import gc
+import http.client
+import itertools
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+
+import psutil
+import pytest
+from tests.faults.fake_distribution import fake_distribution
+from tests.faults.leak_slope import leak_slope, usage
+from tests.faults.serving import (
+    METHODS,
+    Request,
+    ask,
+    ask_in_process,
+    crowd,
+    decided,
+    engine_options,
+    flags,
+    free_blocks,
+    metric,
+    random_prompts,
+    save_models,
+    wrong,
+)
+from tests.vllm_server import ask as ask_server
+from tests.vllm_server import stream, vllm_server
+
+vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")
+pytestmark = pytest.mark.xdist_group("vllm")
+
+ALONE = [name for name in METHODS if " " not in name]
+FEW = 48  # blocks, of which requests need up to 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of the models that are served."""
+    folder = tmp_path_factory.mktemp("served")
+    save_models(folder)
+    return folder
+
+
+@contextmanager
+def in_process(folder, name, **changes):
+    """An engine in this process, and the only one: when vLLM ends one, it ends what all of them share."""
+    gc.collect()
+    llm = vllm.LLM(**engine_options(folder, name, **changes))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """By method: prompts and what each is answered when nobody else asks."""
+    made = {}
+
+    def known(name):
+        if name not in made:
+            with in_process(folder, name) as llm:
+                made[name] = decided(llm, random_prompts(40), 48)
+        return made[name]
+
+    return known
+
+
+@pytest.mark.fault(12, 14)
+def test_a_few_requests_crowd_an_engine(folder, figure):
+    """The short form of what follows, on both methods at once."""
+    with in_process(folder, "awq and duoattention", num_gpu_blocks_override=16, max_model_len=160) as llm:
+        start = free_blocks(llm)
+        known = decided(llm, random_prompts(9), 40)
+        requests = crowd(known, 24, (1, 24, 40))
+        held = []
+        outcomes = ask_in_process(llm, requests, lambda: held.append(start - free_blocks(llm)))
+        assert wrong(requests, outcomes, known) == []
+        assert max(held) > start // 2
+        assert free_blocks(llm) == start
+        figure("preemptions", metric("num_preemptions"))
+        assert metric("num_preemptions") > 0
+
+        (cache, *_) = llm.llm_engine.model_executor.driver_worker.worker.model_runner.kv_caches
+        outcomes = ask_in_process(llm, requests, cache.zero_)
+        assert wrong(requests, outcomes, known), "wrong contents of the cache were not noticed"
+
+
+@pytest.mark.slow
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("name", METHODS)
+def test_preempted_requests_give_the_same_tokens(folder, name, figure):
+    with in_process(folder, name) as llm:
+        known = sorted(decided(llm, random_prompts(120), 140, together=True), key=lambda pair: len(pair[0]))[:64]
+        assert metric("num_preemptions") == 0
+    requests = [Request(prompt, 140) for prompt, _ in known]
+    assert len(requests) == 64
+    with in_process(folder, name, num_gpu_blocks_override=FEW) as llm:
+        start = free_blocks(llm)
+        assert wrong(requests, ask_in_process(llm, requests), known) == []
+        figure("preemptions", metric("num_preemptions"))
+        assert metric("num_preemptions") >= 50
+        assert free_blocks(llm) == start
+
+
+@asynccontextmanager
+async def serving(folder, name, **changes):
+    """An engine in a process of its own."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_options(folder, name, **changes)))
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.fault(14)
+@pytest.mark.parametrize("name", METHODS)
+def test_two_hundred_concurrent_requests(folder, alone, name, figure):
+    """Some go away, some ask for several answers, some are malformed, and there is room for few."""
+    known = alone(name)
+    requests = crowd(known, 200)
+    malformed = [Request(prompt, 8) for prompt in ([], [5] * 300)] * 6
+
+    async def serve():
+        async with serving(folder, name, num_gpu_blocks_override=FEW) as engine:
+            assert await engine.reset_prefix_cache()  # which is refused while a block is held
+            asked = asyncio.create_task(ask(engine, requests + malformed))
+            one_more = engine.generate({"prompt_token_ids": known[0][0]}, Request([], 40).sampling(), "one more")
+            await anext(one_more)
+            assert not await engine.reset_prefix_cache()
+            await one_more.aclose()
+            outcomes = await asked
+            assert await engine.reset_prefix_cache(), "blocks were lost"
+            return outcomes, metric("num_preemptions"), metric("num_requests_running")
+
+    outcomes, preemptions, running = asyncio.run(serve())
+    assert wrong(requests, outcomes[:200], known) == []
+    for request, outcome in zip(malformed, outcomes[200:], strict=True):
+        assert isinstance(outcome.error, ValueError), request
+    assert running == 0
+    aborts = sum(request.leaves_after is not None for request in requests)
+    assert aborts == 60
+    assert preemptions > 0
+    figure("requests", len(requests))
+    figure("aborts", aborts)
+    figure("preemptions", preemptions)
+
+
+FEATURES = ("prefix cache", "chunked prefill", "compiled", "async scheduling")
+# Of any two of them, all four ways of on and off.
+RUNS = [(0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0)]
+
+
+@pytest.mark.slow
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: ", ".join(itertools.compress(FEATURES, run)) or "none")
+@pytest.mark.parametrize("name", ALONE)
+def test_features_of_vllm_change_no_token(folder, alone, name, run, monkeypatch):
+    from vllm.platforms.cpu import CpuPlatform
+
+    cached, chunked, compiled, ahead = map(bool, run)
+    whole = CpuPlatform.check_and_update_config.__func__
+
+    def check(platform, config):
+        whole(platform, config)
+        config.scheduler_config.async_scheduling = ahead  # it is off on CPUs, where it saves nothing
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check))
+    known = alone(name)[:24]
+    how = {"enable_prefix_caching": cached, "enable_chunked_prefill": chunked, "enforce_eager": not compiled}
+    requests, halves = [Request(prompt, 48) for prompt, _ in known], []
+    with in_process(folder, name, **how) as llm:
+        config, scheduler = llm.llm_engine.vllm_config, llm.llm_engine.engine_core.engine_core.scheduler
+        assert (type(scheduler).__name__ == "AsyncScheduler") == ahead
+        assert bool(config.compilation_config.mode) == compiled
+
+        def look():
+            halves.extend(one for one in scheduler.running if 0 < one.num_computed_tokens < one.num_prompt_tokens)
+
+        for _ in range(2):
+            assert wrong(requests, ask_in_process(llm, requests, look), known) == []
+    assert bool(halves) == chunked
+    assert (metric("prefix_cache_hits") > 0) == cached
+
+
+@pytest.mark.slow
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("name", ALONE)
+def test_speculation_changes_no_token(folder, alone, name, figure):
+    known = alone(name)
+    requests = [Request(prompt, 48) for prompt, _ in known[:24]]
+    how = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+
+    async def serve():
+        async with serving(folder, name, speculative_config=how, enable_prefix_caching=True) as engine:
+            return await ask(engine, requests), metric("spec_decode_num_accepted_tokens")
+
+    outcomes, accepted = asyncio.run(serve())
+    assert wrong(requests, outcomes, known) == []
+    assert accepted > 0
+    figure("speculated tokens accepted", accepted)
+
+
+@pytest.mark.fault(13)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: got 'fp8'; streaming heads take caches of 16 or 32 bits"),
+        ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager: is on"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_at_start(folder, changes, message):
+    with pytest.raises(ValueError, match=message), in_process(folder, "duoattention", **changes):
+        pass
+
+
+EVIL = """
+import importlib, pathlib, time
+
+def register():
+    place, _, path = "{forward}".partition(":")
+    owner, _, name = path.partition(".")
+    owner = getattr(importlib.import_module(place), owner)
+    whole = getattr(owner, name)
+
+    def forward(*arguments, **options):
+        if pathlib.Path("{armed}").exists():
+            raise ValueError("{text}")
+        return whole(*arguments, **options)
+
+    setattr(owner, name, forward)
+"""
+TEXT = "this layer has had enough: got a fault, wanted none"
+
+
+@pytest.mark.slow
+@pytest.mark.fault(15)
+@pytest.mark.parametrize("name", ALONE)
+def test_a_forward_that_raises_ends_the_server(folder, alone, name, tmp_path, figure):
+    """After ten steps; every request in flight gets an error, and the log says which."""
+    known, armed, log = alone(name)[:8], tmp_path / "armed", tmp_path / "log"
+    source = EVIL.format(forward=METHODS[name].forward, armed=armed, text=TEXT)
+    plugin = {"vllm.general_plugins": {"evil_forward": "evil_forward:register"}}
+    fake_distribution(tmp_path, "evil-forward", plugin, {"evil_forward.py": source})
+    body = {"model": "tiny", "temperature": 0, "ignore_eos": True, "return_token_ids": True, "detokenize": False}
+    options = engine_options(folder, name)
+    with vllm_server(tmp_path, flags(options), options.pop("model"), log) as (server, port):
+        prompt, tokens = known[0]
+        whole = ask_server(port, {**body, "prompt": prompt, "max_tokens": 48}, server)
+        assert whole["choices"][0]["token_ids"] == tokens
+        children = psutil.Process(server.pid).children(recursive=True)
+        assert children
+
+        def client(prompt):
+            events = []
+            try:
+                for event in stream(port, {**body, "prompt": prompt, "max_tokens": 150}):
+                    events.append(event)
+                    if len(events) == 10:
+                        ten.wait(60)  # all have ten tokens
+            except (OSError, http.client.HTTPException) as error:
+                events.append({"error": repr(error)})
+            return events, time.monotonic()
+
+        ten = threading.Barrier(len(known), armed.touch)
+        with ThreadPoolExecutor(len(known)) as pool:
+            answers = list(pool.map(client, [prompt for prompt, _ in known]))
+        code = server.wait(30)
+        ended = time.monotonic()
+        assert psutil.wait_procs(children, timeout=10)[1] == []
+    since = time.monotonic() - (time.time() - armed.stat().st_mtime)
+    for events, _ in answers:
+        assert len(events) > 10
+        assert "error" in events[-1], events[-1]
+        assert not any(choice.get("finish_reason") for event in events for choice in event.get("choices", ()))
+    slowest = max(moment for _, moment in answers) - since
+    assert slowest <= 10
+    assert TEXT in log.read_text()
+    figure("seconds until the last error", round(slowest, 2))
+    figure("seconds until the process ended", round(ended - since, 2))
+    figure("exit status", code)
+
+
+def test_a_leak_of_a_hundred_bytes_a_use_is_seen():
+    leaked, uses, amounts = [], [], []
+    for count in range(0, 300_000, 5_000):
+        leaked.extend(os.urandom(100) for _ in range(5_000))
+        uses.append(count)
+        amounts.append(usage().memory)
+    slope = leak_slope(uses, amounts)
+    assert slope.value - slope.error > 100
+    assert slope.value < 200  # an object of 100 bytes has a head, and a place in the list
+
+
+SECONDS, WARM = 180, 20
+
+
+@pytest.mark.slow
+@pytest.mark.fault(16)
+@pytest.mark.parametrize("name", ALONE)
+def test_three_minutes_leave_no_trace(folder, alone, name, figure):
+    """Waves of requests, three in ten aborted, with preemptions: memory, files and threads afterwards."""
+    known = alone(name)
+    wave = crowd(known, 50, (1, 4, 8))
+
+    async def serve():
+        async with serving(folder, name, num_gpu_blocks_override=FEW) as engine:
+            (core,) = engine.engine_core.resources.engine_manager.processes
+            samples, asked, end = [], 0, None
+            while end is None or time.monotonic() < end:
+                assert wrong(wave, await ask(engine, wave, f"{asked} "), known) == []
+                asked += len(wave)
+                samples.append((asked, usage(core.pid), usage()))
+                if len(samples) == WARM:
+                    end = time.monotonic() + SECONDS
+            assert await engine.reset_prefix_cache(), "blocks were lost"
+            return samples[WARM:]
+
+    samples = asyncio.run(serve())
+    asked = [count for count, *_ in samples]
+    figure("requests", asked[-1] - asked[0])
+    for index, who in ((1, "engine"), (2, "client")):
+        seen = [sample[index] for sample in samples]
+        slope = leak_slope(asked, [one.memory for one in seen])
+        per_ten_thousand = [round(part * 1e4 / 2**20, 3) for part in slope]
+        figure(f"MiB per 10,000 requests, {who}", "{} ± {}".format(*per_ten_thousand))
+        figure(f"files and threads, {who}", (seen[-1].files, seen[-1].threads))
+        assert per_ten_thousand[0] <= 1
+        assert {one.files for one in seen} == {seen[0].files}
+        assert {one.threads for one in seen} == {seen[0].threads}
