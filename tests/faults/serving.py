@@ -79,12 +79,12 @@ def engine_options(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """Options of an engine as those of `vllm serve`, but for the model."""
+    """Options of an engine as those of `vllm serve`, but for the model, and what is off."""
     written = []
     for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            written.append(f"--{flag}" if value else f"--no-{flag}")
+            written += [f"--{flag}"] * value
         elif name != "model":
             written += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return written
@@ -118,18 +118,19 @@ class Request:
 
 @dataclass
 class Outcome:
-    """What a client got: each copy's tokens, as far as it stayed, or an error."""
+    """What a client got: each copy's tokens, by its number, as far as it stayed; or an error."""
 
-    tokens: list[list[int]] = field(default_factory=list)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
     error: Exception | None = None
 
     def take(self, answer: Any) -> None:
-        """What there is up to now."""
-        self.tokens = [list(one.token_ids) for one in sorted(answer.outputs, key=lambda one: one.index)]
+        """What there is now of some copies."""
+        self.tokens |= {one.index: list(one.token_ids) for one in answer.outputs}
 
     def left(self, request: Request) -> bool:
         """Whether the client has seen enough."""
-        return request.leaves_after is not None and max(map(len, self.tokens), default=0) >= request.leaves_after
+        seen = max(map(len, self.tokens.values()), default=0)
+        return request.leaves_after is not None and seen >= request.leaves_after
 
 
 def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -155,7 +156,7 @@ def _margin(place: dict[int, Any]) -> float:
     return best - second
 
 
-def crowd(known: Sequence[tuple], count: int, tokens: Sequence[int] = (1, 8, 24, 48)) -> list[Request]:
+def crowd(known: Sequence[tuple], count: int, tokens: Sequence[int]) -> list[Request]:
     """Requests for prompts of `known`; three in ten go away, a third of those before they have a token."""
     requests = []
     for index in range(count):
@@ -175,9 +176,9 @@ def wrong(requests: Sequence[Request], outcomes: Sequence[Outcome], known: Seque
     for index, (request, outcome) in enumerate(zip(requests, outcomes, strict=True)):
         whole = answers[tuple(request.prompt)][: request.tokens]
         if request.leaves_after is None:
-            right = outcome.tokens == [whole] * request.copies
+            right = outcome.tokens == dict.fromkeys(range(request.copies), whole)
         else:  # it has seen the beginning, at least as much as it waited for
-            right = all(one == whole[: len(one)] for one in outcome.tokens) and outcome.left(request)
+            right = all(one == whole[: len(one)] for one in outcome.tokens.values()) and outcome.left(request)
         if outcome.error is not None or not right:
             found.append(index)
     return found

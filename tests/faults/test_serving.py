@@ -4,7 +4,7 @@ import asyncio
 import gc
 import http.client
 import itertools
-import os
+import mmap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +36,7 @@ vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")
 pytestmark = pytest.mark.xdist_group("vllm")
 
 ALONE = [name for name in METHODS if " " not in name]
+ANSWER = 32  # tokens, of those that are known
 FEW = 48  # blocks, of which requests need up to 8
 
 
@@ -66,7 +67,7 @@ def alone(folder):
     def known(name):
         if name not in made:
             with in_process(folder, name) as llm:
-                made[name] = decided(llm, random_prompts(40), 48)
+                made[name] = decided(llm, random_prompts(28), ANSWER)
         return made[name]
 
     return known
@@ -128,7 +129,7 @@ async def serving(folder, name, **changes):
 def test_two_hundred_concurrent_requests(folder, alone, name, figure):
     """Some go away, some ask for several answers, some are malformed, and there is room for few."""
     known = alone(name)
-    requests = crowd(known, 200)
+    requests = crowd(known, 200, (1, 8, 24, ANSWER))
     malformed = [Request(prompt, 8) for prompt in ([], [5] * 300)] * 6
 
     async def serve():
@@ -146,7 +147,7 @@ def test_two_hundred_concurrent_requests(folder, alone, name, figure):
     outcomes, preemptions, running = asyncio.run(serve())
     assert wrong(requests, outcomes[:200], known) == []
     for request, outcome in zip(malformed, outcomes[200:], strict=True):
-        assert isinstance(outcome.error, ValueError), request
+        assert "prompt" in str(outcome.error), request
     assert running == 0
     aborts = sum(request.leaves_after is not None for request in requests)
     assert aborts == 60
@@ -178,7 +179,7 @@ def test_features_of_vllm_change_no_token(folder, alone, name, run, monkeypatch)
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check))
     known = alone(name)[:24]
     how = {"enable_prefix_caching": cached, "enable_chunked_prefill": chunked, "enforce_eager": not compiled}
-    requests, halves = [Request(prompt, 48) for prompt, _ in known], []
+    requests, halves = [Request(prompt, ANSWER) for prompt, _ in known], []
     with in_process(folder, name, **how) as llm:
         config, scheduler = llm.llm_engine.vllm_config, llm.llm_engine.engine_core.engine_core.scheduler
         assert (type(scheduler).__name__ == "AsyncScheduler") == ahead
@@ -198,7 +199,7 @@ def test_features_of_vllm_change_no_token(folder, alone, name, run, monkeypatch)
 @pytest.mark.parametrize("name", ALONE)
 def test_speculation_changes_no_token(folder, alone, name, figure):
     known = alone(name)
-    requests = [Request(prompt, 48) for prompt, _ in known[:24]]
+    requests = [Request(prompt, ANSWER) for prompt, _ in known[:24]]
     how = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
     async def serve():
@@ -256,7 +257,7 @@ def test_a_forward_that_raises_ends_the_server(folder, alone, name, tmp_path, fi
     options = engine_options(folder, name)
     with vllm_server(tmp_path, flags(options), options.pop("model"), log) as (server, port):
         prompt, tokens = known[0]
-        whole = ask_server(port, {**body, "prompt": prompt, "max_tokens": 48}, server)
+        whole = ask_server(port, {**body, "prompt": prompt, "max_tokens": ANSWER}, server)
         assert whole["choices"][0]["token_ids"] == tokens
         children = psutil.Process(server.pid).children(recursive=True)
         assert children
@@ -293,13 +294,14 @@ def test_a_forward_that_raises_ends_the_server(folder, alone, name, tmp_path, fi
 
 def test_a_leak_of_a_hundred_bytes_a_use_is_seen():
     leaked, uses, amounts = [], [], []
-    for count in range(0, 300_000, 5_000):
-        leaked.extend(os.urandom(100) for _ in range(5_000))
+    for count in range(0, 400_000, 10_000):
+        leaked.append(mmap.mmap(-1, 1_000_000, flags=mmap.MAP_PRIVATE))  # from nothing that was freed before
+        leaked[-1].write(bytes(1_000_000))
         uses.append(count)
         amounts.append(usage().memory)
     slope = leak_slope(uses, amounts)
-    assert slope.value - slope.error > 100
-    assert slope.value < 200  # an object of 100 bytes has a head, and a place in the list
+    assert slope.value == pytest.approx(100, abs=5)
+    assert slope.error < 5
 
 
 SECONDS, WARM = 180, 20

@@ -122,6 +122,7 @@ def test_the_authors_window_is_that_of_single_tokens(models):
     assert generate(engine(folder, duo), ids) == one_by_one
 
 
+@pytest.mark.fault(14)
 def test_blocks_between_sink_and_window_are_given_back(models):
     llm = engine(models(), settings(EVEN))
     free = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks
@@ -159,6 +160,7 @@ def test_what_a_sequence_is_admitted_with_covers_the_sink():
     assert spec.max_admission_blocks_per_request(48, 512) == plain + 2
 
 
+@pytest.mark.fault(13)
 def test_a_cached_prefix_changes_nothing(models):
     folder, duo = models(), settings(EVEN)
     shared = prompts(180)[0]
@@ -176,6 +178,7 @@ def test_a_cached_prefix_changes_nothing(models):
     assert cached[4] >= 128  # the first prompt again
 
 
+@pytest.mark.fault(13)
 def test_a_prefix_without_its_sink_is_not_taken_over(models):
     """Blocks of the sink are the first to be reused by others: then the window alone must not count."""
     folder, duo = models(), settings(EVEN)
@@ -188,6 +191,7 @@ def test_a_prefix_without_its_sink_is_not_taken_over(models):
     assert generate(llm, [first]) == wanted
 
 
+@pytest.mark.fault(12)
 def test_preempted_requests_give_the_same_tokens(models):
     folder, duo, ids = models(), settings(EVEN), prompts(*range(60, 156, 12))
     wanted = [generate(engine(folder, duo), [prompt], 40)[0] for prompt in ids[:1]]
