@@ -24,9 +24,9 @@ class Slope:
     high: float
 
 
-def private_memory() -> int:
-    """Bytes that are this process's own, in memory or swapped out; RSS alone hides a leak that was swapped out."""
-    status = Path("/proc/self/status").read_text()
+def private_memory(process: int | str = "self") -> int:
+    """Bytes that are a process's own, in memory or swapped out; RSS alone hides a leak that was swapped out."""
+    status = Path(f"/proc/{process}/status").read_text()
     return sum(1024 * int(kib) for kib in re.findall(r"^(?:RssAnon|VmSwap):\s+(\d+) kB", status, re.MULTILINE))
 
 
@@ -36,9 +36,9 @@ def live_tensors() -> int:
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-def descriptors() -> int:
+def descriptors(process: int | str = "self") -> int:
     """Open files."""
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - Path would open one of its own for longer
+    return len(os.listdir(f"/proc/{process}/fd"))  # noqa: PTH208 - Path would open one of its own for longer
 
 
 GAUGES: dict[str, Callable[[], int]] = {

@@ -4,16 +4,17 @@ import asyncio
 import gc
 import http.client
 import itertools
-import mmap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
+import numpy
 import psutil
 import pytest
 from tests.faults.fake_distribution import fake_distribution
-from tests.faults.leak_slope import leak_slope, usage
+from tests.faults.leak_slope import SAMPLES, descriptors, line, private_memory
 from tests.faults.serving import (
     METHODS,
     Request,
@@ -292,19 +293,12 @@ def test_a_forward_that_raises_ends_the_server(folder, alone, name, tmp_path, fi
     figure("exit status", code)
 
 
-def test_a_leak_of_a_hundred_bytes_a_use_is_seen():
-    leaked, uses, amounts = [], [], []
-    for count in range(0, 400_000, 10_000):
-        leaked.append(mmap.mmap(-1, 1_000_000, flags=mmap.MAP_PRIVATE))  # from nothing that was freed before
-        leaked[-1].write(bytes(1_000_000))
-        uses.append(count)
-        amounts.append(usage().memory)
-    slope = leak_slope(uses, amounts)
-    assert slope.value == pytest.approx(100, abs=5)
-    assert slope.error < 5
-
-
 SECONDS, WARM = 180, 20
+
+
+def usage(process):
+    """Bytes, open files and threads."""
+    return private_memory(process), descriptors(process), len(list(Path(f"/proc/{process}/task").iterdir()))
 
 
 @pytest.mark.slow
@@ -322,7 +316,7 @@ def test_three_minutes_leave_no_trace(folder, alone, name, figure):
             while end is None or time.monotonic() < end:
                 assert wrong(wave, await ask(engine, wave, f"{asked} "), known) == []
                 asked += len(wave)
-                samples.append((asked, usage(core.pid), usage()))
+                samples.append((asked, usage(core.pid), usage("self")))
                 if len(samples) == WARM:
                     end = time.monotonic() + SECONDS
             assert await engine.reset_prefix_cache(), "blocks were lost"
@@ -332,11 +326,14 @@ def test_three_minutes_leave_no_trace(folder, alone, name, figure):
     asked = [count for count, *_ in samples]
     figure("requests", asked[-1] - asked[0])
     for index, who in ((1, "engine"), (2, "client")):
-        seen = [sample[index] for sample in samples]
-        slope = leak_slope(asked, [one.memory for one in seen])
-        per_ten_thousand = [round(part * 1e4 / 2**20, 3) for part in slope]
-        figure(f"MiB per 10,000 requests, {who}", "{} ± {}".format(*per_ten_thousand))
-        figure(f"files and threads, {who}", (seen[-1].files, seen[-1].threads))
-        assert per_ten_thousand[0] <= 1
-        assert {one.files for one in seen} == {seen[0].files}
-        assert {one.threads for one in seen} == {seen[0].threads}
+        memory, files, threads = zip(*(sample[index] for sample in samples), strict=True)
+        growth = line(stretches(asked), stretches(memory))
+        value, low, high = (round(part * 1e4 / 2**20, 3) for part in (growth.value, growth.low, growth.high))
+        figure(f"MiB per 10,000 requests, {who}", f"{value} (95 %: {low} to {high})")
+        assert value <= 1, (low, high)
+        assert (min(files), min(threads)) == (max(files), max(threads))
+
+
+def stretches(values):
+    """Their means: one sample is no independent witness of the next."""
+    return [float(part.mean()) for part in numpy.array_split(numpy.asarray(values, float), SAMPLES)]
