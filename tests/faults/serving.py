@@ -8,6 +8,8 @@ batching changes, cannot change a token, and a wrong token is a wrong computatio
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -231,6 +233,20 @@ async def ask(engine: Any, requests: Sequence[Request], name: str = "") -> list[
             task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     return outcomes
+
+
+def give_back_freed_memory() -> None:
+    """To the system; what an allocator keeps for later is noise in what a process holds."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+class Tidy:
+    """For `worker_extension_cls`."""
+
+    def tidy(self) -> None:
+        """Give back freed memory."""
+        give_back_freed_memory()
 
 
 def free_blocks(llm: Any) -> int:

@@ -25,6 +25,7 @@ from tests.faults.serving import (
     engine_options,
     flags,
     free_blocks,
+    give_back_freed_memory,
     metric,
     random_prompts,
     save_models,
@@ -293,7 +294,7 @@ def test_a_forward_that_raises_ends_the_server(folder, alone, name, tmp_path, fi
     figure("exit status", code)
 
 
-SECONDS, WARM = 180, 20
+SECONDS, WARM = 180, 40
 
 
 def usage(process):
@@ -304,18 +305,23 @@ def usage(process):
 @pytest.mark.slow
 @pytest.mark.fault(16)
 @pytest.mark.parametrize("name", ALONE)
-def test_three_minutes_leave_no_trace(folder, alone, name, figure):
-    """Waves of requests, three in ten aborted, with preemptions: memory, files and threads afterwards."""
+def test_three_minutes_leave_no_trace(folder, alone, name, figure, monkeypatch):
+    """Waves of requests, three in ten aborted, with preemptions: memory, files and threads after each."""
     known = alone(name)
     wave = crowd(known, 50, (1, 4, 8))
+    # It would keep 1024, one for each number of tokens that a step has had: unpatched vLLM grows by 19 MiB meanwhile.
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")
 
     async def serve():
-        async with serving(folder, name, num_gpu_blocks_override=FEW) as engine:
+        how = {"num_gpu_blocks_override": FEW, "worker_extension_cls": "tests.faults.serving.Tidy"}
+        async with serving(folder, name, **how) as engine:
             (core,) = engine.engine_core.resources.engine_manager.processes
             samples, asked, end = [], 0, None
             while end is None or time.monotonic() < end:
                 assert wrong(wave, await ask(engine, wave, f"{asked} "), known) == []
                 asked += len(wave)
+                await engine.collective_rpc("tidy")
+                give_back_freed_memory()
                 samples.append((asked, usage(core.pid), usage("self")))
                 if len(samples) == WARM:
                     end = time.monotonic() + SECONDS
