@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -237,7 +236,6 @@ async def ask(engine: Any, requests: Sequence[Request], name: str = "") -> list[
 
 def give_back_freed_memory() -> None:
     """To the system; what an allocator keeps for later is noise in what a process holds."""
-    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 

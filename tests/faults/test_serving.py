@@ -316,17 +316,19 @@ def test_three_minutes_leave_no_trace(folder, alone, name, figure, monkeypatch):
         how = {"num_gpu_blocks_override": FEW, "worker_extension_cls": "tests.faults.serving.Tidy"}
         async with serving(folder, name, **how) as engine:
             (core,) = engine.engine_core.resources.engine_manager.processes
-            samples, asked, end = [], 0, None
-            while end is None or time.monotonic() < end:
-                assert wrong(wave, await ask(engine, wave, f"{asked} "), known) == []
-                asked += len(wave)
+            samples, end = [], None
+            for count in itertools.count(1):
+                assert wrong(wave, await ask(engine, wave, f"{count} "), known) == []
+                if count < WARM:
+                    continue
+                end = end or time.monotonic() + SECONDS
+                if time.monotonic() > end:
+                    break
                 await engine.collective_rpc("tidy")
                 give_back_freed_memory()
-                samples.append((asked, usage(core.pid), usage("self")))
-                if len(samples) == WARM:
-                    end = time.monotonic() + SECONDS
+                samples.append((count * len(wave), usage(core.pid), usage("self")))
             assert await engine.reset_prefix_cache(), "blocks were lost"
-            return samples[WARM:]
+            return samples
 
     samples = asyncio.run(serve())
     asked = [count for count, *_ in samples]
