@@ -228,7 +228,7 @@ def test_what_does_not_go_together_is_refused_at_start(folder, changes, message)
 
 
 EVIL = """
-import importlib, pathlib, time
+import importlib, pathlib
 
 def register():
     place, _, path = "{forward}".partition(":")
