@@ -19,11 +19,13 @@ class Block:
 def find_decoder_blocks(model: Any) -> list[Block]:
     """The decoder layers of a causal language model, or of the language tower of a multimodal one, in order.
 
+    One without its output layer will do, as pipelines for images have it for their prompts.
+
     Raises:
-        ValueError: the model does not generate text, or no list of `num_hidden_layers` layers is found in it.
+        ValueError: the model is no causal one, or no list of `num_hidden_layers` layers is found in it.
     """
     kind = type(model).__name__
-    if not getattr(model, "can_generate", lambda: False)():
+    if not getattr(model, "can_generate", lambda: False)() and not _attends_causally(model):
         raise ValueError(f"model: {kind} is not a causal language model (it cannot generate)")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: {kind} is an encoder-decoder; only decoder-only language models are supported")
@@ -35,3 +37,11 @@ def find_decoder_blocks(model: Any) -> list[Block]:
             path = f"{prefix}.{name}" if prefix else name
             return [Block(f"{path}.{index}", layer) for index, layer in enumerate(module)]
     raise ValueError(f"model: no list of {count} decoder layers found in {type(tower).__name__} of {kind}")
+
+
+def _attends_causally(model: Any) -> bool:
+    """Whether it is a transformers model all of whose attention says of itself that it is causal."""
+    if not hasattr(model, "config"):
+        return False
+    found = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return bool(found) and all(found)

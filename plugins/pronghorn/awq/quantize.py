@@ -73,13 +73,22 @@ def fake_quantize_model(model: nn.Module, config: AwqConfig) -> nn.Module:
 
 
 def decoder_linears(model: nn.Module, config: AwqConfig) -> Iterator[tuple[str, nn.Linear]]:
-    """Full name and module of every linear that the configuration quantizes; experts are taken apart first."""
+    """Full name and module of every linear that the configuration quantizes; experts are taken apart first.
+
+    Raises:
+        ValueError: the model is quantized already.
+    """
     # Importing the integration registers all methods, this one included: not while this room is being imported.
     from pronghorn.transformers.decoder import find_decoder_blocks
     from pronghorn.transformers.experts import unfuse_experts
 
     unfuse_experts(model)
-    for block in find_decoder_blocks(model):
+    blocks = find_decoder_blocks(model)
+    if hasattr(model, "awq_fused") or any(isinstance(part, AwqLinear) for b in blocks for part in b.module.modules()):
+        raise ValueError(
+            f"model: {type(model).__name__} has packed linears already; quantize the checkpoint that it was made from"
+        )
+    for block in blocks:
         found = quantizable_linears(block.module, config.modules_to_not_convert, prefix=block.name)
         for name, linear in found.items():
             yield f"{block.name}.{name}", linear

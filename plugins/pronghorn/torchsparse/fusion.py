@@ -73,7 +73,10 @@ class Fused:
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         self._visit(model)
         if not self._replaced:
-            raise ValueError("model: has nothing to fuse: no convolution with a batch norm or a ReLU after it")
+            raise ValueError(
+                "model: has nothing to fuse: no sparse convolution with a batch norm or a ReLU after it that is not "
+                "fused already"
+            )
 
     def _visit(self, module: nn.Module) -> None:
         for name, child in list(module.named_children()):

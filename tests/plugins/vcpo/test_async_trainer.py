@@ -41,12 +41,12 @@ def in_process(start, reward=large_digits, kind=InProcessWorker, max_completion_
                 max_completion_length=max_completion_length)  # fmt: skip
 
 
-def made(folder, start, worker=None, transfer=None, steps=4, **settings):
+def made(folder, start, worker=None, transfer=None, steps=4, trainer=None, **settings):
     """A trainer."""
     worker = worker or in_process(start)
     config = AsyncVCPOConfig(str(folder), max_steps=steps, **{**SMALL, **settings})
     return AsyncVCPOTrainer(start, args=config, train_dataset=sums(), processing_class=tokenizer(),
-                            rollout_worker=worker, weight_transfer=transfer or worker)  # fmt: skip
+                            rollout_worker=worker, weight_transfer=transfer or worker, **(trainer or {}))  # fmt: skip
 
 
 def trained(*args, resume=None, callbacks=(), **settings):

@@ -19,6 +19,7 @@ from pronghorn.duoattention.transformers.static_cache import DuoStaticLayer
 
 __all__ = ["DuoAttention", "apply_duo", "register"]
 
+REORDERED = "_duoattention_reordered"
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -79,8 +80,17 @@ def apply_duo(model: PreTrainedModel, config: DuoAttentionConfig, *, reorder: bo
 
     Raises:
         ValueError: the pattern's shape is not the model's, it lets heads of a layer with a sliding window stream, or
-            the attention is of a kind that has no key/value heads (MLA, linear attention).
+            the attention is of a kind that has no key/value heads (MLA, linear attention), or the model's heads were
+            reordered before, so that no pattern fits them but the one that this gave.
+        TypeError: no model of transformers.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a language model of transformers")
+    if getattr(model, REORDERED, False):
+        raise ValueError(
+            "model: its heads were reordered by an apply_duo before, and patterns are for the order they had; use "
+            "what that gave, or load the model anew"
+        )
     text: Any = model.config.get_text_config()
     _check_attention(model, text)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -103,6 +113,7 @@ def apply_duo(model: PreTrainedModel, config: DuoAttentionConfig, *, reorder: bo
         from pronghorn.duoattention.reorder import reorder_heads
 
         full_heads = reorder_heads(model, full_heads)
+        setattr(model, REORDERED, True)
     return DuoAttention(model, config, full_heads)
 
 

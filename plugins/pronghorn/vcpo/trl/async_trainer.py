@@ -21,6 +21,7 @@ from pronghorn.trl.group_worker import GroupWorker
 from pronghorn.trl.rollouts import Rollout
 from pronghorn.vcpo.trl.async_config import AsyncVCPOConfig
 from pronghorn.vcpo.trl.learner import FORMAT, Learner, load_rollout_state, load_state, save_state
+from pronghorn.vcpo.trl.quantized import refuse_quantized
 
 WAITING = "waiting_rollouts.safetensors"
 STATE = "rollout_state.json"  # TRL's, whose keys it has beside ours
@@ -39,7 +40,8 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
     was being made at the checkpoint is made anew. Another worker goes on where it sees fit.
 
     Raises:
-        ValueError: a setting has no meaning here, or an optimizer step cannot hold whole groups.
+        ValueError: a setting has no meaning here, an optimizer step cannot hold whole groups, or the model is quantized
+            and the sampler takes no adapters.
         RolloutError: while training, what makes rollouts has failed. Where checkpoints are saved, the last update
             has one then.
 
@@ -62,6 +64,8 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
             raise TypeError(f"args: got {type(config).__name__}, wanted an AsyncVCPOConfig")
         with any_device(config.device):
             super().__init__(**named)
+        if not self._lora_sync:
+            refuse_quantized(self.model, "weight_transfer: got one that sends whole weights to the sampler")
         policy: Any = self.model
         policy.set_attn_implementation(config.attn_implementation)
         self._learner = Learner(self, self.processing_class.pad_token_id)

@@ -30,12 +30,18 @@ class VCPOCallback(ESSScaling):
 
     Raises:
         TypeError: the trainer is not one of those.
-        ValueError: a setting is not accepted, or while training, a batch has no log-probabilities of the sampler.
+        ValueError: a setting is not accepted, the trainer scales its rate already, or while training, a batch has no
+            log-probabilities of the sampler.
     """
 
     def __init__(self, trainer: Any, **settings: Any) -> None:
         if not hasattr(trainer, "_get_per_token_logps_and_entropies") or not hasattr(trainer, "_compute_loss"):
             raise TypeError(f"trainer: got {type(trainer).__name__}, accepted are GRPOTrainer and RLOOTrainer")
+        if _scales_already(trainer):
+            raise ValueError(
+                f"trainer: this {type(trainer).__name__} scales its learning rate by effective samples already, and "
+                "twice would be too much; wanted one VCPOCallback, or a VCPOTrainer alone"
+            )
         accelerator = trainer.accelerator
         ranks = Alone() if accelerator.num_processes == 1 else ProcessGroup(accelerator.device)
         if settings.get("ess_reference") == AUTO:
@@ -84,3 +90,9 @@ class VCPOCallback(ESSScaling):
         seen, self._seen = self._seen, []
         self.observe(torch.cat(seen), staleness=1)
         super().on_pre_optimizer_step(args, state, control, optimizer=optimizer, **kwargs)
+
+
+def _scales_already(trainer: Any) -> bool:
+    """Whether it has this method's scaling, as a callback or of its own."""
+    known = any(isinstance(callback, ESSScaling) for callback in trainer.callback_handler.callbacks)
+    return known or isinstance(getattr(trainer._compute_loss, "__self__", None), VCPOCallback)

@@ -19,6 +19,7 @@ from pronghorn.vcpo.config import VCPOSettings
 from pronghorn.vcpo.trl.callback import VCPOCallback
 from pronghorn.vcpo.trl.config import TRL, VCPOConfig
 from pronghorn.vcpo.trl.learner import Learner, load_state, save_state
+from pronghorn.vcpo.trl.quantized import refuse_quantized
 from pronghorn.vcpo.trl.scaling import ESSScaling
 
 
@@ -32,8 +33,8 @@ class VCPOTrainer(GroupedRollouts):
     that `mask_truncated_completions` masks, or that is empty, has the ratio 1 and no gradient.
 
     Raises:
-        ValueError: a setting has no meaning here, a `rollout_func` gave no log-probabilities, or an optimizer step
-            cannot hold whole groups.
+        ValueError: a setting has no meaning here, a `rollout_func` gave no log-probabilities, an optimizer step cannot
+            hold whole groups, or a quantized model is to be sampled by vLLM.
 
     Source: Stable Asynchrony: Variance-Controlled Off-Policy RL for LLMs (arXiv 2602.17616).
     """
@@ -51,6 +52,8 @@ class VCPOTrainer(GroupedRollouts):
         config = named["args"]
         if not isinstance(config, VCPOConfig):
             raise TypeError(f"args: got {type(config).__name__}, wanted a VCPOConfig")
+        if config.use_vllm:
+            refuse_quantized(named["model"], "use_vllm: got True, by which TRL hands whole weights to vLLM")
         self.lagged_sampler: LaggedSampler | None = None
         if config.lag:
             if named.get("rollout_func") is not None:
