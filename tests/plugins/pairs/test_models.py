@@ -118,21 +118,26 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="~")
 
 
-@pytest.fixture(scope="module")
-def sana(tmp_path_factory):
-    """A saved pipeline with random weights, its text encoder a Gemma 2 without its output layer."""
+def save_sana(folder):
+    """A pipeline with random weights, its text encoder a Gemma 2 without its output layer."""
     torch.manual_seed(0)
     transformer = diffusers.SanaTransformer2DModel(
         patch_size=1, in_channels=8, out_channels=8, num_layers=1, num_attention_heads=2, attention_head_dim=4,
         num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=64,
-        sample_size=32,
+        sample_size=16,
     )  # fmt: skip
     pipe = diffusers.SanaPipeline(
-        tokenizer=tokenizer(), text_encoder=tiny_model("gemma2").model, vae=autoencoder("sana"),
-        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=tokenizer(), text_encoder=tiny_model("gemma2", intermediate_size=128).model,
+        vae=autoencoder("sana"), transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("sana")
     pipe.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def sana(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sana")
+    save_sana(folder)
     return folder
 
 
