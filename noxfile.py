@@ -147,6 +147,8 @@ def docs(session: nox.Session) -> None:
     """The documentation, strictly."""
     env = environment(session, "main")
     run(session, env, "python", "benchmarks/tables.py", "--check")
+    run(session, env, "python", "benchmarks/figures.py", "--check")
+    run(session, env, "python", "-m", "tests.plugins.pairs.page", "--check")
     run(session, env, "python", "-m", "mkdocs", "build", "--strict", *session.posargs)
 
 
@@ -160,8 +162,11 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def tables(session: nox.Session) -> None:
-    """Write the tables of README and docs, and the page on reliability, anew from the results files."""
-    run(session, environment(session, "main"), "python", "benchmarks/tables.py")
+    """Write the tables and figures of README and docs anew from the results files, and the pages of pairs and of reliability."""
+    env = environment(session, "main")
+    run(session, env, "python", "benchmarks/tables.py")
+    run(session, env, "python", "benchmarks/figures.py")
+    run(session, env, "python", "-m", "tests.plugins.pairs.page")
 
 
 @nox.session

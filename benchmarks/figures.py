@@ -1,8 +1,8 @@
-"""Writes single figures into sentences of README and docs, from the results files; `--check` only says if they are right.
+"""Writes single figures of the results files into sentences of README and docs; `--check` only says if they are right.
 
 In a page, `<!-- figure:begin ratio dcae-compiled-h100:decode -->1.15x to 1.17x<!-- figure:end -->` holds the ratios of
-the rows that say "decode". In place of `ratio` there may be `reach` (the bar that was set), `ours` or `theirs`. Rows are chosen as `tables.py` does, and
-";" in a word stands for a comma.
+the rows that say "decode". In place of `ratio` there may be `reach` (the bar that was set), `ours` or `theirs`. Rows
+are chosen as `tables.py` does, and ";" in a word stands for a comma.
 """
 
 from __future__ import annotations

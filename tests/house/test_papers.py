@@ -12,6 +12,8 @@ from pronghorn.versions import SUPPORTED
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LIMITS = {"docs/methods/vlash.md: 64 MiB at most"}  # what the code allows; nothing was measured
 TARGETS = ("demo", "test", "lint", "docs", "bench", "nightly")
 
 
@@ -58,14 +60,43 @@ def test_generated_tables_are_up_to_date():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_speed_claims_stand_only_in_generated_tables():
-    """A figure such as 3.2x, 45 tokens/s or 20 % faster comes from a results file, never from a keyboard."""
-    claim = re.compile(r"\d(\.\d+)?\s*(\u00d7|x\b|tokens/s|GB/s|TFLOP|%)", re.IGNORECASE)
-    found = []
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        text = re.sub(r"<!-- (\w+):begin.*?<!-- \1:end -->", "", page.read_text(), flags=re.DOTALL)
-        found += [f"{page.relative_to(ROOT)}: {match.group()}" for match in claim.finditer(text)]
-    assert found == []
+def claims(page):
+    """Numbers with the unit of something that was measured, outside of what is generated and of code."""
+    unit = (
+        r"(\u00d7|x\b|%|percent\b|dB\b|(tokens?|images?|samples?)/s\b|TFLOP|[KMGT]i?B\b|(ms|us|\u00b5s|s|seconds?)\b)"
+    )
+    number = r"(?<![\w.])\d[\d.,]*\s*"
+    text = re.sub(r"<!-- (\w+):begin.*?<!-- \1:end -->", "", page.read_text(), flags=re.DOTALL)
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [match.group() + text[match.end() : match.end() + 8] for match in re.finditer(number + unit, text)]
+
+
+def test_a_measured_number_is_found(tmp_path):
+    """What the next test looks for."""
+    page = tmp_path / "page.md"
+    page.write_text(
+        "3.2x, 45 tokens/s, 20 % more, 12 ms, 1.4 GiB, 28 dB; <!-- figure:begin a -->7x<!-- figure:end -->, K = 3"
+    )
+    assert [claim.split()[0].rstrip(",") for claim in claims(page)] == ["3.2x", "45", "20", "12", "1.4", "28"]
+
+
+def test_measured_numbers_come_from_results():
+    """A figure such as 3.2x, 45 tokens/s or 12 ms comes from a results file, never from a keyboard."""
+    found = {f"{page.relative_to(ROOT)}: {claim}" for page in PAGES for claim in claims(page)}
+    assert found == LIMITS
+
+
+def test_figures_in_sentences_are_up_to_date():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/figures.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_links_outside_of_the_site_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:|mailto:)([^)#]+)", (ROOT / page).read_text())
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)

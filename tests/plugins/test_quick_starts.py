@@ -1,4 +1,4 @@
-"""What a reader pastes: quick starts run from top to bottom; everywhere else imports and options are those there are."""
+"""What a reader pastes: quick starts run from top to bottom; elsewhere imports and options are those there are."""
 
 import ast
 import importlib
