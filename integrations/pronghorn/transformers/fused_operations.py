@@ -18,7 +18,7 @@ class FusedOperations:
     Args:
         model: a model of transformers.
 
-    Example:
+    Examples:
         >>> with FusedOperations(model):
         ...     model.generate(**inputs)
     """

@@ -58,7 +58,7 @@ class GraphedForward:
         compile: let `torch.compile` fuse the small operations of a step before it is captured, once for one token and
             once for chunks.
 
-    Example:
+    Examples:
         >>> with GraphedForward(model):
         ...     model.generate(**inputs, past_key_values=duo.make_cache(static=True, max_len=4096))
     """

@@ -123,7 +123,7 @@ def fuse(model: PreTrainedModel, *, example: Tensor | None = None, compile: bool
     Raises:
         ValueError: no packed linears, or fused already.
 
-    Example:
+    Examples:
         >>> with fuse(model):
         ...     model.generate(**inputs)
 

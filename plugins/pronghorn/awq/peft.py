@@ -14,7 +14,7 @@ def prepare_lora(config: LoraConfig) -> LoraConfig:
     peft keeps this with each configuration, not in a registry, and does not save it: give it the configuration of a
     saved adapter too (`PeftModel.from_pretrained(model, path, config=prepare_lora(LoraConfig.from_pretrained(path)))`).
 
-    Example:
+    Examples:
         >>> model = get_peft_model(model, prepare_lora(LoraConfig(target_modules=["q_proj", "v_proj"])))
     """
     config._register_custom_module({AwqLinear: LoraAwqLinear})

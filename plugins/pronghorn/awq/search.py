@@ -147,7 +147,7 @@ class SearchResult:
 class AwqSearch:
     """Searches scales and clip maxima for every decoder block of a causal language model.
 
-    Example:
+    Examples:
         >>> result = AwqSearch(AwqConfig(bits=4, group_size=128)).run(model, samples)
         >>> result.save("awq.pt")
         >>> result.apply(model)

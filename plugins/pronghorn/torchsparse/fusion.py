@@ -121,7 +121,7 @@ def fuse(model: nn.Module) -> Fused:
     Raises:
         ValueError: the model is in training mode, or has nothing to fuse.
 
-    Example:
+    Examples:
         >>> with ts.fuse(model.eval()), torch.no_grad():
         ...     model(x)
     """

@@ -100,7 +100,7 @@ def cuda_graph(model: nn.Module, *, slack: float = 0.25) -> CudaGraph:
     Raises:
         ValueError: the slack is negative.
 
-    Example:
+    Examples:
         >>> fast = ts.cuda_graph(model)
         >>> with torch.no_grad():
         ...     y = fast(x)

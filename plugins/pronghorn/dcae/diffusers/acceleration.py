@@ -115,7 +115,7 @@ def accelerate_dcae(vae: AutoencoderDC, *, channels_last: bool = True, cuda_grap
     Raises:
         TypeError: no `AutoencoderDC`. ValueError: it is in training mode, or fast already.
 
-    Example:
+    Examples:
         >>> with accelerate_dcae(pipe.vae):
         ...     image = pipe(prompt).images[0]
     """

@@ -44,7 +44,7 @@ class AutoencoderTrainer:
     Raises:
         ValueError: the resolution is no multiple of the autoencoder's ratio, or the folder holds another training.
 
-    Example:
+    Examples:
         >>> AutoencoderTrainer(vae, PhaseConfig(phase=1, steps=100_000), "photos", output="phase-1").fit()
 
     Source: Chen et al. (arXiv 2410.10733), section 3.3; Chen et al. (arXiv 2508.00413) for channels drawn at random.
