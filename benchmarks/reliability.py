@@ -75,7 +75,7 @@ def _state(row: Any, tests: list[_Test], waiting: list[str]) -> str:
     if "failed" in outcomes:
         return "**fails**"
     if "passed" not in outcomes:
-        return "not covered"
+        return "not run" if waiting else "not covered"
     return "partly" if row.missing or waiting or "skipped" in outcomes else "proved"
 
 

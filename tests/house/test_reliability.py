@@ -62,6 +62,8 @@ def test_the_page_claims_no_more_than_was_seen(page, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "marked", lambda: {"t.py::test_b": {9}})
     assert f"| {row.title} | partly | 2 of 2 passed |" in said()
     assert "- `t.py::test_b`: not run" in said()
+    monkeypatch.setattr(page, "marked", lambda: {"t.py::test_b": {1}})
+    assert f"| 1 | {page.ROWS[0].title} | not run |" in said()
     tests["t.py::test_b"] = recorded
     tests["t.py::test_b"] |= {"outcome": "skipped", "reason": "needs a GPU"}
     assert f"| {row.title} | partly | 2 of 3 passed |" in said()
