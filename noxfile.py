@@ -162,7 +162,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def tables(session: nox.Session) -> None:
-    """Write the tables and figures of README and docs anew from the results files, and the pages of pairs and of reliability."""
+    """Write what README and docs have from results files, the page of pairs and that of reliability."""
     env = environment(session, "main")
     run(session, env, "python", "benchmarks/tables.py")
     run(session, env, "python", "benchmarks/figures.py")
