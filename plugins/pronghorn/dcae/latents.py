@@ -89,9 +89,7 @@ def read_latent(path: Path) -> Tensor:
     except (ValueError, TypeError, OSError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
         raise ValueError(f"{path}: no latent that NumPy can read: {error}") from error
     if latent.dim() != 3 or not latent.is_floating_point() or not bool(latent.isfinite().all()):
-        raise ValueError(
-            f"{path}: is {tuple(latent.shape)} {latent.dtype}, wanted finite numbers [channels, height, width]"
-        )
+        raise ValueError(f"{path}: is {tuple(latent.shape)}, wanted finite [channels, height, width]")
     return latent
 
 
