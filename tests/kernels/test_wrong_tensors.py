@@ -20,6 +20,7 @@ NAMED = re.compile(r"(\w+)[\w.\[\], ]*: ")
 NO_GRADIENT = re.compile(r"othing is\s+differentiable|no\s+gradient|weight is constant", re.IGNORECASE)
 
 pytestmark = pytest.mark.fault(4)
+INTERPRETED = pytest.param("triton", marks=pytest.mark.slow)  # on a CPU
 
 
 def example(operation, dtype=torch.float32):
@@ -71,7 +72,7 @@ def test_a_wrong_tensor_is_refused_by_name(name, figure):
     figure(f"{name}: wrong tensors refused", count)
 
 
-@pytest.mark.parametrize("which", ["reference", "triton"])
+@pytest.mark.parametrize("which", ["reference", INTERPRETED])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_another_precision_is_right_or_refused(name, which):
     """Of one tensor: a mix is either documented, and as exact as its dtypes allow, or an error."""
@@ -117,8 +118,14 @@ def expanded(tensor):
     return tensor[:1].expand(tensor.shape)
 
 
-@pytest.mark.parametrize("which", ["reference", "triton"])
-@pytest.mark.parametrize("lie", [every_second, backwards, behind, expanded])
+@pytest.mark.parametrize(
+    ("lie", "which"),
+    [
+        *((lie, "reference") for lie in (every_second, backwards, behind, expanded)),
+        (every_second, "triton"),
+        *(pytest.param(lie, "triton", marks=pytest.mark.slow) for lie in (backwards, behind, expanded)),
+    ],
+)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_however_they_lie_results_have_the_same_bits(name, lie, which):
     operation = OPERATIONS[name]
@@ -136,7 +143,7 @@ def test_however_they_lie_results_have_the_same_bits(name, lie, which):
         assert same_bits(operation.function(**lying), wanted)
 
 
-@pytest.mark.parametrize("which", ["reference", "triton"])
+@pytest.mark.parametrize("which", ["reference", INTERPRETED])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_gradient_that_there_is_not_is_never_wrong(name, which):
     """It is refused, or not promised: none flows, and the docstring says so."""

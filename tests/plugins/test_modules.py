@@ -16,10 +16,11 @@ from pronghorn.torchsparse import nn as spnn
 from pronghorn.torchsparse.tensor import SparseTensor
 
 SMALL = {
-    "latent_channels": 4, "encoder_block_out_channels": (8, 16), "decoder_block_out_channels": (8, 16),
-    "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1), "attention_head_dim": 8,
+    "attention_head_dim": 8, "latent_channels": 8, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (16, 16),
+    "decoder_block_out_channels": (16, 16), "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1),
     "encoder_qkv_multiscales": ((), (5,)), "decoder_qkv_multiscales": ((), (5,)),
-    "encoder_block_types": ("ResBlock", "EfficientViTBlock"), "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "decoder_norm_types": ("batch_norm", "rms_norm"), "decoder_act_fns": ("relu", "silu"),
 }  # fmt: skip
 
 pytestmark = pytest.mark.fault(20)
