@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pronghorn.cli.check import check
+from pronghorn.sealed import INDEX as SEAL
 
 
 def found(folder, **options):
@@ -71,6 +72,8 @@ def test_faults_are_named(trained, tmp_path, fault):
     assert "failed" not in {one.state for one in found(folder).values()}
     name, detail, inject = FAULTS[fault]
     inject(folder)
+    assert "failed" in {one.state for one in found(folder).values()}  # by the seal, if not before
+    (folder / SEAL).unlink()  # as in checkpoints from elsewhere
     findings = found(folder)
     assert findings[name].state == "failed", findings
     assert detail in findings[name].detail
@@ -80,6 +83,7 @@ def test_faults_are_named(trained, tmp_path, fault):
 def test_a_processor_that_names_a_module_from_elsewhere(trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "copy")
     name = next(path.name for path in folder.glob("*processor*.json"))
+    (folder / SEAL).unlink()
     configure(folder, name, lambda content: content["steps"].append({"class": "evil.Step", "config": {}}))
     assert "evil.Step" in found(folder)["processors"].detail
 
