@@ -34,7 +34,10 @@ def vllm_server(folder, flags, model, log=None):
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
-            server.wait(30)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 def ask(port, body, server, patience=240):
