@@ -32,9 +32,9 @@ def sections() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def marked() -> dict[str, set[int]]:
+def marked() -> dict[str, set[int | str]]:
     """The rows that each test says it proves, by `file::function`."""
-    found: dict[str, set[int]] = {}
+    found: dict[str, set[int | str]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         tree = ast.parse(path.read_text())
         of_file = _rows_in(
@@ -48,7 +48,7 @@ def marked() -> dict[str, set[int]]:
     return found
 
 
-def _rows_in(nodes: Iterable[ast.AST]) -> set[int]:
+def _rows_in(nodes: Iterable[ast.AST]) -> set[int | str]:
     return {
         ast.literal_eval(argument)
         for node in nodes
@@ -63,7 +63,7 @@ class _Test:
 
     def __init__(self, name: str, entry: dict[str, Any]) -> None:
         self.function = name.split("[")[0]
-        self.rows: list[int] = entry["rows"]
+        self.rows: list[int | str] = entry["rows"]
         self.outcome: str = entry["outcome"]
         self.reason: str = entry.get("reason", "")
         self.figures: dict[str, Any] = entry["figures"]

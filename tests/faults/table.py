@@ -11,14 +11,14 @@ class Row(NamedTuple):
     """A fault.
 
     Attributes:
-        number: what tests call it by.
+        number: what tests call it by; the static gates, which are no row, have a word.
         title: in a few words.
         fault: what goes wrong.
         figure: what is to hold all the same.
         missing: what of that no test of this repository shows, and why; empty where all of it is shown.
     """
 
-    number: int
+    number: int | str
     title: str
     fault: str
     figure: str
@@ -230,5 +230,11 @@ ROWS = (
         "No guidance, one step, one pipeline again, one seed twice, a callback that raises or interrupts",
         "The pipeline can be used afterwards; the same seed gives the same bits; memory stays flat",
         GPU,
+    ),
+    Row(
+        "gates",
+        "Static gates",
+        "Code of ours unpickles, evaluates text, trusts what it downloads, starts a shell or listens to everyone",
+        "Nowhere, save in files that a test lists with the reason",
     ),
 )
