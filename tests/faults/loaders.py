@@ -60,7 +60,7 @@ def _awq_checkpoint(folder: Path) -> None:
     from pronghorn.awq import AwqConfig
     from pronghorn.awq.quantize import quantize_model
     from pronghorn.awq.transformers import mark_quantized
-    from pronghorn.sealed import seal
+    from pronghorn.files.sealed import seal
 
     config = AwqConfig(group_size=32, method="rtn", bits=3, version="natural")
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 48}
@@ -104,7 +104,7 @@ class AwqInVllm:
     def read(folder):
         """What vLLM asks of us before it loads the first weight."""
         from pronghorn.awq.vllm import VllmAwqConfig
-        from pronghorn.json_files import parse_json
+        from pronghorn.files.json_files import parse_json
 
         path = folder / "config.json"
         config = VllmAwqConfig.from_config(parse_json(path.read_bytes(), path)["quantization_config"])
@@ -319,7 +319,7 @@ def _reference():
 class VcpoRolloutState:
     @staticmethod
     def write(folder):
-        from pronghorn.json_files import save_json
+        from pronghorn.files.json_files import save_json
 
         state = {"prompt_index": 3, "beyond": [5, 6], "trained": 2, "dropped": 1, "model_version": 4}
         save_json(folder / "rollout_state.json", state, format=2)

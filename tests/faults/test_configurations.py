@@ -198,8 +198,8 @@ def test_a_shard_outside_of_the_folder_is_refused(checkpoint, tmp_path):
 @pytest.mark.fault(3)
 @pytest.mark.parametrize("name", ["../../x.safetensors", "/etc/passwd", "a/../../x"])
 def test_a_seal_reads_nothing_outside_of_its_folder(tmp_path, name):
-    from pronghorn.json_files import save_json
-    from pronghorn.sealed import check_seal, seal
+    from pronghorn.files.json_files import save_json
+    from pronghorn.files.sealed import check_seal, seal
 
     (tmp_path / "config.json").write_text("{}")
     seal(tmp_path)
@@ -215,7 +215,7 @@ def test_a_seal_reads_nothing_outside_of_its_folder(tmp_path, name):
 @example(text='{"a": 1, "a": 2}')
 @given(text=st.text(max_size=20))
 def test_json_is_an_object_or_an_error(text):
-    from pronghorn.json_files import parse_json
+    from pronghorn.files.json_files import parse_json
 
     try:
         found = parse_json(text, Path("settings.json"))

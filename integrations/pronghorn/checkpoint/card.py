@@ -12,8 +12,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
-from pronghorn.atomic import write_atomically
 from pronghorn.checkpoint.provenance import provenance
+from pronghorn.files.atomic import write_atomically
 
 logger = logging.getLogger(__name__)
 

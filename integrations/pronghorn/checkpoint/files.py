@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn.checkpoint import CONFIGS, Checkpoint, Finding, failed, ok
-from pronghorn.json_files import parse_json
+from pronghorn.files.json_files import parse_json
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".keras", ".msgpack"}
 CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".bat", ".exe", ".jar", ".whl"}

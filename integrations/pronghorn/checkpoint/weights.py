@@ -12,9 +12,9 @@ import torch
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
 from pronghorn.checkpoint.files import read_json
-from pronghorn.sealed import INDEX as SEAL
-from pronghorn.sealed import check_seal
-from pronghorn.tensor_files import opened
+from pronghorn.files.sealed import INDEX as SEAL
+from pronghorn.files.sealed import check_seal
+from pronghorn.files.tensor_files import opened
 
 INDEX = ".safetensors.index.json"
 NUMBERS_AT_ONCE = 1 << 24

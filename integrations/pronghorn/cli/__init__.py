@@ -73,8 +73,8 @@ def seal(
     folder: Annotated[Path, typer.Argument(help="A checkpoint that is complete, or was changed on purpose.")],
 ) -> None:
     """Write the digests of a checkpoint's files beside them; it is then loaded only as it is now."""
-    from pronghorn.sealed import INDEX
-    from pronghorn.sealed import seal as run
+    from pronghorn.files.sealed import INDEX
+    from pronghorn.files.sealed import seal as run
 
     run(folder)
     typer.echo(f"{folder / INDEX}: written")

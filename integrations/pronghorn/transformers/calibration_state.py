@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.json_files import load_json, parse_json, save_json
-from pronghorn.tensor_files import load_tensors, opened, save_tensors
+from pronghorn.files.json_files import load_json, parse_json, save_json
+from pronghorn.files.tensor_files import load_tensors, opened, save_tensors
 from pronghorn.transformers.disk import remove_parts
 
 FORMAT = 2  # of both kinds of files

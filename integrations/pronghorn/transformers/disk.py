@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.atomic import PART, write_atomically, write_part
+from pronghorn.files.atomic import PART, write_atomically, write_part
 
 __all__ = ["check_room", "mapped_copy", "remove_parts", "write_atomically"]
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from pronghorn.tensor_files import opened
+from pronghorn.files.tensor_files import opened
 
 DTYPES = {
     "F64": torch.float64,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.tensor_files import load_tensors, save_tensors
+from pronghorn.files.tensor_files import load_tensors, save_tensors
 from pronghorn.trl.rollouts import Rollout
 
 # What a worker may tell of a sample beside TRL's metrics: rows of its group, and the weights of its last token.

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from trl.experimental.async_grpo.vllm_client import VLLMClient
 
-from pronghorn.tensor_files import marked
+from pronghorn.files.tensor_files import marked
 
 _log = logging.getLogger(__name__)
 

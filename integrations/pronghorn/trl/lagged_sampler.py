@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from pronghorn.json_files import load_json, save_json
-from pronghorn.tensor_files import load_tensors, save_tensors
+from pronghorn.files.json_files import load_json, save_json
+from pronghorn.files.tensor_files import load_tensors, save_tensors
 from pronghorn.trl.rollouts import PaddedRollouts, Rollout
 
 WEIGHTS, VERSIONS = "lagged_sampler.safetensors", "lagged_sampler.json"

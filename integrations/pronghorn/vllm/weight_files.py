@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pronghorn.tensor_files import load_tensors
+from pronghorn.files.tensor_files import load_tensors
 
 FORMAT = 2  # of the newest files that are known
 

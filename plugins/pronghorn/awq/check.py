@@ -13,8 +13,8 @@ from pronghorn.awq.config import METHOD, PUBLISHED_METHOD, AwqConfig
 from pronghorn.awq.convert import PACKED, features, read_awq_config
 from pronghorn.awq.layers import AwqLinear
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok
+from pronghorn.files.tensor_files import opened
 from pronghorn.kernels.dequantize_weight.layouts import LAYOUTS, unpack_scales
-from pronghorn.tensor_files import opened
 
 OF_A_LINEAR = (".qweight", ".qzeros", ".scaled_zeros")
 REMEDY = "quantize the source again, or fetch the checkpoint again; `pronghorn awq convert` changes formats"

@@ -117,7 +117,7 @@ def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path, report: AwqR
     from pronghorn.awq.convert import made_whole
     from pronghorn.awq.quantize import quantize_model
     from pronghorn.awq.transformers import mark_quantized
-    from pronghorn.sealed import seal
+    from pronghorn.files.sealed import seal
 
     quantize_model(model, config)
     mark_quantized(model, config)

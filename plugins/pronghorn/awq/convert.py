@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.awq.config import AwqConfig
-from pronghorn.json_files import parse_json
+from pronghorn.files.json_files import parse_json
+from pronghorn.files.sealed import INDEX as SEAL
+from pronghorn.files.sealed import check_seal, seal
+from pronghorn.files.tensor_files import opened
 from pronghorn.kernels.dequantize_weight.layouts import pack, unpack
-from pronghorn.sealed import INDEX as SEAL
-from pronghorn.sealed import check_seal, seal
-from pronghorn.tensor_files import opened
 
 PICKLED = (".bin", ".pt")
 PACKED = ("qweight", "qzeros", "scaled_zeros", "scales")

@@ -42,7 +42,7 @@ class SearchResult:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write llm-awq's format: a `.pt` with lists "scale" and "clip"; others ignore our "report" and the digest."""
-        from pronghorn.atomic import write_atomically
+        from pronghorn.files.atomic import write_atomically
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class SearchResult:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not an AWQ search result: {error}") from error
         if "sha256" in content:
-            from pronghorn.json_files import check_format, damaged
+            from pronghorn.files.json_files import check_format, damaged
 
             check_format(content.get("format"), path, FORMAT)
             if content["sha256"] != result._digest(content["format"]):
@@ -81,7 +81,7 @@ class SearchResult:
         return result
 
     def _digest(self, format: int) -> str:
-        from pronghorn.tensor_files import digest_of
+        from pronghorn.files.tensor_files import digest_of
 
         tensors = {f"scale.{index}": scale for index, (_, _, scale) in enumerate(self.scale)}
         tensors |= {f"clip.{index}": maximum for index, (_, maximum) in enumerate(self.clip)}

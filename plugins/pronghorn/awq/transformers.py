@@ -54,7 +54,7 @@ class AwqQuantizer(HfQuantizer):
         self._stored: dict[str, StoredTensor] = {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        from pronghorn.sealed import check_seal
+        from pronghorn.files.sealed import check_seal
         from pronghorn.transformers.quantizer import check_shapes, check_stored, stored_tensors
 
         config = self.quantization_config

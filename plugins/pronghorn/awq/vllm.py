@@ -129,7 +129,7 @@ class VllmAwqConfig(QuantizationConfig):
             return
         from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-        from pronghorn.sealed import check_seal
+        from pronghorn.files.sealed import check_seal
 
         check_seal(model_name)  # of a folder; what came from the Hub has no seal beside it
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pronghorn.dcae.images import find_images, load_image
 from pronghorn.estimate import Estimate, folder_bytes, peak_bytes
-from pronghorn.json_files import damaged
+from pronghorn.files.json_files import damaged
 
 MARK = b"sha256"  # after the array, before its digest
 DIGEST_BYTES = len(MARK) + 32

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pronghorn.json_files import load_json, save_json
+from pronghorn.files.json_files import load_json, save_json
 
 FORMAT = 2
 

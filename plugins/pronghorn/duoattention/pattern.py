@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pronghorn.atomic import write_atomically
-from pronghorn.json_files import checked_json, marked_json, parse_json
+from pronghorn.files.atomic import write_atomically
+from pronghorn.files.json_files import checked_json, marked_json, parse_json
 
 GATES, SETTINGS = "full_attention_heads.tsv", "config.json"
 MARK, FORMAT = "pronghorn", 2  # in the settings: format and digest of both files

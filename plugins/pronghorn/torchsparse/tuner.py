@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pronghorn.json_files import load_json, save_json
+from pronghorn.files.json_files import load_json, save_json
 from pronghorn.torchsparse.config import DATAFLOWS, FETCH_ON_DEMAND, GATHER_SCATTER, IMPLICIT_GEMM, ConvConfig
 from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.fusion import FusedConvolution

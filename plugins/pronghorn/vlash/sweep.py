@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pronghorn.json_files import load_json, save_json
+from pronghorn.files.json_files import load_json, save_json
 from pronghorn.vlash.chunks import Observation, Policy
 from pronghorn.vlash.config import SYNC, VLASHSettings
 from pronghorn.vlash.estimators import StateEstimator

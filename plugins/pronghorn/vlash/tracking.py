@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pronghorn.estimate import Estimate, peak_bytes, tensor_bytes
-from pronghorn.tensor_files import load_tensors, save_tensors
+from pronghorn.files.tensor_files import load_tensors, save_tensors
 from pronghorn.vlash.chunks import ChunkRequest, Observation
 from pronghorn.vlash.config import NAIVE, RTC, RTC_FULL, SUM_DELTA, SYNC, VLASH, VLASHSettings
 from pronghorn.vlash.flow import integrate, interpolate, target

@@ -14,7 +14,7 @@ from tests.faults.fail_at_call import FailAtCall
 from tests.faults.limited_disk import limited_disk
 from tests.models import CONFIGS, tiny_model, token_ids
 
-from pronghorn.json_files import load_json, save_json
+from pronghorn.files.json_files import load_json, save_json
 from pronghorn.transformers.activation_store import ActivationStore
 from pronghorn.transformers.calibration import BlockResult, CalibrationRunner
 from pronghorn.transformers.calibration_state import forget

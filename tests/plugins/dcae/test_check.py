@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from pronghorn.cli.check import check
 from pronghorn.dcae import CONFIGURATIONS
 from pronghorn.dcae.cli import app
-from pronghorn.sealed import INDEX as SEAL
+from pronghorn.files.sealed import INDEX as SEAL
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

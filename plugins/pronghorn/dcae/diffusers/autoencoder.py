@@ -20,8 +20,8 @@ from pronghorn.dcae.convert import to_diffusers, to_efficientvit
 from pronghorn.dcae.diffusers.checkpointing import CheckpointedStage
 from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
 from pronghorn.dcae.diffusers.whole_checkpoints import WholeCheckpoints, check_numbers
-from pronghorn.json_files import parse_json
-from pronghorn.tensor_files import load_tensors, save_tensors
+from pronghorn.files.json_files import parse_json
+from pronghorn.files.tensor_files import load_tensors, save_tensors
 
 WEIGHTS = "model.safetensors"
 FORMAT = 2  # of those that we write

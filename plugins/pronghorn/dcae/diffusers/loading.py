@@ -10,7 +10,7 @@ from diffusers import AutoModel
 
 from pronghorn.dcae.config import DCAEConfig, published
 from pronghorn.dcae.diffusers.autoencoder import AutoencoderDC
-from pronghorn.json_files import parse_json
+from pronghorn.files.json_files import parse_json
 
 
 def load_dcae(model: str | Path, *, config: DCAEConfig | str | None = None) -> AutoencoderDC:

@@ -9,8 +9,8 @@ from typing import Any, Self
 from safetensors import SafetensorError
 from torch import nn
 
-from pronghorn.sealed import WEIGHTS, check_seal, seal
-from pronghorn.tensor_files import opened
+from pronghorn.files.sealed import WEIGHTS, check_seal, seal
+from pronghorn.files.tensor_files import opened
 
 LARGEST = 1024
 

@@ -13,7 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_grpo_trainer import _TrainBeginCallback
 
-from pronghorn.json_files import save_json
+from pronghorn.files.json_files import save_json
 from pronghorn.trl.async_rollouts import Position
 from pronghorn.trl.devices import any_device
 from pronghorn.trl.group_stream import GroupSource, RolloutError, StepLoader, StepTotals

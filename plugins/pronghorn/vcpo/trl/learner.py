@@ -14,7 +14,7 @@ from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pronghorn.json_files import load_json, save_json
+from pronghorn.files.json_files import load_json, save_json
 from pronghorn.trl.rollouts import PaddedRollouts, Rollout
 from pronghorn.vcpo.config import GHOST
 from pronghorn.vcpo.ess import MinibatchESS

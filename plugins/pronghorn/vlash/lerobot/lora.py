@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from pronghorn.tensor_files import load_tensors, save_tensors
+from pronghorn.files.tensor_files import load_tensors, save_tensors
 
 FILE, FORMAT = "adapter_model.safetensors", 2
 ADAPTER = "default"

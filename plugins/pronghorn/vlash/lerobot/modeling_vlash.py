@@ -13,8 +13,8 @@ from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from pronghorn.sealed import check_seal, seal
-from pronghorn.tensor_files import read_tensors
+from pronghorn.files.sealed import check_seal, seal
+from pronghorn.files.tensor_files import read_tensors
 from pronghorn.vlash.chunks import ChunkRequest, Observation
 from pronghorn.vlash.config import AUTO, RTC, RTC_FULL, VLASH
 from pronghorn.vlash.estimators import state_estimator

@@ -12,7 +12,7 @@ from lerobot.policies import PreTrainedPolicy, get_policy_class
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
-from pronghorn.tensor_files import read_tensors
+from pronghorn.files.tensor_files import read_tensors
 
 WEIGHTS = "model.safetensors"
 PREFIX = "model."

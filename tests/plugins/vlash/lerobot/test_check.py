@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pronghorn.cli.check import check
-from pronghorn.sealed import INDEX as SEAL
+from pronghorn.files.sealed import INDEX as SEAL
 
 
 def found(folder, **options):

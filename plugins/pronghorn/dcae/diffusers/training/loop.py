@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from pronghorn.json_files import parse_json
-from pronghorn.sealed import check_seal, seal
+from pronghorn.files.json_files import parse_json
+from pronghorn.files.sealed import check_seal, seal
 
 CHECKPOINTS, LOG, CONFIG, MODEL = "checkpoints", "log.jsonl", "config.json", "model"
 KEPT = 2  # checkpoints

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pronghorn.atomic import write_atomically
+from pronghorn.files.atomic import write_atomically
 
 FORMAT, DIGEST = "format", "sha256"
 UNMARKED = 1  # the format of files that do not say theirs

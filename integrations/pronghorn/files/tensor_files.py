@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pronghorn.atomic import write_atomically
-from pronghorn.json_files import DIGEST, FORMAT, check_format, damaged, parse_json
+from pronghorn.files.atomic import write_atomically
+from pronghorn.files.json_files import DIGEST, FORMAT, check_format, damaged, parse_json
 
 KEY = "pronghorn"  # of the metadata; a single entry, since safetensors writes several in any order
 
