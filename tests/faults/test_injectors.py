@@ -1,6 +1,7 @@
 """The injectors themselves: each does what it is named after, and nothing where it is not asked to."""
 
 import importlib.metadata
+import mmap
 import os
 import signal
 import subprocess
@@ -89,7 +90,9 @@ def test_leak_slope_finds_each_kind_of_leak():
     kept, opened = [], []
 
     def leaking():
-        kept.append((b"x" * (1 << 18), torch.zeros(1)))  # as large as is returned to the system at once
+        page = mmap.mmap(-1, 1 << 18, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # not what malloc has left over
+        page.write(b"x" * (1 << 18))
+        kept.append((page, torch.zeros(1)))
         opened.append(os.open(os.devnull, os.O_RDONLY))
 
     found = leak_slope(leaking, 100, warm_up=20)
