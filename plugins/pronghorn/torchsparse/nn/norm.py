@@ -44,6 +44,8 @@ class BatchNorm(nn.BatchNorm1d):
 
     def _of_sites(self, feats: Tensor, count: Tensor) -> Tensor:
         """With the statistics of the rows that are sites; the others become, and pass on, zeros."""
+        # More sites than a graph has room for: it is then run anew with more, and what comes out here is dropped.
+        count = count.clamp(max=len(feats))
         y, mean, variance = batch_norm(feats, count, self.weight, self.bias, eps=self.eps)
         if self.training and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
