@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from pronghorn import measurement
+from pronghorn.checkpoint.provenance import git
 from pronghorn.measurement import device, measure, row, slug
 
 __all__ = [
@@ -62,8 +62,8 @@ def share_of_bandwidth(bytes_moved: float, seconds: float) -> float | None:
 
 def write(topic: str, rows: list[dict[str, Any]]) -> Path:
     """Write `results/<topic>-<device>.json` (under $OUT on a lent machine) and print its table."""
-    commit = os.environ.get("PRONGHORN_COMMIT") or _git("rev-parse", "HEAD")
-    changed = str(bool(_git("status", "--porcelain", "--", ":!benchmarks", ":!docs/assets")))
+    commit = os.environ.get("PRONGHORN_COMMIT") or git(RESULTS.parents[1], "rev-parse", "HEAD") or ""
+    changed = str(bool(git(RESULTS.parents[1], "status", "--porcelain", "--", ":!benchmarks", ":!docs/assets")))
     dirty = os.environ.get("PRONGHORN_DIRTY", changed) == "True"
     folder = Path(os.environ.get("OUT") or RESULTS)
     return measurement.write(topic, rows, folder, commit=commit, dirty=dirty)
@@ -75,8 +75,3 @@ def median(values: list[float]) -> dict[str, float]:
         return dict.fromkeys(("p20", "p50", "p80"), values[0])
     cuts = statistics.quantiles(values, n=10, method="inclusive")
     return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+WEIGHTS = "model.safetensors"
 
 CHECKS = {
     "face": "the package imports in under 0.2 s and without torch; every public name is documented",
@@ -30,8 +33,9 @@ class Contract:
         module: makes a small module of the method's on the CPU, from a seed; others than 0 give other numbers, and the
             same names. None where the method has no module.
         run: what the module computes of a fixed example.
-        save: writes the module into a folder that is there, in the way that users do.
-        load: reads what `save` wrote.
+        save: writes the module into a folder that is there, in the way that users do; None where that is the way of
+            torch: its state dict, loaded into a module that was made anew.
+        load: reads what `save` wrote; None likewise.
         exceptions: names of `CHECKS` that are not the method's, each with the reason, which the docs print.
 
     Raises:
@@ -45,6 +49,9 @@ class Contract:
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.module is not None and self.save is None and self.load is None:
+            object.__setattr__(self, "save", _save_state)
+            object.__setattr__(self, "load", partial(_load_state, self.module))
         for check, reason in self.exceptions.items():
             if check not in CHECKS or not reason.strip():
                 raise ValueError(f"exceptions: got {check!r}: {reason!r}, wanted one of {', '.join(CHECKS)}: a reason")
@@ -55,3 +62,27 @@ class Contract:
         for check, parts in needed.items():
             if None in parts and check not in self.exceptions:
                 raise ValueError(f"{check}: the method gives nothing to try it with, and no reason in `exceptions`")
+
+
+def randomize(module: nn.Module, seed: int, scale: float = 1.0) -> None:
+    """Normal numbers, times `scale`, for all parameters of a module on the CPU."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def _save_state(module: nn.Module, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(module.state_dict(), folder / WEIGHTS)
+
+
+def _load_state(make: Callable[[int], Any], folder: Path) -> Any:
+    from safetensors.torch import load_file
+
+    module = make(1)
+    module.load_state_dict(load_file(folder / WEIGHTS))
+    return module

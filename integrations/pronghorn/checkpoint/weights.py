@@ -72,7 +72,7 @@ def tensors_of(path: Path) -> dict[str, Stored]:
         ValueError: it is not a whole one.
     """
     with opened(path) as file:
-        return {name: Stored(path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+        return {name: Stored(path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
 def _check_folder(folder: Path, stored: dict[Path, dict[str, Stored]], together: bool) -> Iterator[Finding]:

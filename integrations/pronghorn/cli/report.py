@@ -23,7 +23,7 @@ from pronghorn.methods import (
     ships_to,
     unavailable,
 )
-from pronghorn.versions import installed, obstacle, remedy
+from pronghorn.versions import obstacle, remedy, versions
 
 LIBRARIES = ("torch", "triton", "transformers", "vllm", "diffusers", "trl", "peft", "lerobot")
 
@@ -60,8 +60,8 @@ def print_info(as_json: bool) -> None:
         print(json.dumps(found, indent=2))  # noqa: T201 - plain, for other programs to read
         return
     console = Console()
-    versions = "  ".join(f"{name} {version}" for name, version in found["versions"].items())
-    console.print(f"pronghorn {found['pronghorn']}  python {found['python']}  {versions}", soft_wrap=True)
+    libraries = "  ".join(f"{name} {version}" for name, version in found["versions"].items())
+    console.print(f"pronghorn {found['pronghorn']}  python {found['python']}  {libraries}", soft_wrap=True)
     console.print(f"devices: {', '.join(found['devices'])}", markup=False)
     table = Table("method", "ecosystem", "from", "state")
     for plugin in found["plugins"]:
@@ -86,7 +86,7 @@ def collect() -> dict[str, Any]:
     return {
         "pronghorn": importlib.metadata.version("pronghorn"),
         "python": platform.python_version(),
-        "versions": {name: version for name in LIBRARIES if (version := installed(name)) is not None},
+        "versions": versions(LIBRARIES),
         "devices": _devices(),
         "plugins": plugins,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pronghorn.contract import Contract
+from pronghorn.contract import Contract, randomize
 from pronghorn.dcae.config import EVIT, RES, DCAEConfig
 from pronghorn.dcae.diffusers.autoencoder import AutoencoderDC
 
@@ -20,10 +20,7 @@ CONFIG = DCAEConfig(
 
 def _module(seed: int) -> AutoencoderDC:
     vae = AutoencoderDC(**CONFIG.to_dict()).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in vae.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    randomize(vae, seed, 1 / 8)
     return vae
 
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pronghorn.contract import Contract
+from pronghorn.contract import Contract, randomize
 from pronghorn.torchsparse.nn import Conv3d
 from pronghorn.torchsparse.tensor import SparseTensor
 
 SIZES = (1, 5, 5, 5)
-WEIGHTS = "model.safetensors"
 
 
 def _module(seed: int) -> Conv3d:
     layer = Conv3d(4, 8, 3, bias=True)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    randomize(layer, seed)
     return layer
 
 
@@ -34,15 +27,7 @@ def _run(module: Conv3d) -> Tensor:
     return found.detach()
 
 
-def _load(folder: Path) -> Conv3d:
-    module = _module(1)
-    module.load_state_dict(load_file(folder / WEIGHTS))
-    return module
-
-
 contract = Contract(
     module=_module,
     run=_run,
-    save=lambda module, folder: save_file(module.state_dict(), folder / WEIGHTS),
-    load=_load,
 )

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pronghorn.contract import Contract
+from pronghorn.contract import Contract, randomize
 from pronghorn.vlash.pi.adapt import pi_model
 from pronghorn.vlash.pi.layers import PiNetwork, PiSizes
 from pronghorn.vlash.pi.model import Prefix
@@ -16,15 +13,11 @@ from pronghorn.vlash.pi.model import Prefix
 SIZES = PiSizes(
     depth=2, heads=2, head_dim=4, prefix_width=8, prefix_mlp=8, width=8, mlp=8, vocab=16, state_dim=3, action_dim=3
 )
-WEIGHTS = "model.safetensors"
 
 
 def _module(seed: int) -> PiNetwork:
     network = PiNetwork(SIZES, state_cond=True, max_delay_steps=2).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+    randomize(network, seed, 1 / 2)
     return network
 
 
@@ -34,17 +27,9 @@ def _run(module: PiNetwork) -> Tensor:
     return pi_model(module).sample(seen, state, noise, 2, delay=torch.tensor([1])).detach()
 
 
-def _load(folder: Path) -> PiNetwork:
-    module = _module(1)
-    module.load_state_dict(load_file(folder / WEIGHTS))
-    return module
-
-
 contract = Contract(
     module=_module,
     run=_run,
-    save=lambda module, folder: save_file(module.state_dict(), folder / WEIGHTS),
-    load=_load,
     exceptions={
         "compile": "not claimed: its policies replay their steps as CUDA graphs, or run as LeRobot runs them",
     },

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytest.importorskip("gradio", reason="the demo extra is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-from pronghorn.awq.demo import build_demo
+from pronghorn.awq.demo import build_demo  # noqa: E402 - after the skips
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
