@@ -34,6 +34,8 @@ ROWS = (
         "A checkpoint is cut off, its tensors overlap, it is a web page or a pointer instead, or bits are flipped",
         "Every broken file is refused with its name within a second; of 2,000 random flips a loader, each is an error "
         "or is noticed by a checksum: no wrong number in silence",
+        "files without a digest, which models that users save by `save_pretrained` have not until they are sealed: "
+        "there only NaN, infinity and numbers out of range are found",
     ),
     Row(
         2,
@@ -41,6 +43,7 @@ ROWS = (
         "Names missing, too many or others; shape or dtype other than the configuration says; scales of zero, NaN or "
         "below zero; zero points beyond the codes; packed in another order",
         "An error that names tensor and layer; nothing is loaded in part without a word",
+        "packed in another order: without a digest, codes that changed places are as good as the right ones",
     ),
     Row(
         3,
@@ -48,6 +51,7 @@ ROWS = (
         "Code to run, unknown names, a thousand million layers, deep nesting, senseless "
         "numbers, shards outside the folder",
         "An error; no code runs; less than 200 MB of memory",
+        "a thousand million layers in the configuration of a model of transformers, which builds it before it asks us",
     ),
     Row(
         4,
@@ -126,7 +130,7 @@ ROWS = (
         "Many requests at once",
         "Many requests at once, some aborted; several answers a prompt; prompts of no or too many tokens",
         "Each answer is that of its request alone; every block is given back",
-        GPU,
+        GPU + "; beam search, time-outs of clients; LoRA beside none, which vLLM 0.32 gets wrong on a CPU by itself",
     ),
     Row(
         15,
@@ -140,7 +144,9 @@ ROWS = (
         "Running for long",
         "A server runs for long",
         "Memory grows by at most 1 MiB in 10,000 requests; descriptors and threads stay as many",
-        "millions of requests, and a GPU that has no time left",
+        "millions of requests, a GPU that has no time left, how late the slowest answers are; on a CPU vLLM itself "
+        "grows with every new number of tokens (oneDNN's cache), which is limited to one entry here, and freed memory "
+        "is given back before each sample",
     ),
     Row(
         17,
@@ -168,7 +174,8 @@ ROWS = (
         "torch.compile, export, copies, pickling to another process, shared memory, FSDP and DDP",
         "No graph breaks; at most one compilation more for a batch of any size; operations pass opcheck, and gradcheck "
         "where they train",
-        GPU,
+        GPU
+        + "; export; how often a batch of other sizes compiles anew; FSDP and DDP of more than VCPO and TorchSparse++",
     ),
     Row(
         21,
@@ -182,7 +189,7 @@ ROWS = (
         "Threads",
         "Several models, configurations and streams at once; a fork; a switch of kernels in the middle",
         "The results of one after the other",
-        GPU,
+        GPU + ", streams",
     ),
     Row(
         23,
@@ -190,7 +197,7 @@ ROWS = (
         "Tuning and compilation of kernels: a stale or read-only cache, one configuration that does not compile, no "
         "compiler",
         "The next configuration with one warning; the reference only where that is allowed",
-        GPU,
+        GPU + "; no kernel of ours tunes itself at run time; without a compiler there is Triton's own error",
     ),
     Row(
         24,
