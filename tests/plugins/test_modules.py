@@ -8,20 +8,12 @@ import sys
 
 import pytest
 import torch
+from tests.plugins.dcae.test_autoencoder import small
 
 from pronghorn.awq.config import AwqConfig
 from pronghorn.awq.layers import AwqLinear
-from pronghorn.dcae import AutoencoderDC, DCAEConfig
 from pronghorn.torchsparse import nn as spnn
 from pronghorn.torchsparse.tensor import SparseTensor
-
-SMALL = {
-    "attention_head_dim": 8, "latent_channels": 8, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
-    "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (16, 16),
-    "decoder_block_out_channels": (16, 16), "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1),
-    "encoder_qkv_multiscales": ((), (5,)), "decoder_qkv_multiscales": ((), (5,)),
-    "decoder_norm_types": ("batch_norm", "rms_norm"), "decoder_act_fns": ("relu", "silu"),
-}  # fmt: skip
 
 pytestmark = pytest.mark.fault(20)
 
@@ -38,7 +30,7 @@ def torchsparse():
 
 
 def dcae():
-    return AutoencoderDC(**DCAEConfig(**SMALL).to_dict()).eval(), (torch.ones(1, 3, 16, 16),)
+    return small(), (torch.ones(1, 3, 16, 16),)
 
 
 LAYERS = {"awq": awq, "torchsparse": torchsparse, "dcae": dcae}
