@@ -175,7 +175,7 @@ ROWS = (
         "No graph breaks; at most one compilation more for a batch of any size; operations pass opcheck, and gradcheck "
         "where they train",
         GPU
-        + "; export; how often a batch of other sizes compiles anew; FSDP and DDP of more than VCPO and TorchSparse++",
+        + "; export; how often batches of other sizes compile anew; FSDP of other methods than VCPO",
     ),
     Row(
         21,

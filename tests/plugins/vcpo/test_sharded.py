@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from pronghorn.vcpo import Minibatch, VCPOSettings, accumulate_batched
 from pronghorn.vcpo.ranks import ProcessGroup
 
-pytestmark = pytest.mark.xdist_group("sharded")  # its processes run once
+pytestmark = [pytest.mark.xdist_group("sharded"), pytest.mark.fault(20)]  # its processes run once
 
 GROUPS, SIZE, TOKENS = 4, 3, 5
 CASES = {
