@@ -112,6 +112,7 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Benchmarks; all of them by default.")] = None,
     seconds: Annotated[float, typer.Option(help="Most that one may take; longer ones are ended, and listed.")] = 120.0,
