@@ -153,7 +153,11 @@ def _triton(tensor: Tensor) -> bool:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-    return _read(q, _state(k, v), eps)
+    if _triton(q):
+        from pronghorn.kernels.relu_linear_attention import triton
+
+        return triton.relu_linear_attention(q, k, v, eps)
+    return reference.attend_state(q, reference.key_value_state(k, v), eps)
 
 
 def _state(k: Tensor, v: Tensor) -> Tensor:
