@@ -44,7 +44,12 @@ def check_tensor(
         raise ValueError(f"{name}: is on {tensor.device}, the other arguments are on {like.device}")
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether one of them needs its gradient."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """`tensor` has exactly this shape."""
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {shape}")

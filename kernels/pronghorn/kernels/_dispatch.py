@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,12 @@ def use_triton(operation: str, tensor: Tensor) -> bool:
     if reason:
         _warn_once(operation, reason)
     return not reason
+
+
+@functools.cache
+def triton_kernels(operation: str) -> Any:
+    """The module of an operation's Triton kernels, where `use_triton` said that they run; importing anew takes longer."""
+    return importlib.import_module(f"pronghorn.kernels.{operation}.triton")
 
 
 def use_cuda(operation: str, reason: str) -> bool:

@@ -26,6 +26,16 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
 
 
+def dense_format(x: Tensor) -> tuple[Tensor, torch.memory_format]:
+    """What `dense` gives, and its memory format: where the host's time counts, with the fewest questions."""
+    if channels_inside(x):
+        return x, torch.channels_last
+    if x.is_contiguous():
+        return x, torch.contiguous_format
+    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    return x.contiguous(memory_format=layout), layout
+
+
 def channels_inside(x: Tensor) -> bool:
     """Whether it is in the channels_last format; of one pixel or one channel an image is in both."""
     return x.is_contiguous(memory_format=torch.channels_last)

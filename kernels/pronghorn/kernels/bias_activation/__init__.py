@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pronghorn.kernels._arguments import check_shape, check_tensor
-from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels._arguments import check_shape, check_tensor, wants_gradient
+from pronghorn.kernels._dispatch import triton_kernels, use_triton
 from pronghorn.kernels._library import define
 from pronghorn.kernels._memory import dense
 from pronghorn.kernels.bias_activation import reference
@@ -42,11 +42,10 @@ def bias_activation(
         check_shape("bias", bias, (x.shape[1],))
     if residual is not None:
         check_tensor("residual", residual, floating=True, like=x)
-        check_shape("residual", residual, tuple(x.shape))
+        check_shape("residual", residual, x.shape)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, accepted are None, 'relu' and 'silu'")
-    given = [tensor for tensor in (x, bias, residual) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    if wants_gradient(x, bias, residual):
         return reference.bias_activation(x, bias, residual, activation)
     result: Tensor = _operation(x, bias, residual, activation)
     return result
@@ -54,9 +53,8 @@ def bias_activation(
 
 def _forward(x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> Tensor:
     if use_triton("bias_activation", x) and x.dtype != torch.float64 and x.numel() > 0:
-        from pronghorn.kernels.bias_activation import triton
-
-        return triton.bias_activation(x, bias, residual, activation)
+        result: Tensor = triton_kernels("bias_activation").bias_activation(x, bias, residual, activation)
+        return result
     return reference.bias_activation(dense(x), bias, residual, activation)
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels._launch import Launcher
-from pronghorn.kernels._memory import as_dense, channels_inside, dense
+from pronghorn.kernels._memory import dense_format
 from pronghorn.kernels._triton import activate, blocks, power_of_2
 
 ELEMENTS = 4096  # of a tile of rows
@@ -66,12 +66,13 @@ def _planes(
 
 def bias_activation(x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> Tensor:
     """In the shape of x."""
-    x = dense(x)
+    x, layout = dense_format(x)
     out = torch.empty_like(x)
     images, channels, height, width = x.shape
-    tensors = x, x if bias is None else bias.contiguous(), x if residual is None else as_dense(residual, x), out
+    given = x if residual is None else residual.contiguous(memory_format=layout)
+    tensors = x, x if bias is None else bias.contiguous(), given, out
     how = bias is not None, residual is not None, activation, channels
-    if channels_inside(x):
+    if layout is torch.channels_last:
         rows, columns = images * height * width, min(power_of_2(channels), MOST_CHANNELS)
         tile = ELEMENTS // columns
         grid = blocks(rows, tile), blocks(channels, columns), 1

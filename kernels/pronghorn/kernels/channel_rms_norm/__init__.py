@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pronghorn.kernels._arguments import check_shape, check_tensor
-from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels._arguments import check_shape, check_tensor, wants_gradient
+from pronghorn.kernels._dispatch import triton_kernels, use_triton
 from pronghorn.kernels._library import define
 from pronghorn.kernels._memory import dense
 from pronghorn.kernels.channel_rms_norm import reference
@@ -55,11 +55,13 @@ def channel_rms_norm(
     if x.dim() not in (3, 4):
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted 3 or 4 dimensions")
     check_tensor("weight", weight, floating=True, like=x)
-    check_shape("weight", weight, tuple(x.shape[1:2]))
-    for name, tensor, shape in (("bias", bias, x.shape[1:2]), ("residual", residual, x.shape)):
-        if tensor is not None:
-            check_tensor(name, tensor, floating=True, like=x)
-            check_shape(name, tensor, tuple(shape))
+    check_shape("weight", weight, (x.shape[1],))
+    if bias is not None:
+        check_tensor("bias", bias, floating=True, like=x)
+        check_shape("bias", bias, (x.shape[1],))
+    if residual is not None:
+        check_tensor("residual", residual, floating=True, like=x)
+        check_shape("residual", residual, x.shape)
     if not 0 < eps < math.inf:
         raise ValueError(f"eps: got {eps!r}, wanted a positive number")
     if activation not in ACTIVATIONS:
@@ -73,8 +75,7 @@ def channel_rms_norm(
 def _call(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, activation: str | None
 ) -> Tensor:
-    given = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    if wants_gradient(x, weight, bias, residual):
         result: Tensor = _Differentiable.apply(x, weight, bias, residual, eps, activation)
     else:
         result = _forward_operation(x, weight, bias, residual, eps, activation)
@@ -116,9 +117,8 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, activation: str | None
 ) -> Tensor:
     if _triton(x):
-        from pronghorn.kernels.channel_rms_norm import triton
-
-        return triton.channel_rms_norm(x, weight, bias, residual, eps, activation)
+        result: Tensor = triton_kernels("channel_rms_norm").channel_rms_norm(x, weight, bias, residual, eps, activation)
+        return result
     return reference.channel_rms_norm(x, weight, bias, residual, eps, activation)
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels._launch import Launcher
-from pronghorn.kernels._memory import as_dense, channels_inside, dense
+from pronghorn.kernels._memory import dense_format
 from pronghorn.kernels._triton import activate, blocks, power_of_2
 
 ELEMENTS, GRADIENT_ELEMENTS = 4096, 2048  # of a tile of rows, of which the gradient has several
@@ -196,12 +196,12 @@ def channel_rms_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, activation: str | None
 ) -> Tensor:
     """In the shape of x."""
-    x = dense(x)
+    x, layout = dense_format(x)
     out = torch.empty_like(x)
     images, channels, height, width = x.shape
-    tensors = x, *_given(x, weight, bias, residual), out
+    tensors = x, *_given(x, layout, weight, bias, residual), out
     how = eps, bias is not None, residual is not None, activation, channels
-    if channels_inside(x):
+    if layout is torch.channels_last:
         rows, columns = images * height * width, power_of_2(channels)
         tile = max(1, ELEMENTS // columns)
         _rows((blocks(rows, tile), 1, 1), tensors, (rows,), (*how, tile, columns), num_warps=_warps(tile * columns))
@@ -217,13 +217,14 @@ def gradients(
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Of x, weight, bias and residual; the last is empty where there is none."""
-    x = dense(x)
+    x, layout = dense_format(x)
     images, channels, height, width = x.shape
     of_x = torch.empty_like(x)
     of_residual = x.new_empty(0) if residual is None else torch.empty_like(x)
-    tensors = x, as_dense(grad, x), *_given(x, weight, bias, residual), of_x, of_residual
+    grad = grad.contiguous(memory_format=layout)
+    tensors = x, grad, *_given(x, layout, weight, bias, residual), of_x, of_residual
     how = eps, bias is not None, residual is not None, activation, channels
-    if channels_inside(x):
+    if layout is torch.channels_last:
         rows, columns = images * height * width, power_of_2(channels)
         tile = max(1, GRADIENT_ELEMENTS // columns)
         tiles = blocks(blocks(rows, tile), PARTS)
@@ -240,11 +241,12 @@ def gradients(
     return of_x, *sums.sum(dim=1), of_residual
 
 
-def _given(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _given(
+    x: Tensor, layout: torch.memory_format, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """All three as the kernels read them; what they do not read is `x`."""
-    return (
-        weight.contiguous(), x if bias is None else bias.contiguous(), x if residual is None else as_dense(residual, x)
-    )  # fmt: skip
+    bias = x if bias is None else bias.contiguous()
+    return weight.contiguous(), bias, x if residual is None else residual.contiguous(memory_format=layout)
 
 
 def _pixels(x: Tensor) -> tuple[int, int, int]:

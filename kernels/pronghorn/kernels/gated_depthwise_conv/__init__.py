@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pronghorn.kernels._arguments import check_shape, check_tensor
-from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels._arguments import check_shape, check_tensor, wants_gradient
+from pronghorn.kernels._dispatch import triton_kernels, use_triton
 from pronghorn.kernels._library import define
 from pronghorn.kernels._memory import dense
 from pronghorn.kernels.gated_depthwise_conv import reference
@@ -38,9 +38,9 @@ def gated_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     Source: Xie et al. (arXiv 2410.10629), the Mix-FFN of section 2.2.
     """
     check_tensor("x", x, dim=4, floating=True)
-    if not min(x.shape[1:]):
-        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted at least one pixel and one pair of channels")
     channels = x.shape[1]
+    if not channels or not x.shape[2] or not x.shape[3]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted at least one pixel and one pair of channels")
     if channels % 2:
         raise ValueError(f"x: got {channels} channels, wanted an even number, of values and of gates")
     check_tensor("weight", weight, floating=True, like=x)
@@ -48,8 +48,7 @@ def gated_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     if bias is not None:
         check_tensor("bias", bias, floating=True, like=x)
         check_shape("bias", bias, (channels,))
-    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    if wants_gradient(x, weight, bias):
         result: Tensor = _Differentiable.apply(x, weight, bias)
     else:
         result = _forward_operation(x, weight, bias)
@@ -75,9 +74,8 @@ class _Differentiable(torch.autograd.Function):
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if use_triton("gated_depthwise_conv", x) and x.dtype != torch.float64 and x.numel() > 0:
-        from pronghorn.kernels.gated_depthwise_conv import triton
-
-        return triton.gated_depthwise_conv(x, weight, bias)
+        result: Tensor = triton_kernels("gated_depthwise_conv").gated_depthwise_conv(x, weight, bias)
+        return result
     return reference.gated_depthwise_conv(x, weight, bias)
 
 

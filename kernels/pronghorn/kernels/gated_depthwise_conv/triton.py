@@ -17,14 +17,14 @@ from torch import Tensor
 
 from pronghorn.kernels._dispatch import interpreting
 from pronghorn.kernels._launch import Launcher
-from pronghorn.kernels._memory import channels_inside, dense
+from pronghorn.kernels._memory import dense_format
 from pronghorn.kernels._triton import blocks, power_of_2
 from pronghorn.kernels.gated_depthwise_conv.reference import halved
 
 COLUMNS = 4  # outputs that share inputs
 ELEMENTS = 256  # of a tile: groups of columns, by channels
 MOST_CHANNELS = {True: 64, False: 8}  # of a tile, where they are adjacent or not
-MOST_ROWS, FEWEST_ROWS = 32, 4  # of a program
+MOST_ROWS, FEWEST_ROWS = 64, 4  # of a program
 BUSY = 1000  # programs that keep a GPU busy
 WARPS = 4
 REGISTERS = 128  # of a thread, so that four programs fit on a multiprocessor; 32 bits want more
@@ -161,9 +161,9 @@ def _gated(
 
 def gated_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[batch, channels, height, width]."""
-    x = dense(x)
+    x, layout = dense_format(x)
     batch, doubled, height, width = x.shape
-    channels, adjacent = doubled // 2, channels_inside(x)
+    channels, adjacent = doubled // 2, layout is torch.channels_last
     out = halved(x)
     tile = min(MOST_CHANNELS[adjacent], power_of_2(channels))
     groups = min(ELEMENTS // tile, power_of_2(blocks(width, COLUMNS)))

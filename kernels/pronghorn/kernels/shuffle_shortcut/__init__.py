@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pronghorn.kernels._arguments import check_tensor
-from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels._arguments import check_tensor, wants_gradient
+from pronghorn.kernels._dispatch import triton_kernels, use_triton
 from pronghorn.kernels._library import define
 from pronghorn.kernels.shuffle_shortcut import reference
 
@@ -72,7 +72,7 @@ def _call(main: Tensor, x: Tensor, factor: int, up: bool) -> Tensor:
     if not isinstance(factor, int) or factor < 1:
         raise ValueError(f"factor: got {factor!r}, wanted a whole number from 1 on")
     channels = _channels(main, x, factor, up)
-    if torch.is_grad_enabled() and (main.requires_grad or x.requires_grad):
+    if wants_gradient(main, x):
         result: Tensor = _Differentiable.apply(main, x, channels, factor, up)
     else:
         result = _operation(x, main, channels, factor, up, 1.0, _channels_last(main))
@@ -142,9 +142,8 @@ def _forward(
     if not out.numel():
         return out
     if use_triton("shuffle_shortcut", x) and torch.float64 not in (x.dtype, out.dtype):
-        from pronghorn.kernels.shuffle_shortcut import triton
-
-        return triton.shuffle_shortcut(x, main, out, factor, up, scale)
+        result: Tensor = triton_kernels("shuffle_shortcut").shuffle_shortcut(x, main, out, factor, up, scale)
+        return result
     return out.copy_(reference.shuffle_shortcut(x, main, channels, factor, up, scale))
 
 
