@@ -18,6 +18,7 @@ from torch.func import functional_call
 from pronghorn.kernels.ghost_norm_linear import ghost_norm_linear
 
 KINDS = (nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm)
+AT_ONCE = 32  # layers whose squared norms are computed together: launches are few, and so are copies that wait
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,13 @@ class _Rows:
         return cls(trajectories, index.clamp(min=0), index >= 0, bool((index >= 0).all()))
 
     def take(self, tensor: Tensor) -> Tensor:
-        """[positions, ...] to [trajectories, longest, ...], anything where nothing is."""
-        return tensor.unflatten(0, self.there.shape) if self.index is None else tensor[self.index]
+        """[positions, ...] to [trajectories, longest, ...], anything where nothing is; or what is of that shape."""
+        if self.index is not None:
+            return tensor[self.index]
+        return tensor if tensor.shape[:2] == self.there.shape else tensor.unflatten(0, self.there.shape)
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """[positions, width] to [trajectories, longest, width], zeros where nothing is."""
+        """Likewise, with zeros where nothing is; of [positions, width]."""
         taken = self.take(tensor)
         return taken if self.full else taken.masked_fill(~self.there[..., None], 0)
 
@@ -78,6 +81,12 @@ class _Use:
     def places(self, tensor: Tensor) -> Tensor:
         """[..., width] to [positions, width]; a position's heads, where a norm layer has them, side by side."""
         return tensor.reshape(self.rows.trajectories.numel(), -1)
+
+    def product(self) -> _Product:
+        """Of a linear layer."""
+        if self.rows.index is None and self.seen.shape[:-1] == self.rows.there.shape:  # as it is nearly always
+            return _Product(self.rows.cut(self.gradient), self.seen)
+        return _Product(self.rows.cut(self.places(self.gradient)), self.rows.take(self.places(self.seen)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,12 @@ class GhostNorms:
                 raise TypeError(f"model: {name} is a {type(module).__name__}, accepted are linear layers, embeddings "
                                 "without max_norm or scale_grad_by_freq, layer norms and RMS norms")  # fmt: skip
         own = [module for module in self._learning if _is_own_rms_norm(module)]
-        self._eps = {module: eps for module in own if (eps := _eps(module)) is not None}
+        found: dict[Any, float | None] = {}  # one of each kind is looked at, for that waits for the device
+        kinds = {module: _kind(module) for module in own}
+        for module, kind in kinds.items():
+            if kind not in found:
+                found[kind] = _eps(module)
+        self._eps = {module: eps for module, kind in kinds.items() if (eps := found[kind]) is not None}
         self._scales = {module for module in own if module not in self._eps and _scales(module)}
         self._handles: list[Any] = []
         self._recording = self._taking = self._checked = False
@@ -126,6 +140,7 @@ class GhostNorms:
         self._vectors: dict[nn.Parameter, Tensor] = {}
         self._products: defaultdict[nn.Parameter, list[_Product]] = defaultdict(list)
         self._taken: list[_Use] = []
+        self._waiting: list[_Product] = []
         self._suffixes: dict[tuple[int, ...], _Rows] = {}
 
     def __enter__(self) -> Self:
@@ -148,7 +163,8 @@ class GhostNorms:
         if len(inputs) != 1:
             raise TypeError(f"model: a {type(module).__name__} got {len(inputs)} positional inputs, wanted one")
         (seen,) = inputs
-        self._uses.update([getattr(module, name) for name in self._learning[module]])
+        for name in self._learning[module]:
+            self._uses[getattr(module, name)] += 1
         if not seen.requires_grad:
             self._sources.append(output)
         output.register_hook(partial(self._take, module, seen.detach()))
@@ -186,6 +202,7 @@ class GhostNorms:
             torch.autograd.grad(total, self._sources, retain_graph=keep_graph, allow_unused=True)
         finally:
             self._recording, self._taking = True, False
+        self._square_waiting()
         vectors = [torch.cat([*self._vectors.values()], dim=1).double().square().sum(-1)] if self._vectors else []
         squares = torch.stack([*self._squares, *vectors]).sum(0)
         for products in self._products.values():
@@ -253,7 +270,7 @@ class GhostNorms:
         for name in self._learning[module]:
             parameter = getattr(module, name)
             if name == "weight" and isinstance(module, nn.Linear):
-                product = _Product(use.rows.cut(use.places(use.gradient)), use.rows.take(use.places(seen)))
+                product = use.product()
             elif isinstance(module, nn.Embedding):
                 product = _Product(use.rows.take(seen.flatten()), use.rows.cut(_embedded(use)))
             else:
@@ -303,9 +320,20 @@ class GhostNorms:
         self._vectors[parameter] = self._vectors[parameter] + sums if parameter in self._vectors else sums
 
     def _matrix(self, parameter: nn.Parameter, product: _Product) -> None:
-        self._squares.append(_square(product))
+        self._waiting.append(product)
+        if len(self._waiting) == AT_ONCE:
+            self._square_waiting()
         if self._uses[parameter] > 1:
             self._products[parameter].append(product)
+
+    def _square_waiting(self) -> None:
+        """‖leftᵀ right‖² of each trajectory, of what waits."""
+        linear = [product for product in self._waiting if product.left.dim() == 3]
+        if linear:
+            inputs, gradients = [product.right for product in linear], [product.left for product in linear]
+            self._squares.append(ghost_norm_linear(inputs, gradients))
+        self._squares += [_inner(product, product) for product in self._waiting if product.left.dim() != 3]
+        self._waiting = []
 
 
 def _learning_names(module: nn.Module) -> list[str]:
@@ -350,6 +378,12 @@ def _precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _kind(module: nn.Module) -> Any:
+    """What tells norm layers apart that may compute differently: the class, the width and all settings."""
+    settings = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
+    return type(module), module.get_parameter("weight").shape, tuple(sorted(settings.items()))
+
+
 def _eps(module: nn.Module) -> float | None:
     """Of a norm layer that normalises as PyTorch's own function does, and then multiplies; None of another one."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -375,13 +409,6 @@ def _with_weight(module: nn.Module, seen: Tensor, value: float) -> Tensor:
     weight = torch.full((seen.shape[-1],), value, dtype=seen.dtype, device=seen.device)
     result: Tensor = functional_call(module, {"weight": weight}, (seen,))
     return result
-
-
-def _square(product: _Product) -> Tensor:
-    """‖leftᵀ right‖² of each trajectory, float64 [trajectories]."""
-    if product.left.dim() == 3:
-        return ghost_norm_linear(product.right, product.left)
-    return _inner(product, product)
 
 
 def _inner(one: _Product, another: _Product) -> Tensor:
