@@ -35,16 +35,18 @@ class _Rows:
     full: bool
 
     @classmethod
-    def of(cls, trajectories: Tensor, count: int) -> _Rows:
-        """Of the trajectory of each position, [batch, positions]; -1 for none."""
-        numbers = torch.arange(len(trajectories), device=trajectories.device)[:, None]
-        if len(trajectories) == count and ((trajectories == numbers) | (trajectories == -1)).all():
+    def of(cls, trajectories: Tensor, count: int, device: torch.device) -> _Rows:
+        """Of the trajectory of each position, [batch, positions]; -1 for none. On the CPU, so that nothing waits."""
+        numbers = torch.arange(len(trajectories))[:, None]
+        index = None
+        if len(trajectories) == count and bool(((trajectories == numbers) | (trajectories == -1)).all()):
             there = trajectories != -1
-            return cls(trajectories, None, there, bool(there.all()))
-        flat = trajectories.flatten()
-        found = [(flat == number).nonzero()[:, 0] for number in range(count)]
-        index = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
-        return cls(trajectories, index.clamp(min=0), index >= 0, bool((index >= 0).all()))
+        else:
+            flat = trajectories.flatten()
+            found = [(flat == number).nonzero()[:, 0] for number in range(count)]
+            padded = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+            index, there = padded.clamp(min=0).to(device), padded >= 0
+        return cls(trajectories.to(device), index, there.to(device), bool(there.all()))
 
     def take(self, tensor: Tensor) -> Tensor:
         """[positions, ...] to [trajectories, longest, ...], anything where nothing is; or what is of that shape."""
@@ -187,11 +189,13 @@ class GhostNorms:
             ValueError: a number is not of a trajectory, a layer saw other positions than those (a linear layer may have
                 seen the last ones alone), or a parameter is used outside of its layer.
         """
+        trajectories = trajectories.cpu()  # the device is waited for once, if they are there
         if trajectories.numel() and not -1 <= int(trajectories.min()) <= int(trajectories.max()) < count:
             raise ValueError(
                 f"trajectories: got {int(trajectories.min())} to {int(trajectories.max())}, wanted -1 to {count - 1}"
             )
-        self._rows, self._count = _Rows.of(trajectories, count), count
+        self._trajectories, self._count = trajectories, count
+        self._rows = _Rows.of(trajectories, count, total.device)
         self._squares = [torch.zeros(count, dtype=torch.float64, device=total.device)]
         if not self._checked:
             self._check_uses(total)
@@ -223,13 +227,10 @@ class GhostNorms:
             One for each parameter, of its dtype.
         """
         found: dict[Tensor, Tensor] = self._weighted_vectors(weights)
-        at: dict[int, Tensor] = {}  # by rows, of which nearly all layers have the same
+        scaled = _Scaled(weights)
         for use in self._taken:
-            if id(use.rows) not in at:
-                wide = torch.promote_types(use.gradient.dtype, torch.float32)
-                at[id(use.rows)] = use.rows.weights(weights.to(use.gradient.device, wide))
             parameter = use.module.weight
-            gradient = _weighted_gradient(use, at[id(use.rows)])
+            gradient = _weighted_gradient(use, scaled)
             found[parameter] = found[parameter] + gradient if parameter in found else gradient
         return [found[p] if p in found else torch.zeros_like(p) for p in parameters]
 
@@ -287,7 +288,8 @@ class GhostNorms:
         if isinstance(module, nn.Linear) and len(shape) == 2 and shape[0] == batch and shape[1] < length:
             # An output layer that is asked for logits of the last positions alone.
             if shape not in self._suffixes:
-                self._suffixes[shape] = _Rows.of(trajectories[:, length - shape[1] :], self._count)
+                last = self._trajectories[:, length - shape[1] :]
+                self._suffixes[shape] = _Rows.of(last, self._count, seen.device)
             return self._suffixes[shape]
         in_rows, flat = shape[:2] == (batch, length), shape[:1] == (batch * length,)
         heads = places > batch * length and not isinstance(module, nn.Embedding | nn.Linear)
@@ -301,7 +303,7 @@ class GhostNorms:
         """The gradient of a vector by each position, [positions, heads that a norm layer has, width]."""
         found = use.gradient
         if name == "weight":
-            found = self._slopes(use.module, _precise(use.seen)) * found
+            found = self._slopes(use.module, use.seen) * found  # rounded as the layer rounds
         return found.reshape(use.rows.trajectories.numel(), -1, parameter.numel())
 
     def _slopes(self, module: Any, seen: Tensor) -> Tensor:
@@ -348,15 +350,45 @@ def _embedded(use: _Use) -> Tensor:
     return gradient * (use.seen.flatten() != use.module.padding_idx)[:, None]
 
 
-def _weighted_gradient(use: _Use, weights: Tensor) -> Tensor:
-    """Σ weight · gradient of a matrix in one call; weights are of positions, [positions, 1]."""
+class _Scaled:
+    """What layers saw or the gradient of what they gave, times the weight of each position's trajectory.
+
+    Args:
+        weights: of trajectories.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+        self._of_positions: dict[int, Tensor] = {}  # by rows, of which nearly all layers have the same
+        self._last: tuple[Any, Tensor, Tensor] | None = None  # with what was multiplied, so that its place stays taken
+
+    def __call__(self, tensor: Tensor, rows: _Rows) -> Tensor:
+        """[positions, width]. Layers that see the same follow each other: that is multiplied once."""
+        key = tensor.data_ptr(), tensor.shape, tensor.dtype, id(rows)
+        if self._last is None or self._last[0] != key:
+            if id(rows) not in self._of_positions:
+                wide = torch.promote_types(tensor.dtype, torch.float32)
+                self._of_positions[id(rows)] = rows.weights(self._weights.to(tensor.device, wide))
+            # Rounds once, in one pass.
+            product = torch.mul(tensor, self._of_positions[id(rows)], out=torch.empty_like(tensor))
+            self._last = key, tensor, product
+        return self._last[-1]
+
+
+def _weighted_gradient(use: _Use, scaled: _Scaled) -> Tensor:
+    """Σ weight · gradient of a matrix in one call."""
     parameter = use.module.weight
     if isinstance(use.module, nn.Embedding):
-        scaled = (_embedded(use) * weights).to(parameter.dtype)
-        return torch.zeros_like(parameter).index_add_(0, use.seen.flatten(), scaled)
+        rows = scaled(_embedded(use), use.rows).to(parameter.dtype)
+        return torch.zeros_like(parameter).index_add_(0, use.seen.flatten(), rows)
     gradient = use.places(use.gradient)
-    scaled = torch.mul(gradient, weights, out=torch.empty_like(gradient))  # rounds once, in one pass
-    product: Tensor = scaled.T @ use.places(use.seen).to(scaled.dtype)
+    seen = use.places(use.seen).to(gradient.dtype)
+    # The narrower is multiplied, for that is memory's work.
+    if gradient.shape[1] < seen.shape[1]:
+        gradient = scaled(gradient, use.rows)
+    else:
+        seen = scaled(seen, use.rows)
+    product: Tensor = gradient.T @ seen
     return product.to(parameter.dtype)
 
 
