@@ -21,7 +21,8 @@ def define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
 
     Args:
         name: of the operation.
-        function: what it does; its type hints are its schema, and it changes no argument.
+        function: what it does; its type hints are its schema, and it changes no argument. Its first argument is a
+            tensor, or a list of some.
         fake: the same for tensors without data.
     """
     qualified = f"pronghorn::{name}"
@@ -32,7 +33,8 @@ def define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
     operation = getattr(torch.ops.pronghorn, name)
 
     def call(*arguments: Any) -> Any:
-        seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(arguments[0]) not in PLAIN
+        first = arguments[0][0] if type(arguments[0]) is list else arguments[0]
+        seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(first) not in PLAIN
         return operation(*arguments) if seen else function(*arguments)
 
     return call
