@@ -107,9 +107,10 @@ def nightly(session: nox.Session) -> None:
         # A browser is no Python package. Without one its tests are skipped, and say so.
         session.run("apt-get", "install", "-y", "-q", "chromium", external=True, silent=True, success_codes=[0, 100])
     env = {**environment(session, "main"), **one_thread(), "HYPOTHESIS_PROFILE": "nightly"}
-    keep = ["--reliability", "benchmarks/results/reliability-cpu.json"]  # what docs/reliability.md is written from
-    session.notify("lerobot", posargs=keep)
-    run(session, env, "python", "-m", "pytest", "-q", *keep, *session.posargs)
+    keep = ["--reliability=benchmarks/results/reliability-cpu.json"]  # what docs/reliability.md is written from
+    apart = ["-n", WORKERS, "--dist", "loadgroup"]
+    session.notify("lerobot", posargs=[*apart, *keep])
+    run(session, env, "python", "-m", "pytest", "-q", *apart, *keep, *session.posargs)
 
 
 @nox.session

@@ -101,7 +101,7 @@ def ghost(problem: Problem, size: int) -> None:
     settings = VCPOSettings(opob_grad_norm="ghost")
 
     def log_probs_of(rows: range) -> tuple[Tensor, Tensor]:
-        numbers = torch.arange(len(rows), device=problem.ids.device)[:, None].expand(-1, PROMPT + ANSWER)
+        numbers = torch.arange(len(rows))[:, None].expand(-1, PROMPT + ANSWER)
         return problem.log_probs(rows), numbers
 
     found = accumulate_batched(log_probs_of, problem.model, problem.minibatch, settings, problem.micro_batches(size))

@@ -101,6 +101,37 @@ def test_lengths(which, gram, monkeypatch):
 
 
 @pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize("limited", [False, True])
+def test_several_layers_are_added_up(limited, which):
+    """Of one shape and of others, of other dtypes, and one whose tensors lie where there are no wide loads."""
+    shapes = [(40, 24), (70, 150), (40, 24), (6, 9), (40, 24), (70, 150)]
+    layers = [example(3, 33, *shape, seed=seed) for seed, shape in enumerate(shapes)]
+    lengths = example(3, 33, 6, 9, limited=True)["lengths"] if limited else None
+    layers[2]["inputs"] = layers[2]["inputs"].bfloat16()
+    apart = torch.empty(3 * 33 * 24 + 1, device=DEVICE)[1:].view(3, 33, 24)
+    layers[4]["output_gradients"] = apart.copy_(layers[4]["output_gradients"])
+    layers[5]["inputs"] = layers[5]["inputs"].mT.contiguous().mT
+    inputs, gradients = ([layer[name] for layer in layers] for name in ("inputs", "output_gradients"))
+    with backend(which):
+        found = ghost_norm_linear(inputs, gradients, lengths)
+    wanted = sum(OPERATION.oracle({**layer, "lengths": lengths}) for layer in layers)
+    assert relative_error(found, wanted) < 1e-5
+
+
+def test_layers_of_one_shape_take_one_launch(monkeypatch):
+    from pronghorn.kernels.ghost_norm_linear import triton
+
+    launched, launch = [], triton._of_one_shape
+    monkeypatch.setattr(
+        triton, "_of_one_shape", lambda layers, *more: launched.append(len(layers)) or launch(layers, *more)
+    )
+    layers = [example(2, 20, *shape) for shape in [(40, 24), (24, 40), (40, 24)]]
+    with backend("triton"):
+        ghost_norm_linear([one["inputs"] for one in layers], [one["output_gradients"] for one in layers])
+    assert launched == [2, 1]
+
+
+@pytest.mark.parametrize("which", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES[:2])
 def test_trajectories_do_not_mix(shape, which):
     arguments = example(*shape)
@@ -206,7 +237,8 @@ def test_nothing_to_do(shape, which):
 def test_as_a_torch_operation(shape, limited):
     arguments = example(*shape, limited=limited)
     with backend("reference"):
-        torch.library.opcheck(torch.ops.pronghorn.ghost_norm_linear.default, tuple(arguments.values()))
+        inputs, gradients, lengths = arguments.values()
+        torch.library.opcheck(torch.ops.pronghorn.ghost_norm_linear.default, ([inputs], [gradients], lengths))
 
 
 def tensor(*shape, **how):
@@ -216,7 +248,14 @@ def tensor(*shape, **how):
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"inputs": [1.0]}, TypeError, r"inputs: got list, wanted a torch\.Tensor"),
+        ({"inputs": [1.0]}, TypeError, r"inputs: got float, wanted a torch\.Tensor"),
+        ({"inputs": []}, ValueError, "output_gradients: got 1, wanted one for each of 0 inputs"),
+        ({"inputs": [tensor(2, 3, 4)] * 2}, ValueError, "output_gradients: got 1, wanted one for each of 2 inputs"),
+        (
+            {"inputs": [tensor(2, 3, 4), tensor(1, 3, 4)], "output_gradients": [tensor(2, 3, 5), tensor(1, 3, 5)]},
+            ValueError,
+            r"inputs: got shape \(1, 3, 4\), wanted \(2, 3, 4\)",
+        ),
         ({"inputs": tensor(3, 4)}, ValueError, r"inputs: got shape \(3, 4\), wanted 3 dimensions"),
         ({"inputs": tensor(2, 3, 4).long()}, TypeError, r"inputs: got torch\.int64, wanted a floating-point dtype"),
         ({"output_gradients": tensor(2, 3)}, ValueError, r"output_gradients: got shape \(2, 3\), wanted 3 dimensions"),

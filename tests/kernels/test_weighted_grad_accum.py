@@ -104,13 +104,13 @@ def test_addresses_of_any_alignment(moved):
 
 
 def test_tables_are_kept_and_renewed():
-    from pronghorn.kernels.weighted_grad_accum import triton
+    from pronghorn.kernels import _table
 
-    triton._kept_table.cache_clear()
+    _table._kept_table.cache_clear()
     gradients, accum, score = example()
     for _ in range(3):
         check(gradients, accum, score, (0.5, 0.25), "triton")
-    assert triton._kept_table.cache_info().misses == 1
+    assert _table._kept_table.cache_info().misses == 1
     for seed in range(1, 4):  # elsewhere in memory, and then where others lie
         check(example(seed=seed)[0], accum, score, (0.5, 0.25), "triton")
     check(gradients[::-1], accum[::-1], score[::-1], (1.0, 1.0), "triton")
@@ -118,11 +118,11 @@ def test_tables_are_kept_and_renewed():
 
 
 def test_a_recorded_table_is_the_same():
-    from pronghorn.kernels.weighted_grad_accum import triton
+    from pronghorn.kernels import _table
 
     numbers = *range(200), 2**47 + 3, 0x7F12345678ABCDE0
-    assert triton._recorded_table(numbers, DEVICE).tolist() == [*numbers]
-    assert triton._kept_table(numbers, DEVICE, 0).tolist() == [*numbers]
+    assert _table._recorded_table(numbers, DEVICE).tolist() == [*numbers]
+    assert _table._kept_table(numbers, DEVICE, 0).tolist() == [*numbers]
 
 
 @pytest.mark.parametrize("which", BACKENDS)
@@ -212,7 +212,7 @@ def test_compiled_it_changes_its_buffers():
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="records a CUDA graph")
 def test_a_recorded_call_outlives_its_table():
-    from pronghorn.kernels.weighted_grad_accum import triton
+    from pronghorn.kernels import _table
 
     gradients, accum, score = example()
     graph = torch.cuda.CUDAGraph()
@@ -221,7 +221,7 @@ def test_a_recorded_call_outlives_its_table():
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             squares = weighted_grad_accum(gradients, accum, score, pair(0.5, 2.0))
-        triton._kept_table.cache_clear()
+        _table._kept_table.cache_clear()
         for seed in range(2, 20):
             weighted_grad_accum(*example(seed=seed), pair(0.5, 2.0))
     before = [buffer.clone() for buffer in accum]

@@ -21,7 +21,8 @@ def define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
 
     Args:
         name: of the operation.
-        function: what it does; its type hints are its schema, and it changes no argument.
+        function: what it does; its type hints are its schema, and it changes no argument. Its first argument is a
+            tensor, or a list of some.
         fake: the same for tensors without data.
     """
     qualified = f"pronghorn::{name}"

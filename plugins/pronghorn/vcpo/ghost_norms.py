@@ -18,6 +18,7 @@ from torch.func import functional_call
 from pronghorn.kernels.ghost_norm_linear import ghost_norm_linear
 
 KINDS = (nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm)
+AT_ONCE = 32  # layers whose squared norms are computed together: launches are few, and so are copies that wait
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,27 @@ class _Rows:
     full: bool
 
     @classmethod
-    def of(cls, trajectories: Tensor, count: int) -> _Rows:
-        """Of the trajectory of each position, [batch, positions]; -1 for none."""
-        numbers = torch.arange(len(trajectories), device=trajectories.device)[:, None]
-        if len(trajectories) == count and ((trajectories == numbers) | (trajectories == -1)).all():
+    def of(cls, trajectories: Tensor, count: int, device: torch.device) -> _Rows:
+        """Of the trajectory of each position, [batch, positions]; -1 for none. On the CPU, so that nothing waits."""
+        numbers = torch.arange(len(trajectories))[:, None]
+        index = None
+        if len(trajectories) == count and bool(((trajectories == numbers) | (trajectories == -1)).all()):
             there = trajectories != -1
-            return cls(trajectories, None, there, bool(there.all()))
-        flat = trajectories.flatten()
-        found = [(flat == number).nonzero()[:, 0] for number in range(count)]
-        index = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
-        return cls(trajectories, index.clamp(min=0), index >= 0, bool((index >= 0).all()))
+        else:
+            flat = trajectories.flatten()
+            found = [(flat == number).nonzero()[:, 0] for number in range(count)]
+            padded = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+            index, there = padded.clamp(min=0).to(device), padded >= 0
+        return cls(trajectories.to(device), index, there.to(device), bool(there.all()))
 
     def take(self, tensor: Tensor) -> Tensor:
-        """[positions, ...] to [trajectories, longest, ...], anything where nothing is."""
-        return tensor.unflatten(0, self.there.shape) if self.index is None else tensor[self.index]
+        """[positions, ...] to [trajectories, longest, ...], anything where nothing is; or what is of that shape."""
+        if self.index is not None:
+            return tensor[self.index]
+        return tensor if tensor.shape[:2] == self.there.shape else tensor.unflatten(0, self.there.shape)
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """[positions, width] to [trajectories, longest, width], zeros where nothing is."""
+        """Likewise, with zeros where nothing is; of [positions, width]."""
         taken = self.take(tensor)
         return taken if self.full else taken.masked_fill(~self.there[..., None], 0)
 
@@ -78,6 +83,12 @@ class _Use:
     def places(self, tensor: Tensor) -> Tensor:
         """[..., width] to [positions, width]; a position's heads, where a norm layer has them, side by side."""
         return tensor.reshape(self.rows.trajectories.numel(), -1)
+
+    def product(self) -> _Product:
+        """Of a linear layer."""
+        if self.rows.index is None and self.seen.shape[:-1] == self.rows.there.shape:  # as it is nearly always
+            return _Product(self.rows.cut(self.gradient), self.seen)
+        return _Product(self.rows.cut(self.places(self.gradient)), self.rows.take(self.places(self.seen)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,12 @@ class GhostNorms:
                 raise TypeError(f"model: {name} is a {type(module).__name__}, accepted are linear layers, embeddings "
                                 "without max_norm or scale_grad_by_freq, layer norms and RMS norms")  # fmt: skip
         own = [module for module in self._learning if _is_own_rms_norm(module)]
-        self._eps = {module: eps for module in own if (eps := _eps(module)) is not None}
+        found: dict[Any, float | None] = {}  # one of each kind is looked at, for that waits for the device
+        kinds = {module: _kind(module) for module in own}
+        for module, kind in kinds.items():
+            if kind not in found:
+                found[kind] = _eps(module)
+        self._eps = {module: eps for module, kind in kinds.items() if (eps := found[kind]) is not None}
         self._scales = {module for module in own if module not in self._eps and _scales(module)}
         self._handles: list[Any] = []
         self._recording = self._taking = self._checked = False
@@ -126,6 +142,7 @@ class GhostNorms:
         self._vectors: dict[nn.Parameter, Tensor] = {}
         self._products: defaultdict[nn.Parameter, list[_Product]] = defaultdict(list)
         self._taken: list[_Use] = []
+        self._waiting: list[_Product] = []
         self._suffixes: dict[tuple[int, ...], _Rows] = {}
 
     def __enter__(self) -> Self:
@@ -148,7 +165,8 @@ class GhostNorms:
         if len(inputs) != 1:
             raise TypeError(f"model: a {type(module).__name__} got {len(inputs)} positional inputs, wanted one")
         (seen,) = inputs
-        self._uses.update([getattr(module, name) for name in self._learning[module]])
+        for name in self._learning[module]:
+            self._uses[getattr(module, name)] += 1
         if not seen.requires_grad:
             self._sources.append(output)
         output.register_hook(partial(self._take, module, seen.detach()))
@@ -171,11 +189,13 @@ class GhostNorms:
             ValueError: a number is not of a trajectory, a layer saw other positions than those (a linear layer may have
                 seen the last ones alone), or a parameter is used outside of its layer.
         """
+        trajectories = trajectories.cpu()  # the device is waited for once, if they are there
         if trajectories.numel() and not -1 <= int(trajectories.min()) <= int(trajectories.max()) < count:
             raise ValueError(
                 f"trajectories: got {int(trajectories.min())} to {int(trajectories.max())}, wanted -1 to {count - 1}"
             )
-        self._rows, self._count = _Rows.of(trajectories, count), count
+        self._trajectories, self._count = trajectories, count
+        self._rows = _Rows.of(trajectories, count, total.device)
         self._squares = [torch.zeros(count, dtype=torch.float64, device=total.device)]
         if not self._checked:
             self._check_uses(total)
@@ -186,6 +206,7 @@ class GhostNorms:
             torch.autograd.grad(total, self._sources, retain_graph=keep_graph, allow_unused=True)
         finally:
             self._recording, self._taking = True, False
+        self._square_waiting()
         vectors = [torch.cat([*self._vectors.values()], dim=1).double().square().sum(-1)] if self._vectors else []
         squares = torch.stack([*self._squares, *vectors]).sum(0)
         for products in self._products.values():
@@ -206,13 +227,10 @@ class GhostNorms:
             One for each parameter, of its dtype.
         """
         found: dict[Tensor, Tensor] = self._weighted_vectors(weights)
-        at: dict[int, Tensor] = {}  # by rows, of which nearly all layers have the same
+        scaled = _Scaled(weights)
         for use in self._taken:
-            if id(use.rows) not in at:
-                wide = torch.promote_types(use.gradient.dtype, torch.float32)
-                at[id(use.rows)] = use.rows.weights(weights.to(use.gradient.device, wide))
             parameter = use.module.weight
-            gradient = _weighted_gradient(use, at[id(use.rows)])
+            gradient = _weighted_gradient(use, scaled)
             found[parameter] = found[parameter] + gradient if parameter in found else gradient
         return [found[p] if p in found else torch.zeros_like(p) for p in parameters]
 
@@ -253,7 +271,7 @@ class GhostNorms:
         for name in self._learning[module]:
             parameter = getattr(module, name)
             if name == "weight" and isinstance(module, nn.Linear):
-                product = _Product(use.rows.cut(use.places(use.gradient)), use.rows.take(use.places(seen)))
+                product = use.product()
             elif isinstance(module, nn.Embedding):
                 product = _Product(use.rows.take(seen.flatten()), use.rows.cut(_embedded(use)))
             else:
@@ -270,7 +288,8 @@ class GhostNorms:
         if isinstance(module, nn.Linear) and len(shape) == 2 and shape[0] == batch and shape[1] < length:
             # An output layer that is asked for logits of the last positions alone.
             if shape not in self._suffixes:
-                self._suffixes[shape] = _Rows.of(trajectories[:, length - shape[1] :], self._count)
+                last = self._trajectories[:, length - shape[1] :]
+                self._suffixes[shape] = _Rows.of(last, self._count, seen.device)
             return self._suffixes[shape]
         in_rows, flat = shape[:2] == (batch, length), shape[:1] == (batch * length,)
         heads = places > batch * length and not isinstance(module, nn.Embedding | nn.Linear)
@@ -284,7 +303,7 @@ class GhostNorms:
         """The gradient of a vector by each position, [positions, heads that a norm layer has, width]."""
         found = use.gradient
         if name == "weight":
-            found = self._slopes(use.module, _precise(use.seen)) * found
+            found = self._slopes(use.module, use.seen) * found  # rounded as the layer rounds
         return found.reshape(use.rows.trajectories.numel(), -1, parameter.numel())
 
     def _slopes(self, module: Any, seen: Tensor) -> Tensor:
@@ -303,9 +322,20 @@ class GhostNorms:
         self._vectors[parameter] = self._vectors[parameter] + sums if parameter in self._vectors else sums
 
     def _matrix(self, parameter: nn.Parameter, product: _Product) -> None:
-        self._squares.append(_square(product))
+        self._waiting.append(product)
+        if len(self._waiting) == AT_ONCE:
+            self._square_waiting()
         if self._uses[parameter] > 1:
             self._products[parameter].append(product)
+
+    def _square_waiting(self) -> None:
+        """‖leftᵀ right‖² of each trajectory, of what waits."""
+        linear = [product for product in self._waiting if product.left.dim() == 3]
+        if linear:
+            inputs, gradients = [product.right for product in linear], [product.left for product in linear]
+            self._squares.append(ghost_norm_linear(inputs, gradients))
+        self._squares += [_inner(product, product) for product in self._waiting if product.left.dim() != 3]
+        self._waiting = []
 
 
 def _learning_names(module: nn.Module) -> list[str]:
@@ -320,15 +350,45 @@ def _embedded(use: _Use) -> Tensor:
     return gradient * (use.seen.flatten() != use.module.padding_idx)[:, None]
 
 
-def _weighted_gradient(use: _Use, weights: Tensor) -> Tensor:
-    """Σ weight · gradient of a matrix in one call; weights are of positions, [positions, 1]."""
+class _Scaled:
+    """What layers saw or the gradient of what they gave, times the weight of each position's trajectory.
+
+    Args:
+        weights: of trajectories.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+        self._of_positions: dict[int, Tensor] = {}  # by rows, of which nearly all layers have the same
+        self._last: tuple[Any, Tensor, Tensor] | None = None  # with what was multiplied, so that its place stays taken
+
+    def __call__(self, tensor: Tensor, rows: _Rows) -> Tensor:
+        """[positions, width]. Layers that see the same follow each other: that is multiplied once."""
+        key = tensor.data_ptr(), tensor.shape, tensor.dtype, id(rows)
+        if self._last is None or self._last[0] != key:
+            if id(rows) not in self._of_positions:
+                wide = torch.promote_types(tensor.dtype, torch.float32)
+                self._of_positions[id(rows)] = rows.weights(self._weights.to(tensor.device, wide))
+            # Rounds once, in one pass.
+            product = torch.mul(tensor, self._of_positions[id(rows)], out=torch.empty_like(tensor))
+            self._last = key, tensor, product
+        return self._last[-1]
+
+
+def _weighted_gradient(use: _Use, scaled: _Scaled) -> Tensor:
+    """Σ weight · gradient of a matrix in one call."""
     parameter = use.module.weight
     if isinstance(use.module, nn.Embedding):
-        scaled = (_embedded(use) * weights).to(parameter.dtype)
-        return torch.zeros_like(parameter).index_add_(0, use.seen.flatten(), scaled)
+        rows = scaled(_embedded(use), use.rows).to(parameter.dtype)
+        return torch.zeros_like(parameter).index_add_(0, use.seen.flatten(), rows)
     gradient = use.places(use.gradient)
-    scaled = torch.mul(gradient, weights, out=torch.empty_like(gradient))  # rounds once, in one pass
-    product: Tensor = scaled.T @ use.places(use.seen).to(scaled.dtype)
+    seen = use.places(use.seen).to(gradient.dtype)
+    # The narrower is multiplied, for that is memory's work.
+    if gradient.shape[1] < seen.shape[1]:
+        gradient = scaled(gradient, use.rows)
+    else:
+        seen = scaled(seen, use.rows)
+    product: Tensor = gradient.T @ seen
     return product.to(parameter.dtype)
 
 
@@ -348,6 +408,12 @@ def _is_own_rms_norm(module: nn.Module) -> bool:
 
 def _precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _kind(module: nn.Module) -> Any:
+    """What tells norm layers apart that may compute differently: the class, the width and all settings."""
+    settings = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
+    return type(module), module.get_parameter("weight").shape, tuple(sorted(settings.items()))
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -375,13 +441,6 @@ def _with_weight(module: nn.Module, seen: Tensor, value: float) -> Tensor:
     weight = torch.full((seen.shape[-1],), value, dtype=seen.dtype, device=seen.device)
     result: Tensor = functional_call(module, {"weight": weight}, (seen,))
     return result
-
-
-def _square(product: _Product) -> Tensor:
-    """‖leftᵀ right‖² of each trajectory, float64 [trajectories]."""
-    if product.left.dim() == 3:
-        return ghost_norm_linear(product.right, product.left)
-    return _inner(product, product)
 
 
 def _inner(one: _Product, another: _Product) -> Tensor:

@@ -207,7 +207,8 @@ def accumulate_batched(
     Args:
         log_probs_of: gives the learner's log-probabilities of some rows' tokens, [rows, tokens], with their graph, and
             which of these rows each position of the model's input belongs to, integers [batch, positions], -1 for
-            padding. It is called once for each micro-batch, in order.
+            padding, best on the CPU: from elsewhere they are waited for. It is called once for each micro-batch, in
+            order.
         model: its parameters that need a gradient learn. They may be sharded by `fully_shard`: then every rank has
             equally many micro-batches, each of whole groups.
         minibatch: its trajectories.

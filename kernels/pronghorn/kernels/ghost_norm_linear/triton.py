@@ -1,17 +1,21 @@
 """Triton kernels for squared norms of a linear layer's gradients: of tiles of them, or of tiles of Gram matrices.
 
-A program has one tile of one trajectory, and gives its share of the norm. Gram matrices are symmetric: below the
-diagonal is nothing to do, and what is above it counts twice.
+A program has one tile of one trajectory of one layer, and gives its share of the norm; a table tells where inputs and
+gradients of all layers of a shape are. Gram matrices are symmetric: below the diagonal is nothing to do, and what is
+above it counts twice.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels._launch import Launcher
+from pronghorn.kernels._launch import ALIGNMENT, Launcher
+from pronghorn.kernels._table import TYPES, device_table, tensor_at
 from pronghorn.kernels._triton import blocks, dot_type, dot_width
 
 MOST, MOST_FLOAT32 = 128, 64  # rows or columns of a tile; float32 takes three products, and registers for them
@@ -36,22 +40,29 @@ def _sum_of_products(a, b):
     return tl.sum(tl.sum(products, axis=1), axis=0)
 
 
+@triton.jit
+def _store_share(shares, share):
+    """[trajectories, layers, tiles]"""
+    at = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    tl.store(shares + at * tl.num_programs(0) + tl.program_id(0), share)
+
+
 @Launcher
 @triton.jit(do_not_specialize=["positions"])
 def _direct(
-    inputs, gradients, lengths, shares, positions,
-    IN: tl.constexpr, OUT: tl.constexpr, LIMITED: tl.constexpr, DOT_TYPE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    table, lengths, shares, positions,
+    IN: tl.constexpr, OUT: tl.constexpr, LIMITED: tl.constexpr, IN_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, DOT_TYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Input features from `i` on and output features from `o` on."""
-    trajectory = tl.program_id(1).to(tl.int64)
+    trajectory, layer = tl.program_id(1).to(tl.int64), tl.program_id(2)
     across: tl.constexpr = (OUT + COLUMNS - 1) // COLUMNS
     i = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
     o = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     step = tl.arange(0, DEPTH)
     length = _length(lengths, trajectory, positions, LIMITED)
-    inputs += trajectory * positions * IN
-    gradients += trajectory * positions * OUT
+    inputs = tensor_at(table + 2 * layer, IN_TYPE, ALIGNED) + trajectory * positions * IN
+    gradients = tensor_at(table + 2 * layer + 1, OUT_TYPE, ALIGNED) + trajectory * positions * OUT
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, length, DEPTH):
         there = (step < length - first)[:, None]
@@ -60,7 +71,7 @@ def _direct(
         total = tl.dot(tl.trans(left.to(DOT_TYPE)), right.to(DOT_TYPE), total, input_precision="tf32x3")
         inputs += DEPTH * IN
         gradients += DEPTH * OUT
-    tl.store(shares + trajectory * tl.num_programs(0) + tl.program_id(0), _sum_of_products(total, total))
+    _store_share(shares, _sum_of_products(total, total))
 
 
 @triton.jit
@@ -87,39 +98,56 @@ def _gram(
 @Launcher
 @triton.jit(do_not_specialize=["positions"])
 def _by_gram(
-    inputs, gradients, lengths, shares, positions,
+    table, lengths, shares, positions,
     IN: tl.constexpr, OUT: tl.constexpr, LIMITED: tl.constexpr, IN_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, IN_DOT: tl.constexpr, OUT_DOT: tl.constexpr,
     ROWS: tl.constexpr, IN_DEPTH: tl.constexpr, OUT_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    trajectory = tl.program_id(1).to(tl.int64)
+    trajectory, layer = tl.program_id(1).to(tl.int64), tl.program_id(2)
     across = tl.cdiv(positions, ROWS)
     row, column = (tl.program_id(0) // across) * ROWS, (tl.program_id(0) % across) * ROWS
     length = _length(lengths, trajectory, positions, LIMITED)
     there = (column >= row) & (column < length)
-    a = _gram(inputs, trajectory, row, column, length, positions, tl.where(there, IN, 0), IN, IN_TYPE, ROWS, IN_DEPTH)
+    inputs = tensor_at(table + 2 * layer, IN_TYPE, ALIGNED)
+    gradients = tensor_at(table + 2 * layer + 1, OUT_TYPE, ALIGNED)
+    a = _gram(inputs, trajectory, row, column, length, positions, tl.where(there, IN, 0), IN, IN_DOT, ROWS, IN_DEPTH)
     b = _gram(
-        gradients, trajectory, row, column, length, positions, tl.where(there, OUT, 0), OUT, OUT_TYPE, ROWS, OUT_DEPTH
+        gradients, trajectory, row, column, length, positions, tl.where(there, OUT, 0), OUT, OUT_DOT, ROWS, OUT_DEPTH
     )
     share = _sum_of_products(a, b) * tl.where(column > row, 2.0, 1.0)
-    tl.store(shares + trajectory * tl.num_programs(0) + tl.program_id(0), share)
+    _store_share(shares, share)
 
 
-def ghost_norm_linear(inputs: Tensor, output_gradients: Tensor, lengths: Tensor | None) -> Tensor:
-    """float64 [trajectories]."""
-    inputs, gradients = inputs.contiguous(), output_gradients.contiguous()
+def ghost_norm_linear(pairs: list[tuple[Tensor, Tensor]], lengths: Tensor | None) -> Tensor:
+    """float64 [trajectories], of inputs and output gradients of layers."""
+    kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for x, gradient in pairs:
+        kinds.setdefault((x.shape, gradient.shape[2], x.dtype, gradient.dtype), []).append(
+            (x.contiguous(), gradient.contiguous())
+        )
+    shares = [_of_one_shape(layers, lengths) for layers in kinds.values()]
+    return (shares[0] if len(shares) == 1 else torch.cat(shares, dim=1)).sum(dim=1)
+
+
+def _of_one_shape(layers: list[tuple[Tensor, Tensor]], lengths: Tensor | None) -> Tensor:
+    """Shares of each trajectory's norm, [trajectories, shares]."""
+    inputs, gradients = layers[0]
     trajectories, positions, in_features = inputs.shape
     out_features = gradients.shape[2]
     wide = torch.promote_types(inputs.dtype, gradients.dtype)
-    rows, columns = direct_tile(trajectories, in_features, out_features, wide)
-    square = gram_tile(trajectories, positions, wide)
+    rows, columns = direct_tile(len(layers) * trajectories, in_features, out_features, wide)
+    square = gram_tile(len(layers) * trajectories, positions, wide)
     gram = gram_is_cheaper(positions, in_features, out_features, (rows, columns), square)
     tiles = blocks(positions, square) ** 2 if gram else blocks(in_features, rows) * blocks(out_features, columns)
-    shares = torch.empty(trajectories, tiles, dtype=torch.float64, device=inputs.device)
-    given = inputs, gradients, inputs if lengths is None else lengths.contiguous(), shares
-    sizes = in_features, out_features, lengths is not None
+    addresses = tuple([tensor.data_ptr() for pair in layers for tensor in pair])
+    aligned = not any(address % ALIGNMENT for address in addresses)
+    table = device_table(addresses, inputs.device)
+    shares = torch.empty(trajectories, len(layers) * tiles, dtype=torch.float64, device=inputs.device)
+    given = table, table if lengths is None else lengths.contiguous(), shares
+    sizes = in_features, out_features, lengths is not None, TYPES[inputs.dtype], TYPES[gradients.dtype], aligned
     if gram:
         _by_gram(
-            (tiles, trajectories, 1), given, (positions,),
+            (tiles, trajectories, len(layers)), given, (positions,),
             (
                 *sizes, dot_type(inputs.dtype), dot_type(gradients.dtype), square,
                 _depth(in_features, inputs.dtype), _depth(out_features, gradients.dtype),
@@ -128,11 +156,11 @@ def ghost_norm_linear(inputs: Tensor, output_gradients: Tensor, lengths: Tensor 
         )  # fmt: skip
     else:
         _direct(
-            (tiles, trajectories, 1), given, (positions,),
+            (tiles, trajectories, len(layers)), given, (positions,),
             (*sizes, dot_type(wide), rows, columns, _depth(positions, wide)),
             num_warps=_warps(rows, columns), num_stages=STAGES,
         )  # fmt: skip
-    return shares.sum(dim=1)
+    return shares
 
 
 def direct_tile(trajectories: int, in_features: int, out_features: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -6,31 +6,19 @@ is the first that works on it; every program does the same number of elements.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels._launch import ALIGNMENT
+from pronghorn.kernels._table import TYPES, device_table, tensor_at
 from pronghorn.kernels._triton import blocks, power_of_2
 
 ELEMENTS = 1024  # of a tile
 TILES = 16  # of a program, at most
 PROGRAMS = 1024  # of so many or more, a program has several tiles
 WARPS = 4
-TABLES = 16  # that are kept
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _start(table, row, tensors, index, offset, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """A tensor's address out of the table, from an element on."""
-    start = tl.load(table + row * tensors + index).to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        start = tl.multiple_of(start, 16)
-    return start + offset
 
 
 @triton.jit
@@ -57,9 +45,9 @@ def _accumulate(
     index = tl.sum((before & (which < tensors)).to(tl.int32), axis=0) - 1
     offset = (program - tl.load(table + index)) * tiles * ELEMENTS
     left = tl.minimum(tl.load(table + tensors + index) - offset, tiles * ELEMENTS).to(tl.int32)
-    gradient = _start(table, 2, tensors, index, offset, TYPE, ALIGNED)
-    accum = _start(table, 3, tensors, index, offset, tl.float32, ALIGNED)
-    score = _start(table, 4, tensors, index, offset, tl.float32, ALIGNED)
+    gradient = tensor_at(table + 2 * tensors + index, TYPE, ALIGNED) + offset
+    accum = tensor_at(table + 3 * tensors + index, tl.float32, ALIGNED) + offset
+    score = tensor_at(table + 4 * tensors + index, tl.float32, ALIGNED) + offset
     squares = tl.zeros([ELEMENTS], tl.float64)
     full = left // ELEMENTS
     for tile in range(full):  # without a mask, for with one of any length there are no wide loads
@@ -104,32 +92,10 @@ def _launch(
     for size in sizes:
         firsts.append(programs)
         programs += blocks(size, ELEMENTS * tiles)
-    table = _table((*firsts, *sizes, *places[0], *places[1], *places[2]), device)
+    table = device_table((*firsts, *sizes, *places[0], *places[1], *places[2]), device)
     sums = torch.empty(programs, dtype=torch.float64, device=device)
     _accumulate[(programs,)](
         table, sums, weights, len(rows), tiles, dtype, scored, aligned, power_of_2(len(rows)), ELEMENTS,
         num_warps=WARPS,
     )  # fmt: skip
     return sums
-
-
-def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return _kept_table(numbers, device, 0)
-    if torch.cuda.is_current_stream_capturing():
-        return _recorded_table(numbers, device)
-    return _kept_table(numbers, device, torch.cuda.current_stream(device).cuda_stream)
-
-
-@functools.lru_cache(TABLES)
-def _kept_table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """Of one stream, for on another it might not be there yet."""
-    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
-
-
-def _recorded_table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """A graph's own: kept ones are freed before it, as is memory of the host. What a kernel is given stays with it."""
-    table = torch.zeros(len(numbers), dtype=torch.int64, device=device)
-    torch._foreach_add_(table.unbind(), numbers)
-    return table

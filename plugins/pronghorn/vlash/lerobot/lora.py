@@ -184,6 +184,9 @@ def _quantize(layer: Any, kind: str) -> None:
     )  # fmt: skip
     quantized.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type=kind)
     quantized.bias = linear.bias
+    # On CPUs with AVX512-BF16 it would lay out weights anew at the first call: of no use to what merges them, and
+    # refused where a width is no multiple of 32.
+    quantized.support_avx512bf16_for_cpu = False
     layer.base_layer = quantized.to(device)
 
 
