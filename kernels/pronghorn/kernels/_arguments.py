@@ -52,4 +52,4 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """`tensor` has exactly this shape."""
     if tensor.shape != shape:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {shape}")
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {tuple(shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from pronghorn.kernels._dispatch import interpreting
 
 ALIGNMENT = 16  # bytes: what Triton compiles a kernel for, where every tensor begins at a multiple of it
 LARGEST, SMALLEST = (1 << 31) - 1, -(1 << 31)
+
+# Keeps how a kernel is launched for shapes and strides: of small images, working it out takes longer than the kernel.
+planned = functools.lru_cache(maxsize=1024)
 
 
 class Launcher:
@@ -51,6 +55,7 @@ class Launcher:
         key = constants, tuple(options.values()), wide, device, *dtypes
         kept = self._compiled.get(key)
         if kept is not None and aligned and not _watched():
+            # As Triton's own launch ends, in 3.6 and 3.9 alike; what comes before it takes as long as all of this.
             run, function, metadata = kept
             stream = torch._C._cuda_getCurrentRawStream(device)
             run(*grid, stream, function, metadata, None, None, None, *tensors, *numbers, *constants)
@@ -63,7 +68,8 @@ class Launcher:
 def _watched() -> bool:
     """Whether a profiler wants to be told of launches, as Triton's own launch does."""
     runtime: Any = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _any_wide(numbers: Sequence[int]) -> bool:

@@ -10,13 +10,15 @@ inputs, which are separate values of one thread.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels._dispatch import interpreting
-from pronghorn.kernels._launch import Launcher
+from pronghorn.kernels._launch import Launcher, planned
 from pronghorn.kernels._memory import dense_format
 from pronghorn.kernels._triton import blocks, power_of_2
 from pronghorn.kernels.gated_depthwise_conv.reference import halved
@@ -162,20 +164,27 @@ def _gated(
 def gated_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[batch, channels, height, width]."""
     x, layout = dense_format(x)
-    batch, doubled, height, width = x.shape
-    channels, adjacent = doubled // 2, layout is torch.channels_last
     out = halved(x)
+    adjacent, ptx = layout is torch.channels_last, not interpreting() and torch.version.hip is None
+    grid, numbers, constants, options = _plan(x.shape, adjacent, x.dtype, ptx)
+    tensors = x, weight.contiguous(), x if bias is None else bias.contiguous(), out
+    _gated(grid, tensors, numbers, (bias is not None, *constants), **options)
+    return out
+
+
+@planned
+def _plan(shape: torch.Size, adjacent: bool, dtype: torch.dtype, ptx: bool) -> tuple[Any, ...]:
+    """Grid, numbers, constants after the first, and options."""
+    batch, doubled, height, width = shape
+    channels = doubled // 2
     tile = min(MOST_CHANNELS[adjacent], power_of_2(channels))
     groups = min(ELEMENTS // tile, power_of_2(blocks(width, COLUMNS)))
     columns = batch * blocks(channels, tile) * blocks(width, groups * COLUMNS)
     rows = MOST_ROWS
     while rows > FEWEST_ROWS and columns * blocks(height, rows) < BUSY:
         rows //= 2
-    ptx = not interpreting() and torch.version.hip is None
-    _gated(
-        (columns * blocks(height, rows), 1, 1),
-        (x, weight.contiguous(), x if bias is None else bias.contiguous(), out), (height, width, rows),
-        (bias is not None, channels, adjacent, groups, tile, COLUMNS, ptx, ptx and x.dtype == torch.bfloat16), num_warps=WARPS,
-        **({"maxnreg": REGISTERS} if ptx and x.element_size() == 2 else {}),
+    return (
+        (columns * blocks(height, rows), 1, 1), (height, width, rows),
+        (channels, adjacent, groups, tile, COLUMNS, ptx, ptx and dtype == torch.bfloat16),
+        {"num_warps": WARPS, **({"maxnreg": REGISTERS} if ptx and dtype.itemsize == 2 else {})},
     )  # fmt: skip
-    return out

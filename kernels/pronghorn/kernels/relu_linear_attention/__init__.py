@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pronghorn.kernels._arguments import check_shape, check_tensor
-from pronghorn.kernels._dispatch import use_triton
+from pronghorn.kernels._arguments import check_shape, check_tensor, wants_gradient
+from pronghorn.kernels._dispatch import triton_kernels, use_triton
 from pronghorn.kernels._library import define
 from pronghorn.kernels.relu_linear_attention import reference
 
@@ -45,7 +45,7 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-15
     _check_alike("k", k, "q", q)
     _check_alike("v", v, "q", q)
     _check_eps(eps)
-    if _wants_gradient(q, k, v):
+    if wants_gradient(q, k, v):
         result: Tensor = _Differentiable.apply(q, k, v, eps)
     else:
         result = _operation(q, k, v, eps)
@@ -115,7 +115,7 @@ def _check_head(name: str, tensor: Tensor) -> None:
 
 def _check_alike(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
     check_tensor(name, tensor, like=like)
-    check_shape(name, tensor, tuple(like.shape))
+    check_shape(name, tensor, like.shape)
     if tensor.dtype != like.dtype:
         raise TypeError(f"{name}: got {tensor.dtype}, wanted the dtype of {other}, {like.dtype}")
 
@@ -125,12 +125,8 @@ def _check_eps(eps: float) -> None:
         raise ValueError(f"eps: got {eps!r}, wanted a number from {LEAST_EPS} on")
 
 
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 def _refuse_gradient(name: str, *tensors: Tensor) -> None:
-    if _wants_gradient(*tensors):
+    if wants_gradient(*tensors):
         raise RuntimeError(f"{name}: is for inference, under torch.no_grad(); relu_linear_attention has gradients")
 
 
@@ -154,25 +150,22 @@ def _triton(tensor: Tensor) -> bool:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     if _triton(q):
-        from pronghorn.kernels.relu_linear_attention import triton
-
-        return triton.relu_linear_attention(q, k, v, eps)
+        result: Tensor = triton_kernels("relu_linear_attention").relu_linear_attention(q, k, v, eps)
+        return result
     return reference.attend_state(q, reference.key_value_state(k, v), eps)
 
 
 def _state(k: Tensor, v: Tensor) -> Tensor:
     if _triton(k):
-        from pronghorn.kernels.relu_linear_attention import triton
-
-        return triton.key_value_state(k, v)
+        result: Tensor = triton_kernels("relu_linear_attention").key_value_state(k, v)
+        return result
     return reference.key_value_state(k, v)
 
 
 def _read(q: Tensor, state: Tensor, eps: float) -> Tensor:
     if _triton(q):
-        from pronghorn.kernels.relu_linear_attention import triton
-
-        return triton.attend_state(q, state, eps)
+        result: Tensor = triton_kernels("relu_linear_attention").attend_state(q, state, eps)
+        return result
     return reference.attend_state(q, state, eps)
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels._dispatch import interpreting
-from pronghorn.kernels._launch import Launcher
+from pronghorn.kernels._launch import Launcher, planned
 from pronghorn.kernels._triton import blocks, dot_type, dot_width
 
 
@@ -34,6 +34,7 @@ PROGRAMS = 512  # that a GPU runs at once
 MOST_PARTS = 8  # whose sums are read by all of the second kernel, rather than added up by a kernel between the two
 FEW_TILES = 64  # of a head; so few are not worth more parts
 UNIT = 16
+Strides = tuple[int, ...]
 RELU_OF_PAIRS = tl.constexpr("{.reg .b32 zero; mov.b32 zero, 0; max.NaN.bf16x2 $0, $1, zero;}")
 RECIPROCAL = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 LEAST_ROWS = tl.constexpr(16)  # of a product
@@ -193,21 +194,26 @@ def attend_state(q: Tensor, state: Tensor, eps: float) -> Tensor:
 def _sums(k: Tensor, v: Tensor) -> Tensor:
     """The state of each part of the tokens, float32 [parts, batch, heads, head_dim + 1, head_dim]."""
     k, v = _readable(k), _readable(v)
-    batch, heads, tokens, size = k.shape
-    tile, tiles, parts = _parts(k)
-    sums = torch.empty(parts, batch, heads, size + 1, size, dtype=torch.float32, device=k.device)
-    tokens, token_unit = _divided(tokens)
-    k_strides, k_unit, k_inside = _strides(k)
-    v_strides, v_unit, v_inside = _strides(v)
-    _sum_state(
-        (batch * heads, parts, 1), (k, v, sums), (tokens, heads, tiles, *k_strides, *v_strides),
-        (
-            token_unit, k_unit, v_unit, k_inside, v_inside, size, dot_width(size), tile.tokens, dot_type(k.dtype),
-            _ptx(k),
-        ),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    found, grid, numbers, constants, tile = _sum_plan(k.shape, k.stride(), v.stride(), k.dtype, _ptx(k))
+    sums = torch.empty(found, dtype=torch.float32, device=k.device)
+    _sum_state(grid, (k, v, sums), numbers, constants, num_warps=tile.warps, num_stages=tile.stages)
     return sums
+
+
+@planned
+def _sum_plan(shape: torch.Size, k: Strides, v: Strides, dtype: torch.dtype, ptx: bool) -> tuple[Any, ...]:
+    """Shape of the states, grid, numbers, constants and tile."""
+    batch, heads, tokens, size = shape
+    tile, tiles, parts = _parts(shape, dtype)
+    tokens, token_unit = _divided(tokens)
+    k_strides, k_unit, k_inside = _strides(shape, k)
+    v_strides, v_unit, v_inside = _strides(shape, v)
+    return (
+        (parts, batch, heads, size + 1, size), (batch * heads, parts, 1),
+        (tokens, heads, tiles, *k_strides, *v_strides),
+        (token_unit, k_unit, v_unit, k_inside, v_inside, size, dot_width(size), tile.tokens, dot_type(dtype), ptx),
+        tile,
+    )  # fmt: skip
 
 
 def _read(q: Tensor, sums: Tensor, eps: float) -> Tensor:
@@ -215,27 +221,34 @@ def _read(q: Tensor, sums: Tensor, eps: float) -> Tensor:
     if len(sums) > MOST_PARTS:
         sums = sums.sum(dim=0, keepdim=True)
     out = torch.empty_like(q)
-    q = _readable(q)
-    batch, heads, tokens, size = q.shape
-    tile, tiles, parts = _parts(q)
-    tokens, token_unit = _divided(tokens)
-    written = (
-        out if _tokens_inside(out) or out.stride(3) == 1 else torch.empty(out.shape, dtype=q.dtype, device=q.device)
-    )
-    rows = min(dot_width(size), ROWS_OF_WIDE if size > WIDE else WIDE)
-    q_strides, q_unit, q_inside = _strides(q)
-    out_strides, out_unit, out_inside = _strides(written)
-    product = dot_type(q.dtype) if q.dtype == torch.bfloat16 else tl.float32
-    _read_state(
-        (batch * heads, parts, blocks(size, rows)), (q, sums, written),
-        (tokens, heads, tiles, *q_strides, *out_strides),
-        (
-            token_unit, q_unit, out_unit, q_inside, out_inside, eps, size, dot_width(size), rows, tile.tokens,
-            len(sums), product, _ptx(q),
-        ),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    q, written = _readable(q), out
+    if not _reads(out.shape, out.stride()):
+        written = torch.empty(out.shape, dtype=q.dtype, device=q.device)
+    grid, numbers, constants, tile = _read_plan(q.shape, q.stride(), written.stride(), q.dtype, len(sums), eps, _ptx(q))
+    _read_state(grid, (q, sums, written), numbers, constants, num_warps=tile.warps, num_stages=tile.stages)
     return out if written is out else out.copy_(written)
+
+
+@planned
+def _read_plan(
+    shape: torch.Size, q: Strides, out: Strides, dtype: torch.dtype, states: int, eps: float, ptx: bool
+) -> tuple[Any, ...]:
+    """Grid, numbers, constants and tile."""
+    batch, heads, tokens, size = shape
+    tile, tiles, parts = _parts(shape, dtype)
+    tokens, token_unit = _divided(tokens)
+    rows = min(dot_width(size), ROWS_OF_WIDE if size > WIDE else WIDE)
+    q_strides, q_unit, q_inside = _strides(shape, q)
+    out_strides, out_unit, out_inside = _strides(shape, out)
+    product = dot_type(dtype) if dtype == torch.bfloat16 else tl.float32
+    return (
+        (batch * heads, parts, blocks(size, rows)), (tokens, heads, tiles, *q_strides, *out_strides),
+        (
+            token_unit, q_unit, out_unit, q_inside, out_inside, eps, size, dot_width(size), rows, tile.tokens, states,
+            product, ptx,
+        ),
+        tile,
+    )  # fmt: skip
 
 
 def _ptx(tensor: Tensor) -> bool:
@@ -243,13 +256,18 @@ def _ptx(tensor: Tensor) -> bool:
     return tensor.element_size() == 2 and torch.version.hip is None and not interpreting()
 
 
-def _tokens_inside(tensor: Tensor) -> bool:
-    return tensor.stride(2) == 1 and tensor.shape[2] > 1
+def _tokens_inside(shape: torch.Size, strides: Strides) -> bool:
+    return strides[2] == 1 and shape[2] > 1
+
+
+def _reads(shape: torch.Size, strides: Strides) -> bool:
+    """Whether tokens or channels are adjacent."""
+    return strides[3] == 1 or _tokens_inside(shape, strides)
 
 
 def _readable(tensor: Tensor) -> Tensor:
     """With adjacent tokens or channels."""
-    return tensor if _tokens_inside(tensor) or tensor.stride(3) == 1 else tensor.contiguous()
+    return tensor if _reads(tensor.shape, tensor.stride()) else tensor.contiguous()
 
 
 def _divided(*numbers: int) -> tuple[Any, ...]:
@@ -258,18 +276,18 @@ def _divided(*numbers: int) -> tuple[Any, ...]:
     return *(number // unit for number in numbers), unit
 
 
-def _strides(tensor: Tensor) -> tuple[tuple[int, ...], int, bool]:
+def _strides(shape: torch.Size, strides: Strides) -> tuple[tuple[int, ...], int, bool]:
     """Those of batch and head, and from one channel or token to the next, divided by a unit; whether tokens adjoin."""
-    inside = _tokens_inside(tensor)
+    inside = _tokens_inside(shape, strides)
     axes = (0, 1, 3 if inside else 2)
-    *strides, unit = _divided(*(tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in axes))
-    return tuple(strides), unit, inside
+    *divided, unit = _divided(*(strides[axis] if shape[axis] > 1 else 0 for axis in axes))
+    return tuple(divided), unit, inside
 
 
-def _parts(tensor: Tensor) -> tuple[Tile, int, int]:
+def _parts(shape: torch.Size, dtype: torch.dtype) -> tuple[Tile, int, int]:
     """The tile, how many of them a program takes, and programs for each head."""
-    batch, heads, tokens, size = tensor.shape
-    tiles_of = FP32 if tensor.dtype == torch.float32 else TILES
+    batch, heads, tokens, size = shape
+    tiles_of = FP32 if dtype == torch.float32 else TILES
     tile = next(tile for most, tile in tiles_of.items() if size <= most)
     whole = blocks(tokens, tile.tokens)
     parts = min(whole, max(1, PROGRAMS // (batch * heads)), MOST_PARTS if whole <= FEW_TILES else whole)

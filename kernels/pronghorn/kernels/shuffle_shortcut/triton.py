@@ -12,12 +12,14 @@ knows what divides it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels._launch import LARGEST, Launcher
+from pronghorn.kernels._launch import LARGEST, Launcher, planned
 from pronghorn.kernels._triton import blocks, power_of_2
 
 ELEMENTS = 512  # of a tile
@@ -134,8 +136,19 @@ def shuffle_shortcut(x: Tensor, main: Tensor | None, out: Tensor, factor: int, u
     layout = torch.channels_last if adjacent else torch.contiguous_format
     x = x.contiguous(memory_format=layout)
     given = x if main is None else main.contiguous(memory_format=layout)
-    images, channels, *size = out.shape
-    height, width = x.shape[2:] if up else size
+    shape = None if main is None else given.shape
+    grid, numbers, constants = _plan(x.shape, shape, out.shape, factor, up, scale, adjacent)
+    _shuffle_shortcut(grid, (x, given, out), numbers, constants, num_warps=WARPS)
+    return out
+
+
+@planned
+def _plan(
+    x: torch.Size, main: torch.Size | None, out: torch.Size, factor: int, up: bool, scale: float, adjacent: bool
+) -> tuple[Any, ...]:
+    """Grid, numbers and constants."""
+    images, channels, *size = out
+    height, width = x[2:] if up else size
     if adjacent:
         tile = min(power_of_2(channels), MOST)
         columns, pixels = 1, max(1, (CELLS_ELEMENTS if up and factor > 1 else ELEMENTS) // tile)
@@ -147,14 +160,12 @@ def shuffle_shortcut(x: Tensor, main: Tensor | None, out: Tensor, factor: int, u
         rectangles = blocks(size[1], columns) * blocks(size[0], pixels // columns)
         grid = rectangles, blocks(channels, tile), images
     unit = 1 if width % UNIT else UNIT
-    same = main is not None and main.shape == out.shape
-    scale = scale if up else scale * channels / (x.shape[1] * factor**2)
-    _shuffle_shortcut(
-        grid, (x, given, out), (images, height, width // unit),
+    scale = scale if up else scale * channels / (x[1] * factor**2)
+    wide = max(x.numel(), 0 if main is None else main.numel(), out.numel()) > LARGEST
+    return (
+        grid, (images, height, width // unit),
         (
-            unit, scale, factor, up, x.shape[1], 0 if main is None else given.shape[1], same, channels, adjacent,
-            max(x.numel(), given.numel(), out.numel()) > LARGEST, tile, pixels, columns,
+            unit, scale, factor, up, x[1], 0 if main is None else main[1], main == out, channels, adjacent, wide, tile,
+            pixels, columns,
         ),
-        num_warps=WARPS,
     )  # fmt: skip
-    return out

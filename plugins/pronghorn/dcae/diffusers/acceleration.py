@@ -22,6 +22,7 @@ from pronghorn.dcae.diffusers.attention import (
     attention_output,
     gated,
     normed,
+    out_weight,
     qkv_weight,
     queries_keys_values,
 )
@@ -135,36 +136,41 @@ class FastResBlock(nn.Module):
     def __init__(self, block: ResBlock) -> None:
         super().__init__()
         self.conv1, self.nonlinearity, self.conv2, self.norm = block.conv1, block.nonlinearity, block.conv2, block.norm
+        self.activation = ACTIVATIONS.get(type(block.nonlinearity))
         weight, bias = _folded(block.conv2, block.norm) if isinstance(block.norm, nn.BatchNorm2d) else (None, None)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of features [batch, channels, height, width]."""
-        activation = ACTIVATIONS.get(type(self.nonlinearity))
-        y = convolved(self.conv1, x, activation=activation)
-        y = y if activation else self.nonlinearity(y)
-        if self.weight is not None:
-            return convolved(self.conv2, y, weight=self.weight, bias=self.bias, residual=x)
-        return normed(self.conv2(y), self.norm, x)
+        inner: Any = self._modules
+        y = convolved(inner["conv1"], x, activation=self.activation)
+        y = y if self.activation else inner["nonlinearity"](y)
+        derived = self._buffers
+        if derived["weight"] is not None:
+            return convolved(inner["conv2"], y, weight=derived["weight"], bias=derived["bias"], residual=x)
+        return normed(convolved(inner["conv2"], y), inner["norm"], x)
 
 
 class FastEfficientViTBlock(nn.Module):
     """Linear attention and a gated convolution, each with its norm and sum in one kernel."""
 
     qkv: Tensor
+    out: Tensor
 
     def __init__(self, block: EfficientViTBlock) -> None:
         super().__init__()
         self.attn, self.conv_out = block.attn, block.conv_out
         self.register_buffer("qkv", qkv_weight(self.attn).detach(), persistent=False)
+        self.register_buffer("out", out_weight(self.attn).detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of features [batch, channels, height, width]."""
-        scales = queries_keys_values(self.attn, x, self.qkv)
-        attended = [relu_linear_attention(q, k, v, eps=self.attn.eps) for q, k, v in scales]
-        x = attention_output(self.attn, attended, x)
-        return gated(self.conv_out, x)
+        inner: Any = self._modules
+        attn = inner["attn"]
+        q, k, v = queries_keys_values(attn, x, self.qkv)
+        x = attention_output(attn, relu_linear_attention(q, k, v, eps=attn.eps), x, self.out)
+        return gated(inner["conv_out"], x)
 
 
 class _NormOut(nn.Module):

@@ -5,6 +5,8 @@ PyTorch adds a bias in a pass of its own, which on large images takes as long as
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,16 +28,18 @@ def convolved(
         residual: in the shape of the result.
         activation: None, "relu" or "silu".
     """
-    if weight is None:
-        weight, bias = conv.weight, conv.bias
+    if weight is None:  # by name, for as attributes they take several times as long, which small images notice
+        own = conv._parameters
+        weight, bias = own["weight"], own["bias"]
+    assert weight is not None  # noqa: S101 - a convolution has one
+    way: Any = (conv.stride, conv.padding, conv.dilation)
     if bias is not None and residual is None:
         if activation is None and _of_pixels(conv, x):
-            return functional.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+            return functional.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         if activation == "relu" and _in_cudnn(x):
-            stride, padding, dilation = (tuple(map(int, way)) for way in (conv.stride, conv.padding, conv.dilation))
-            result: Tensor = torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, conv.groups)
+            result: Tensor = torch.cudnn_convolution_relu(x, weight, bias, *way, conv.groups)
             return result
-    y = functional.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    y = torch.conv2d(x, weight, None, *way, conv.groups)
     if bias is None and residual is None and activation is None:
         return y
     return bias_activation(y, bias, residual=residual, activation=activation)

@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC, DCDownBl
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from torch import Tensor, nn
 
-from pronghorn.dcae.diffusers.attention import attention_output, gated, qkv_weight, queries_keys_values
+from pronghorn.dcae.diffusers.attention import attention_output, gated, out_weight, qkv_weight, queries_keys_values
 from pronghorn.dcae.diffusers.resampling import FastDownBlock, FastStem, FastUpBlock
 from pronghorn.kernels.relu_linear_attention import attend_state, key_value_state
 from pronghorn.kernels.shuffle_shortcut import shuffle_add, unshuffle_add
@@ -260,17 +260,16 @@ def _convolved(step: _Step, x: Tensor, strips: list[Range]) -> Iterator[Tensor]:
 
 
 def _attended(step: _Attend, x: Tensor, strips: list[Range]) -> Iterator[Tensor]:
-    attn, weight = step.attn, qkv_weight(step.attn)
+    attn, weight, weight_out = step.attn, qkv_weight(step.attn), out_weight(step.attn)
 
-    def of(strip: Range) -> list[tuple[Tensor, ...]]:
+    def of(strip: Range) -> list[Tensor]:
         top, bottom = max(0, strip[0] - step.halo), min(x.shape[2], strip[1] + step.halo)
         places = slice((strip[0] - top) * x.shape[3], (strip[1] - top) * x.shape[3])
-        scales = queries_keys_values(attn, x[:, :, top:bottom], weight)
-        return [tuple(part[:, :, places] for part in scale) for scale in scales]
+        return [part[:, :, places] for part in queries_keys_values(attn, x[:, :, top:bottom], weight)]
 
-    states: Any = [0] * (1 + len(attn.to_qkv_multiscale))
+    state: Any = 0
     for strip in strips:
-        states = [state + key_value_state(k, v) for state, (_, k, v) in zip(states, of(strip), strict=True)]
+        state = state + key_value_state(*of(strip)[1:])
     for strip in strips:
-        read = [attend_state(q, state, eps=attn.eps) for (q, _, _), state in zip(of(strip), states, strict=True)]
-        yield attention_output(attn, read, x[:, :, strip[0] : strip[1]])
+        read = attend_state(of(strip)[0], state, eps=attn.eps)
+        yield attention_output(attn, read, x[:, :, strip[0] : strip[1]], weight_out)
