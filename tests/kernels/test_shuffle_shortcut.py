@@ -108,13 +108,17 @@ def test_many_tiles_and_long_offsets(function, main, x, form, monkeypatch):
         ("ELEMENTS", 64), ("CELLS_ELEMENTS", 32), ("MOST", 8), ("MOST_COLUMNS", 4),
     ):  # fmt: skip
         monkeypatch.setattr(triton, name, value)
+    monkeypatch.setattr(triton, "_plan", triton._plan.__wrapped__)  # those kept have other tiles
     factor = 1 if (function, main, x) in ONES else 2
-    main, x = random(*main), random(*x, seed=1)
+    main, x, bias = random(*main), random(*x, seed=1), random(main[1], seed=2)
     for largest in (triton.LARGEST, 0):
         monkeypatch.setattr(triton, "LARGEST", largest)
         with backend("triton"):
             found = function(form(main), form(x), factor=factor)
+            biased = function(form(main), form(x), factor=factor, bias=bias)
         assert relative_error(found, by_definition(function, main.double(), x.double(), factor)) < 1e-6
+        with_bias = main.double() + bias.double()[:, None, None]
+        assert relative_error(biased, by_definition(function, with_bias, x.double(), factor)) < 1e-6
 
 
 @pytest.mark.parametrize("which", BACKENDS)
@@ -167,6 +171,24 @@ def test_gradients_are_autograd_s(function, main, x, form, which):
 
 
 @pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize("form", FORMS[:2])
+@pytest.mark.parametrize(("function", "main", "x"), CASES)
+def test_the_gradient_of_a_bias(function, main, x, form, which):
+    """Of any dtype, and also where nothing else has one."""
+    bias = random(main[1], seed=2).double().requires_grad_()
+    main, x = random(*main), random(*x, seed=1)
+    out = by_definition(function, main.double() + bias[:, None, None], x.double())
+    grad = random(*out.shape, seed=9)
+    (wanted,) = torch.autograd.grad(out, bias, grad.double())
+    for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 1e-3)):
+        given = bias.detach().to(dtype).requires_grad_()
+        with backend(which):
+            (found,) = torch.autograd.grad(function(form(main), form(x), bias=given), given, grad)
+        assert found.dtype == dtype
+        assert relative_error(found, wanted) < bound
+
+
+@pytest.mark.parametrize("which", BACKENDS)
 @pytest.mark.parametrize(("function", "main", "x"), CASES)
 def test_dtypes(function, main, x, which):
     main, x = random(*main, dtype=torch.float16).requires_grad_(), random(*x, seed=1).requires_grad_()
@@ -184,9 +206,9 @@ def test_as_torch_operations(form):
         main, x, up = form(random(*main)), form(random(*x)), function is shuffle_add
         channels = by_definition(function, main, x).shape[1]
         with backend("reference"):
-            for added in (main, None):
+            for added, bias in ((main, random(main.shape[1])), (main, None), (None, None)):
                 for last in (True, False):
-                    torch.library.opcheck(operation, (x, added, channels, 2, up, 0.5, last), test_utils=checks)
+                    torch.library.opcheck(operation, (x, added, bias, channels, 2, up, 0.5, last), test_utils=checks)
 
 
 @pytest.mark.parametrize(("function", "main", "x"), CASES)
@@ -226,6 +248,8 @@ def test_bad_input_is_named():
         unshuffle_add(main, x.long())
     with pytest.raises(ValueError, match="x: is on meta"):
         shuffle_add(x, main.to("meta"))
+    with pytest.raises(ValueError, match=r"bias: got shape \(4,\), wanted \(8,\)"):
+        unshuffle_add(main, x, bias=random(4))
     for factor in (0, -1, 1.5, None):
         with pytest.raises(ValueError, match=f"factor: got {factor}, wanted a whole number from 1 on"):
             unshuffle_add(main, x, factor=factor)

@@ -12,8 +12,8 @@ from pronghorn.kernels._operation import Arguments, Cost, Operation
 from pronghorn.kernels.shuffle_shortcut import shuffle_add, unshuffle_add
 
 
-def _either(main: Tensor, x: Tensor, *, up: bool, factor: int) -> Tensor:
-    return (shuffle_add if up else unshuffle_add)(main, x, factor=factor)
+def _either(main: Tensor, x: Tensor, bias: Tensor, *, up: bool, factor: int) -> Tensor:
+    return (shuffle_add if up else unshuffle_add)(main, x, factor=factor, bias=bias)
 
 
 def _example(
@@ -30,12 +30,14 @@ def _example(
     x = torch.randn(batch, knobs["given"], *((height, width) if up else fine), generator=generator)
     layout = torch.channels_last if knobs["channels_last"] else torch.contiguous_format
     main, x = (tensor.to(device, dtype).contiguous(memory_format=layout) for tensor in (main, x))
-    return {"main": main, "x": x, "up": up, "factor": factor}
+    bias = torch.randn(main.shape[1], generator=generator).to(device, torch.promote_types(dtype, torch.float32))
+    return {"main": main, "x": x, "bias": bias, "up": up, "factor": factor}
 
 
 def _oracle(arguments: Arguments) -> Tensor:
     """Place by place of a cell, with the channels that belong to it."""
-    main, x = (arguments[name].double().cpu() for name in ("main", "x"))
+    main, x, bias = (arguments[name].double().cpu() for name in ("main", "x", "bias"))
+    main = main + bias[:, None, None]
     f, up = arguments["factor"], arguments["up"]
     if not up:
         x, main = _cells(x, f), main if main.shape[2] * f == x.shape[2] else _cells(main, f)
@@ -96,6 +98,6 @@ OPERATION = Operation(
            "channels_last": True},
     cost=_cost,
     tolerance={torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3},
-    trains=("main", "x"),
+    trains=("main", "x", "bias"),
     rows={"main": 0, "x": 0},
 )  # fmt: skip

@@ -7,12 +7,16 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def shuffle_shortcut(x: Tensor, main: Tensor | None, channels: int, factor: int, up: bool, scale: float) -> Tensor:
-    """main + scale * shortcut of x, [batch, channels, height, width]; in float32 or better."""
+def shuffle_shortcut(
+    x: Tensor, main: Tensor | None, bias: Tensor | None, channels: int, factor: int, up: bool, scale: float
+) -> Tensor:
+    """main + bias + scale * shortcut of x, [batch, channels, height, width]; in float32 or better."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y: Tensor = (duplicated if up else averaged)(x.to(wide), channels, factor) * scale
     if main is None:
         return y
+    if bias is not None:
+        main = main.to(wide) + bias[:, None, None]
     if main.shape != y.shape:
         main = functional.pixel_shuffle(main, factor) if up else functional.pixel_unshuffle(main, factor)
     return main + y

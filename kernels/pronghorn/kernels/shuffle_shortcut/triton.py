@@ -45,11 +45,13 @@ def _offset(
 
 @triton.jit
 def _from_other(
-    source, image, row, column, i, j, c, there, height, width,
-    GIVEN: tl.constexpr, CHANNELS: tl.constexpr, FACTOR: tl.constexpr, UP: tl.constexpr, ADJACENT: tl.constexpr,
+    source, bias, image, row, column, i, j, c, there, height, width,
+    BIASED: tl.constexpr, GIVEN: tl.constexpr, CHANNELS: tl.constexpr, FACTOR: tl.constexpr, UP: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):  # fmt: skip
     """What a source of GIVEN channels on the other grid has for channel c of the result: one channel, or a group's sum.
 
+    Each channel comes with its bias if it is BIASED.
     Where divisions can be left out, they are: Triton then knows which channels are adjacent.
     """
     AREA: tl.constexpr = FACTOR * FACTOR
@@ -58,6 +60,8 @@ def _from_other(
         from_c = c // (REPEATS // AREA) if REPEATS % AREA == 0 else (c * AREA + i * FACTOR + j) // REPEATS
         at = _offset(image, row, column, 0, 0, from_c, height, width, GIVEN, 1, ADJACENT)
         total = tl.load(source + at, mask=there, other=0.0).to(tl.float32)
+        if BIASED:
+            total += tl.load(bias + from_c, mask=there, other=0.0).to(tl.float32)
     else:
         GROUP: tl.constexpr = GIVEN * AREA // CHANNELS
         total = tl.zeros(c.shape, tl.float32)
@@ -70,16 +74,18 @@ def _from_other(
                 image, row, column, place // FACTOR, place % FACTOR, from_c, height, width, GIVEN, FACTOR, ADJACENT
             )  # fmt: skip
             total += tl.load(source + at, mask=there, other=0.0).to(tl.float32)
+            if BIASED:
+                total += tl.load(bias + from_c, mask=there, other=0.0).to(tl.float32)
     return total
 
 
 @Launcher
 @triton.jit(do_not_specialize=["images", "height", "width"])
 def _shuffle_shortcut(
-    x, main, out, images, height, width,
+    x, main, bias, out, images, height, width,
     UNIT: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, UP: tl.constexpr, X_CHANNELS: tl.constexpr,
-    MAIN_CHANNELS: tl.constexpr, SAME_GRID: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr,
-    WIDE: tl.constexpr, TILE: tl.constexpr, PIXELS: tl.constexpr, COLUMNS: tl.constexpr,
+    MAIN_CHANNELS: tl.constexpr, BIASED: tl.constexpr, SAME_GRID: tl.constexpr, CHANNELS: tl.constexpr,
+    ADJACENT: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, PIXELS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """TILE channels of PIXELS cells where channels are ADJACENT, else of PIXELS of the result in rows of COLUMNS.
 
@@ -116,13 +122,17 @@ def _shuffle_shortcut(
             i, j = y % STEP, x_out % STEP
             at = _offset(image, y, x_out, 0, 0, c, height * STEP, width * STEP, CHANNELS, 1, False)
         value = SCALE * _from_other(
-            x, image, row, column, i, j, c, there, height, width, X_CHANNELS, CHANNELS, FACTOR, UP, ADJACENT
+            x, bias, image, row, column, i, j, c, there, height, width, False, X_CHANNELS, CHANNELS, FACTOR, UP,
+            ADJACENT,
         )  # fmt: skip
         if SAME_GRID:
             value += tl.load(main + at, mask=there, other=0.0).to(tl.float32)
+            if BIASED:
+                value += tl.load(bias + c, mask=there, other=0.0).to(tl.float32)
         elif MAIN_CHANNELS > 0:
             value += _from_other(
-                main, image, row, column, i, j, c, there, height, width, MAIN_CHANNELS, CHANNELS, FACTOR, UP, ADJACENT
+                main, bias, image, row, column, i, j, c, there, height, width, BIASED, MAIN_CHANNELS, CHANNELS, FACTOR,
+                UP, ADJACENT,
             )  # fmt: skip
         places, values = places + (at,), values + (value,)
     # All is read before anything is written, so that no read waits for a write.
@@ -130,22 +140,26 @@ def _shuffle_shortcut(
         tl.store(out + places[place], values[place].to(out.dtype.element_ty), mask=there)
 
 
-def shuffle_shortcut(x: Tensor, main: Tensor | None, out: Tensor, factor: int, up: bool, scale: float) -> Tensor:
+def shuffle_shortcut(
+    x: Tensor, main: Tensor | None, bias: Tensor | None, out: Tensor, factor: int, up: bool, scale: float
+) -> Tensor:
     """Writes `out`, and gives it back."""
     adjacent = not out.is_contiguous()  # an image that is both has one channel, and its x may have more
     layout = torch.channels_last if adjacent else torch.contiguous_format
     x = x.contiguous(memory_format=layout)
     given = x if main is None else main.contiguous(memory_format=layout)
     shape = None if main is None else given.shape
-    grid, numbers, constants = _plan(x.shape, shape, out.shape, factor, up, scale, adjacent)
-    _shuffle_shortcut(grid, (x, given, out), numbers, constants, num_warps=WARPS)
+    grid, numbers, constants = _plan(x.shape, shape, out.shape, bias is not None, factor, up, scale, adjacent)
+    tensors = x, given, x if bias is None else bias.contiguous(), out
+    _shuffle_shortcut(grid, tensors, numbers, constants, num_warps=WARPS)
     return out
 
 
 @planned
 def _plan(
-    x: torch.Size, main: torch.Size | None, out: torch.Size, factor: int, up: bool, scale: float, adjacent: bool
-) -> tuple[Any, ...]:
+    x: torch.Size, main: torch.Size | None, out: torch.Size, biased: bool, factor: int, up: bool, scale: float,
+    adjacent: bool,
+) -> tuple[Any, ...]:  # fmt: skip
     """Grid, numbers and constants."""
     images, channels, *size = out
     height, width = x[2:] if up else size
@@ -165,7 +179,7 @@ def _plan(
     return (
         grid, (images, height, width // unit),
         (
-            unit, scale, factor, up, x[1], 0 if main is None else main[1], main == out, channels, adjacent, wide, tile,
-            pixels, columns,
+            unit, scale, factor, up, x[1], 0 if main is None else main[1], biased, main == out, channels, adjacent, wide,
+            tile, pixels, columns,
         ),
     )  # fmt: skip

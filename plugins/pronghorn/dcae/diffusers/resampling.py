@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,7 +35,9 @@ class FastDownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [batch, channels, height, width] to [batch, channels of the next stage, height / 2, width / 2]."""
-        return unshuffle_add(convolved(self.conv, x), x, factor=self.factor)
+        conv: Any = self._modules["conv"]
+        bias = conv._parameters["bias"]
+        return unshuffle_add(convolved(conv, x, weight=conv._parameters["weight"]), x, factor=self.factor, bias=bias)
 
 
 class FastStem(_Derived):
@@ -58,4 +62,6 @@ class FastUpBlock(_Derived):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [batch, channels, height, width] to [batch, channels of the next stage, height * 2, width * 2]."""
-        return shuffle_add(convolved(self.conv, x, weight=self.weight, bias=self.bias), x, factor=self.factor)
+        conv: Any = self._modules["conv"]
+        own = conv._parameters if self._buffers["weight"] is None else self._buffers
+        return shuffle_add(convolved(conv, x, weight=own["weight"]), x, factor=self.factor, bias=own["bias"])
