@@ -252,28 +252,36 @@ def uvit(latents: tuple[int, int, int], **options: Any) -> Any:
 
 
 def fastest(run_of: Callable[[int], Callable[[], Any]], per_call: int = 1) -> tuple[dict[str, float], str]:
-    """Images a second at the best batch: doubled until it is not faster any more, or does not fit.
+    """Images a second at the best batch: doubled until it does not fit or was twice not faster, then those between.
 
     Args:
         run_of: makes a call on a batch.
         per_call: how many such calls an image takes.
     """
-    batch, best, about = FIRST_BATCH, {"p50": 0.0}, "nothing fits"
-    while batch <= LAST_BATCH:
+    measured: dict[int, tuple[dict[str, float], str]] = {}
+
+    def fits(batch: int) -> bool:
         try:
             timing = timed(run_of(batch), device(), repeats=5 if GPU else 2)
         except torch.OutOfMemoryError:
-            break
+            return False
         finally:
             free()
         found = rate({name: seconds * per_call / batch for name, seconds in timing.seconds.items()})
-        better = found["p50"] > 1.02 * best["p50"]
-        if found["p50"] > best["p50"]:
-            best, about = found, f"batch {batch}, {gigabytes(timing)}"
-        if not better:
-            break
+        measured[batch] = found, f"batch {batch}, {gigabytes(timing)}"
+        return True
+
+    def best() -> int:
+        return max(measured, key=lambda batch: measured[batch][0]["p50"], default=0)
+
+    batch = FIRST_BATCH
+    while batch <= min(LAST_BATCH, 4 * (best() or FIRST_BATCH)) and fits(batch):
         batch *= 2
-    return best, about
+    doubled = best()
+    for between in (doubled * 5 // 4, doubled * 3 // 2):
+        if doubled < between <= LAST_BATCH:
+            fits(between)
+    return measured.get(best(), ({"p50": 0.0}, "nothing fits"))
 
 
 def rate(seconds: dict[str, float]) -> dict[str, float]:

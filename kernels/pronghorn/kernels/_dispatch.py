@@ -44,7 +44,7 @@ def use_triton(operation: str, tensor: Tensor) -> bool:
 
 @functools.cache
 def triton_kernels(operation: str) -> Any:
-    """The module of an operation's Triton kernels, where `use_triton` said that they run; importing anew takes longer."""
+    """The module of an operation's Triton kernels, where `use_triton` said that they run: importing takes longer."""
     return importlib.import_module(f"pronghorn.kernels.{operation}.triton")
 
 

@@ -83,5 +83,9 @@ def test_precision_of_attention(changes, wanted, monkeypatch):
     assert model(sample.bfloat16(), time, labels).sample.dtype == torch.bfloat16
     assert set(seen) == {wanted}
     seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):  # which has its own, and would take float32 back
+        model.float()(sample, time, labels)
+    assert set(seen) == {torch.bfloat16}
+    seen.clear()
     model.double()(sample.double(), time, labels)
     assert set(seen) == {torch.float64}

@@ -87,7 +87,19 @@ def _taps(weight, channel, there):
 
 
 @triton.jit
-def _advance(row_start, column, step, real, width, taps, above, below, COLUMNS: tl.constexpr, PTX: tl.constexpr, TANH: tl.constexpr):
+def _advance(
+    row_start,
+    column,
+    step,
+    real,
+    width,
+    taps,
+    above,
+    below,
+    COLUMNS: tl.constexpr,
+    PTX: tl.constexpr,
+    TANH: tl.constexpr,
+):
     """Add an input row to the sums of the output rows above it, at it, and below it: the first of them is done."""
     inputs = ()
     for j in tl.static_range(COLUMNS + 2):

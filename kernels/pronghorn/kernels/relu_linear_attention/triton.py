@@ -74,7 +74,7 @@ def _in_two(x, DOT_TYPE: tl.constexpr):
 
     Tensor cores multiply 11 bits by a float16, and 8 by a bfloat16: of a sum, 22 and 16 bits are seen.
     """
-    if DOT_TYPE == tl.bfloat16:
+    if tl.bfloat16 == DOT_TYPE:
         high = x.to(tl.bfloat16)
         return high, (x - high.to(tl.float32)).to(tl.bfloat16)
     else:  # without it Triton would want both to give the same type

@@ -19,8 +19,8 @@ __all__ = ["shuffle_add", "unshuffle_add"]
 def unshuffle_add(main: Tensor, x: Tensor, *, factor: int = 2, bias: Tensor | None = None) -> Tensor:
     """main + bias + the means of groups of consecutive channels of pixel_unshuffle(x, factor).
 
-    Differentiable in `main`, `x` and `bias`. Sums are in float32 (float64 of such an `x`), and in the same order at every
-    call.
+    Differentiable in `main`, `x` and `bias`. Sums are in float32 (float64 of such an `x`), and in the same order at
+    every call.
 
     Args:
         main: what a convolution gave, in fp16, bf16 or fp32 (fp64 in the reference): [batch, channels, height, width],
@@ -43,10 +43,10 @@ def unshuffle_add(main: Tensor, x: Tensor, *, factor: int = 2, bias: Tensor | No
 
 
 def shuffle_add(main: Tensor, x: Tensor, *, factor: int = 2, bias: Tensor | None = None) -> Tensor:
-    """main + bias + pixel_shuffle of x, each channel of it first repeated channels * factor^2 / input channels times.
+    """main + bias + pixel_shuffle of x, of which each channel is repeated channels * factor^2 / input channels times.
 
-    Differentiable in `main`, `x` and `bias`. Sums are in float32 (float64 of such an `x`), and in the same order at every
-    call.
+    Differentiable in `main`, `x` and `bias`. Sums are in float32 (float64 of such an `x`), and in the same order at
+    every call.
 
     Args:
         main: what a convolution gave, in fp16, bf16 or fp32 (fp64 in the reference): [batch, channels, height * factor,
@@ -117,9 +117,7 @@ def _channels_last(tensor: Tensor) -> bool:
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, main: Tensor, x: Tensor, bias: Tensor | None, channels: int, factor: int, up: bool
-    ) -> Tensor:
+    def forward(ctx: Any, main: Tensor, x: Tensor, bias: Tensor | None, channels: int, factor: int, up: bool) -> Tensor:
         result: Tensor = _operation(x, main, bias, channels, factor, up, 1.0, _channels_last(main))
         ctx.bias = None if bias is None else bias.dtype
         ctx.factor, ctx.up, ctx.dtype = factor, up, x.dtype

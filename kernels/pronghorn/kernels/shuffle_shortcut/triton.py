@@ -179,7 +179,7 @@ def _plan(
     return (
         grid, (images, height, width // unit),
         (
-            unit, scale, factor, up, x[1], 0 if main is None else main[1], biased, main == out, channels, adjacent, wide,
-            tile, pixels, columns,
+            unit, scale, factor, up, x[1], 0 if main is None else main[1], biased, main == out, channels, adjacent,
+            wide, tile, pixels, columns,
         ),
     )  # fmt: skip

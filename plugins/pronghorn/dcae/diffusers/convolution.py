@@ -32,14 +32,16 @@ def convolved(
         own = conv._parameters
         weight, bias = own["weight"], own["bias"]
     assert weight is not None  # noqa: S101 - a convolution has one
-    way: Any = (conv.stride, conv.padding, conv.dilation)
+    padding: Any = conv.padding
     if bias is not None and residual is None:
         if activation is None and _of_pixels(conv, x):
             return functional.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         if activation == "relu" and _in_cudnn(x):
-            result: Tensor = torch.cudnn_convolution_relu(x, weight, bias, *way, conv.groups)
+            result: Tensor = torch.cudnn_convolution_relu(
+                x, weight, bias, conv.stride, padding, conv.dilation, conv.groups
+            )
             return result
-    y = torch.conv2d(x, weight, None, *way, conv.groups)
+    y = torch.conv2d(x, weight, None, conv.stride, padding, conv.dilation, conv.groups)
     if bias is None and residual is None and activation is None:
         return y
     return bias_activation(y, bias, residual=residual, activation=activation)

@@ -155,8 +155,11 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
-        wide = qkv.float() if self.upcast and qkv.dtype in (torch.float16, torch.bfloat16) else qkv
-        q, k, v = wide.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        half = qkv.dtype in (torch.float16, torch.bfloat16)
+        # Autocast would take back what was made float32.
+        wide = qkv.float() if self.upcast and half and not torch.is_autocast_enabled(qkv.device.type) else qkv
+        # The three are taken apart before they are transposed, so that their gradients are put together without.
+        q, k, v = (part.transpose(1, 2) for part in wide.unflatten(2, (3, self.heads, -1)).unbind(2))
         y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         found: Tensor = self.proj(y.to(qkv.dtype))
         return found
