@@ -107,6 +107,17 @@ def test_gives_what_the_official_code_gave(path):
 
 
 @torch.no_grad()
+def test_compiles_as_one_graph(monkeypatch):
+    monkeypatch.setenv("PRONGHORN_KERNELS", "reference")
+    model, image = stock(), torch.rand(1, 3, 8, 8)
+    torch.compiler.reset()
+    with accelerate_dcae(model):
+        wanted = model.encoder(image)
+        found = torch.compile(model.encoder, backend="aot_eager", fullgraph=True)(image)
+    torch.testing.assert_close(found, wanted)
+
+
+@torch.no_grad()
 def test_it_is_saved_as_it_is(tmp_path):
     model = stock()
     image = torch.rand(1, 3, 8, 8)

@@ -56,7 +56,7 @@ def _at_all_scales(scales: Any, qkv: Tensor, head_dim: int) -> Tensor:
         near = convolved(scale.proj_in, qkv).permute(0, 2, 3, 1).reshape(-1, channels // head_dim, head_dim)
         weight = scale.proj_out.weight.view(-1, head_dim, head_dim)
         to, factors = found[:, place].view(near.shape).transpose(0, 1), (near.transpose(0, 1), weight.transpose(1, 2))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # neither takes a place to write to
             to.copy_(torch.bmm(*factors))
         else:
             torch.bmm(*factors, out=to)
