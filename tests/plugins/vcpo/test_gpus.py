@@ -48,31 +48,34 @@ def server(policy):
     process.wait(30)
 
 
-def learn(policy, folder, **settings):
-    """Five updates, each of which moves the policy by much."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(policy)
-    return trained(
-        folder, steps=5, model=model, use_vllm=True, vllm_max_model_length=32, vllm_gpu_memory_utilization=0.2,
-        ess_scaling="off", **settings, **on_gpu,
+def _learn(_, policy, folder, settings):
+    """Five updates, each of which moves the policy by much, in a process that sees one GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+    trainer = trained(
+        folder, steps=5, model=transformers.AutoModelForCausalLM.from_pretrained(policy), use_vllm=True,
+        vllm_max_model_length=32, vllm_gpu_memory_utilization=0.2, ess_scaling="off", **settings, **on_gpu,
     )  # fmt: skip
+    torch.save([logged(trainer, name) for name in ("vcpo/ess_ratio", "grad_norm")], f"{folder}.pt")
 
 
-def check_fresh(trainer):
+def check(policy, folder, **settings):
     """The sampler's log-probabilities are those of the weights that the learner has: after each update they arrived."""
-    assert logged(trainer, "vcpo/ess_ratio") == pytest.approx([1.0] * 5, abs=0.02)
-    assert all(norm > 0 for norm in logged(trainer, "grad_norm"))
+    torch.multiprocessing.spawn(_learn, (policy, folder, settings))
+    ratios, norms = torch.load(f"{folder}.pt")
+    assert ratios == pytest.approx([1.0] * 5, abs=0.02)
+    assert all(norm > 0 for norm in norms)
 
 
 @pytest.mark.skipif(GPUS < 1, reason="needs a GPU")
 def test_vllm_beside_the_learner(policy, tmp_path):
     pytest.importorskip("vllm")
-    check_fresh(learn(policy, tmp_path / "out", vllm_mode="colocate"))
+    check(policy, tmp_path / "out", vllm_mode="colocate")
 
 
 @pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 def test_vllm_as_a_server(policy, server, tmp_path):
     pytest.importorskip("vllm")
-    check_fresh(learn(policy, tmp_path / "out", vllm_mode="server", vllm_server_port=server))
+    check(policy, tmp_path / "out", vllm_mode="server", vllm_server_port=server)
 
 
 # ---- Sharded parameters ----------------------------------------------------------------------------------------------
