@@ -65,7 +65,7 @@ class AwqReport:
 
 
 def report_estimate(model: Any, tokenizer: Any, source: str, config: AwqConfig) -> Estimate:
-    """What a report takes: one of the model as it is, and what a packed linear takes more at each call of half of it."""
+    """What a report takes: one of the model as it is, and what a packed linear takes more at half of its calls."""
     linears = dict(decoder_linears(model, config))
     name, largest = max(linears.items(), key=lambda item: item[1].weight.numel())
     calls: list[None] = []
