@@ -1,0 +1,105 @@
+// What Hopper adds: the copy engine and its barriers, clusters, launches ahead of time, operands of wgmma.
+
+#pragma once
+
+#include "pairs.cuh"
+
+// Made by the host (_nvrtc.tensor_map): boxes are swizzled by 128 bytes, as wgmma expects.
+struct alignas(64) TensorMap {
+    u8 opaque[128];
+};
+
+#define ROW_BYTES 128  // of a box: 64 numbers of 16 bits
+
+__device__ inline u32 shared_address(const void *pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+// ---- Barriers ------------------------------------------------------------------------------------------------------
+
+__device__ inline void init_barrier(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// After it the copy engine sees what init_barrier wrote.
+__device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void expect_bytes(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ inline void wait_barrier(u32 barrier, u32 parity) {
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@!p bra WAIT; }" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// ---- Copies --------------------------------------------------------------------------------------------------------
+
+// One thread copies a box of a matrix. What lies outside of the matrix becomes zero.
+__device__ inline void copy_box(u32 to, const TensorMap &from, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            to),
+        "l"(&from), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
+// To the second-level cache; a multiple of 16 bytes.
+__device__ inline void prefetch(const u8 *from, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// ---- Launches ahead of time ----------------------------------------------------------------------------------------
+
+// The kernel before has finished, and what it wrote can be read.
+__device__ inline void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// When all blocks have called it, the next kernel may begin, up to where it waits for this one.
+__device__ inline void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// ---- Clusters ------------------------------------------------------------------------------------------------------
+
+__device__ inline u32 rank_in_cluster() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ inline void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ inline u32 address_of_rank(const float *pointer, u32 rank) {
+    u32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
+    return address;
+}
+
+__device__ inline float load_of_rank(const float *pointer, u32 rank) {
+    float d;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(d) : "r"(address_of_rank(pointer, rank)) : "memory");
+    return d;
+}
+
+__device__ inline float4 load_four_of_rank(const float *pointer, u32 rank) {
+    float4 d;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(d.x), "=f"(d.y), "=f"(d.z), "=f"(d.w)
+                 : "r"(address_of_rank(pointer, rank))
+                 : "memory");
+    return d;
+}
+
+// ---- wgmma ---------------------------------------------------------------------------------------------------------
+
+// Rows of 128 bytes, eight of which are 1024 bytes from the next eight. `apart`: where the operand is summed over along
+// rows, bytes from one box of 64 columns to the next; else of no meaning.
+__device__ inline u64 operand(u32 address, u32 apart = 16) {
+    return (u64)(address >> 4 & 0x3fff) | (u64)(apart >> 4) << 16 | 64ull << 32 | 1ull << 62;
+}
+
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+__device__ inline void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }

@@ -1,0 +1,176 @@
+// Attention of up to 64 tokens, whose heads share keys and values, over a cached prefix and over themselves.
+//
+// A block has 64 queries (tokens' heads) and one tile of keys: all but the last of a cluster have one of the prefix,
+// asked for before the kernel before has finished, and the last has the tokens' own. Partial softmaxes are joined
+// through distributed shared memory, in a fixed order.
+//
+// Macros: BFLOAT; KEYS, of a tile; SIZE, of a head; SPLIT, blocks of a cluster.
+
+#include "hopper.cuh"
+#include "lanes.cuh"
+#include "wgmma.cuh"  // score(float[KEYS / 2], u64 q, u64 k), gather(float[SIZE / 2], const u32 p[4], u64 v)
+
+#define THREADS 256
+#define ROWS 64
+#define BOXES (SIZE / 64)
+#define QUERY_BYTES (ROWS * ROW_BYTES)  // of a box
+#define KEY_BYTES (KEYS * ROW_BYTES)
+#define STRIDE (SIZE + 8)  // of a row of sums
+#define LOWEST -1e30f
+#define PREFETCHED 4096
+
+extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1) void run(
+    const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap prefix_key_map,
+    const __grid_constant__ TensorMap prefix_value_map, const __grid_constant__ TensorMap key_map,
+    const __grid_constant__ TensorMap value_map, const u8 *prefix_mask, u16 *out, const u8 *ahead, int ahead_bytes,
+    int rows, int tokens, int length, float factor) {
+    extern __shared__ u8 memory[];
+    __shared__ float bias[KEYS], peaks[ROWS], totals[ROWS], shares[ROWS / SPLIT][SPLIT];
+    __shared__ alignas(8) u64 barrier_memory[2];
+    u32 base = (shared_address(memory) + 1023) & ~1023u;
+    float *sums = (float *)(memory + (base - shared_address(memory)));  // in the place of the operands
+    u32 query_at = base, key_at = query_at + BOXES * QUERY_BYTES, value_at = key_at + BOXES * KEY_BYTES;
+    u32 of_keys = shared_address(barrier_memory), of_values = of_keys + 8;
+    int rank = rank_in_cluster(), tile = blockIdx.x / SPLIT, thread = threadIdx.x;
+    bool own = rank == SPLIT - 1;
+
+    if (thread == 0) {
+        init_barrier(of_keys, 1);
+        init_barrier(of_values, 1);
+        publish_barriers();
+        expect_bytes(of_keys, BOXES * (QUERY_BYTES + KEY_BYTES));
+        expect_bytes(of_values, BOXES * KEY_BYTES);
+    }
+    if (thread == 0 && !own) {
+        for (int i = 0; i < BOXES; i++)
+            copy_box(key_at + i * KEY_BYTES, prefix_key_map, i * 64, rank * KEYS, of_keys);
+        for (int i = 0; i < BOXES; i++)
+            copy_box(value_at + i * KEY_BYTES, prefix_value_map, i * 64, rank * KEYS, of_values);
+    }
+    let_next_kernel_begin();
+    for (int i = thread; i < KEYS; i += THREADS) {
+        int at = own ? i : rank * KEYS + i;
+        bias[i] = (own ? at < tokens : at < length && prefix_mask[at]) ? 0.0f : LOWEST;
+    }
+    wait_for_kernel_before();
+    if (thread == 0) {
+        for (int i = 0; i < BOXES; i++)
+            copy_box(query_at + i * QUERY_BYTES, query_map, i * 64, tile * ROWS, of_keys);
+        if (own) {
+            for (int i = 0; i < BOXES; i++)
+                copy_box(key_at + i * KEY_BYTES, key_map, i * 64, 0, of_keys);
+            for (int i = 0; i < BOXES; i++)
+                copy_box(value_at + i * KEY_BYTES, value_map, i * 64, 0, of_values);
+        }
+    }
+    if (thread >= 128 && thread < 160 && ahead_bytes) {
+        u64 share = ((ahead_bytes + gridDim.x - 1) / gridDim.x + PREFETCHED - 1) / PREFETCHED * PREFETCHED;
+        u64 begin = blockIdx.x * share, end = min(begin + share, (u64)ahead_bytes);
+        for (u64 at = begin + (thread - 128) * PREFETCHED; at < end; at += 32 * PREFETCHED)
+            prefetch(ahead + at, (u32)min((u64)PREFETCHED, end - at));
+    }
+    __syncthreads();
+
+    float sum[SIZE / 2];
+    int lane = thread % LANES, row = thread % 128 / LANES * 16 + lane / 4;  // and the row 8 below
+    if (thread < 128) {  // the other warps help to join
+        float scores[KEYS / 2];
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; i++)
+            scores[i] = 0;
+        wait_barrier(of_keys, 0);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < SIZE / 16; step++)
+            score(
+                scores, operand(query_at + step / 4 * QUERY_BYTES) + step % 4 * 2,
+                operand(key_at + step / 4 * KEY_BYTES) + step % 4 * 2);
+        wgmma_commit();
+        wgmma_wait();
+        float peak[2] = {LOWEST, LOWEST}, total[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; i++) {
+            scores[i] = scores[i] * factor + bias[i / 4 * 8 + lane % 4 * 2 + i % 2];
+            peak[i / 2 % 2] = fmaxf(peak[i / 2 % 2], scores[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            peak[i] = fmaxf(peak[i], from_other(peak[i], 1));
+            peak[i] = fmaxf(peak[i], from_other(peak[i], 2));
+        }
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; i++) {
+            scores[i] = scores[i] > LOWEST / 2 ? power_of_two(scores[i] - peak[i / 2 % 2]) : 0.0f;
+            total[i / 2 % 2] += scores[i];
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            total[i] += from_other(total[i], 1);
+            total[i] += from_other(total[i], 2);
+        }
+        if (lane % 4 == 0) {
+            for (int i = 0; i < 2; i++) {
+                peaks[row + 8 * i] = peak[i];
+                totals[row + 8 * i] = total[i];
+            }
+        }
+        u32 weights[KEYS / 16][4];
+#pragma unroll
+        for (int i = 0; i < KEYS / 4; i++)
+            weights[i / 4][i % 4] = narrow(scores[2 * i], scores[2 * i + 1]);
+#pragma unroll
+        for (int i = 0; i < SIZE / 2; i++)
+            sum[i] = 0;
+        wait_barrier(of_values, 0);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; step++)
+            gather(sum, weights[step], operand(value_at + step * 16 * ROW_BYTES, KEY_BYTES));
+        wgmma_commit();
+        wgmma_wait();
+    }
+    __syncthreads();  // sums lie where the operands did
+    if (thread < 128) {
+        float *to = sums + row * STRIDE + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < SIZE / 8; i++) {
+            *(float2 *)(to + i * 8) = make_float2(sum[4 * i], sum[4 * i + 1]);
+            *(float2 *)(to + i * 8 + 8 * STRIDE) = make_float2(sum[4 * i + 2], sum[4 * i + 3]);
+        }
+    }
+    cluster_barrier();
+
+    // A block joins every SPLIT-th row.
+    if (thread < ROWS) {
+        int of = thread / SPLIT * SPLIT + rank, from = thread % SPLIT;
+        float peak = load_of_rank(peaks + of, from), total = load_of_rank(totals + of, from), highest = peak;
+#pragma unroll
+        for (int mask = 1; mask < SPLIT; mask *= 2)
+            highest = fmaxf(highest, from_other(highest, mask));
+        float share = total > 0 ? power_of_two(peak - highest) : 0.0f, all = share * total;
+#pragma unroll
+        for (int mask = 1; mask < SPLIT; mask *= 2)
+            all += from_other(all, mask);
+        shares[thread / SPLIT][from] = share / all;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < ROWS / SPLIT * (SIZE / 4) / THREADS; i++) {
+        int item = thread + i * THREADS, mine = item / (SIZE / 4), d = item % (SIZE / 4) * 4;
+        int of = mine * SPLIT + rank;
+        float4 joined = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int from = 0; from < SPLIT; from++) {
+            float4 four = load_four_of_rank(sums + of * STRIDE + d, from);
+            float share = shares[mine][from];
+            joined.x += share * four.x;
+            joined.y += share * four.y;
+            joined.z += share * four.z;
+            joined.w += share * four.w;
+        }
+        if (tile * ROWS + of < rows)
+            *(uint2 *)(out + (u64)(tile * ROWS + of) * SIZE + d) =
+                make_uint2(narrow(joined.x, joined.y), narrow(joined.z, joined.w));
+    }
+    cluster_barrier();  // others read the sums of this block
+}

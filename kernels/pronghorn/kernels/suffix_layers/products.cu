@@ -1,0 +1,272 @@
+// A product of up to 64 rows with a weight, out[m, n] = sum_k x[m, k] * W[n, k], and what a layer does around it.
+//
+// A block has a tile of columns and a part of K. Its part of the weight fits its shared memory and is asked for before
+// the kernel before has finished; a cluster shares the parts of K and adds them up, in a fixed order, through
+// distributed shared memory.
+//
+// A norm's statistics are of whole rows, which no block has: y = x * (1 + scale) * ratio + shift enters the product as
+// z = x * (1 + scale), written by whoever writes x together with sums of squares of x, one of a tile of columns. The
+// ratio is a factor of the product's rows, and the shift is one more row of z, whose product is added to all others.
+//
+// Macros: BFLOAT; KIND; HALF, columns of each of the two parts of a tile; SLICE, of K in a block; SPLIT, blocks of a
+// cluster; WIDTH, of x; PARTS, sums of squares of a row; of QKV also HEADS and SIZE, of a head.
+
+#include "hopper.cuh"
+#include "wgmma.cuh"  // multiply(float sum[HALF / 2], u64 x, u64 weight)
+
+#define QKV 0       // z to queries, keys and values, both rotated; the parts of a tile are a head's halves
+#define GATE_UP 1   // z to gelu(gate) * up
+#define ADD 2       // anything to x + product * gate, and its z
+#define PREPARE 3   // x to z
+
+#define THREADS 256
+#define ROWS 64
+#define CHUNK 64  // of K, in a box
+#define CHUNKS (SLICE / CHUNK)
+#define COLUMNS (2 * HALF)
+#define WEIGHT_BYTES (COLUMNS * ROW_BYTES)  // of a chunk
+#define X_BYTES (ROWS * ROW_BYTES)
+#define STRIDE (COLUMNS + 8)  // of a row of sums: lanes of a warp write to different banks
+#define PREFETCHED 4096       // bytes at once
+
+__device__ inline float first(u32 pair) { return widen(pair & 0xffff); }
+__device__ inline float second(u32 pair) { return widen(pair >> 16); }
+__device__ inline float rounded(float value) { return first(narrow(value, 0.0f)); }
+
+__device__ inline float4 widened(uint2 four) {
+    return make_float4(first(four.x), second(four.x), first(four.y), second(four.y));
+}
+
+__device__ inline uint2 narrowed(float4 v) { return make_uint2(narrow(v.x, v.y), narrow(v.z, v.w)); }
+
+__device__ inline float4 rounded(float4 v) { return widened(narrowed(v)); }
+
+__device__ inline uint2 load_four(const u16 *from) { return *(const uint2 *)from; }
+__device__ inline void store_four(u16 *to, uint2 four) { *(uint2 *)to = four; }
+
+__device__ inline float4 operator*(float4 a, float4 b) {
+    return make_float4(__fmul_rn(a.x, b.x), __fmul_rn(a.y, b.y), __fmul_rn(a.z, b.z), __fmul_rn(a.w, b.w));
+}
+__device__ inline float4 operator+(float4 a, float4 b) {
+    return make_float4(__fadd_rn(a.x, b.x), __fadd_rn(a.y, b.y), __fadd_rn(a.z, b.z), __fadd_rn(a.w, b.w));
+}
+__device__ inline float4 four_times(float a) { return make_float4(a, a, a, a); }
+
+// Of PER_ROW lanes side by side.
+template <int PER_ROW>
+__device__ inline float sum_of_lanes(float value) {
+#pragma unroll
+    for (int mask = PER_ROW / 2; mask; mask /= 2)
+        value = __fadd_rn(value, __shfl_xor_sync(0xffffffffu, value, mask));
+    return value;
+}
+
+// What the next norm gets of four columns of x: z, and one sum of the squares of a tile's columns.
+template <int PER_ROW>
+__device__ inline void store_modulated(u16 *z, float *squares, float4 x, uint2 scale, bool valid, bool writes) {
+    float4 square = x * x;
+    float sum = sum_of_lanes<PER_ROW>(square.x + square.y + square.z + square.w);
+    if (valid) {
+        store_four(z, narrowed(x * (widened(scale) + four_times(1.0f))));
+        if (writes)
+            *squares = sum;
+    }
+}
+
+#if KIND == PREPARE
+
+// A block has a row; the last one has the shift.
+extern "C" __global__ void run(
+    const u16 *x, const u16 *scale, const u16 *shift, u16 *z, float *squares, int tokens, int unused) {
+    let_next_kernel_begin();
+    int row = blockIdx.x, column = threadIdx.x * 4;
+    const int PER_ROW = WIDTH / PARTS / 4;
+    if (row == tokens)
+        store_four(z + (u64)row * WIDTH + column, load_four(shift + column));
+    else
+        store_modulated<PER_ROW>(
+            z + (u64)row * WIDTH + column, squares + row * PARTS + threadIdx.x / PER_ROW,
+            widened(load_four(x + (u64)row * WIDTH + column)), load_four(scale + column), true,
+            threadIdx.x % PER_ROW == 0);
+}
+
+#else
+
+struct Block {
+    u32 weight, x, barriers;  // addresses of the operands in shared memory, and of a barrier a chunk
+    float *sums;              // in the same place as the operands
+};
+
+__device__ inline float4 sum_of_cluster(const float *at) {
+    float4 parts[SPLIT];
+#pragma unroll
+    for (int rank = 0; rank < SPLIT; rank++)
+        parts[rank] = load_four_of_rank(at, rank);
+#pragma unroll
+    for (int rank = 1; rank < SPLIT; rank++)
+        parts[0] = parts[0] + parts[rank];
+    return parts[0];
+}
+
+// Where in W the parts of a tile begin.
+__device__ inline int row_of_part(int tile, int part, int N) {
+#if KIND == QKV
+    const int TILES = SIZE / COLUMNS;
+    return tile / TILES * SIZE + tile % TILES * HALF + part * (SIZE / 2);
+#elif KIND == GATE_UP
+    return tile * HALF + part * (N / 2);
+#else
+    return tile * COLUMNS + part * HALF;
+#endif
+}
+
+__device__ inline float gelu(float g) {
+    float inner = g * (g * g * 0.044715f + 1) * 1.5957691216057308f;
+    return g / (1 + __expf(-inner));
+}
+
+extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS) void run(
+    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map,
+    const float *squares,                   // of QKV and GATE_UP
+    const float *cos, const float *sin,     // of QKV
+    u16 *out, u16 *out_key, u16 *out_value, // the latter two of QKV
+    const u16 *residual, const u16 *gate, const u16 *scale, const u16 *shift, u16 *z, float *out_squares,  // of ADD
+    const u8 *ahead, int ahead_bytes,       // what comes next, to the cache
+    int tokens, int x_rows, int N, float eps) {
+    extern __shared__ u8 memory[];
+    __shared__ float ratios[ROWS];
+    __shared__ alignas(8) u64 barrier_memory[CHUNKS];
+    u32 base = (shared_address(memory) + 1023) & ~1023u;
+    float *sums = (float *)(memory + (base - shared_address(memory)));
+    u32 weight_at = base, x_at = base + CHUNKS * WEIGHT_BYTES, barriers = shared_address(barrier_memory);
+    int rank = rank_in_cluster(), tile = blockIdx.x / SPLIT, thread = threadIdx.x, part = thread / 128;
+
+    if (thread == 0) {
+        for (int i = 0; i < CHUNKS; i++)
+            init_barrier(barriers + i * 8, 1);
+        publish_barriers();
+        for (int i = 0; i < CHUNKS; i++) {
+            expect_bytes(barriers + i * 8, WEIGHT_BYTES + x_rows * ROW_BYTES);
+            for (int half = 0; half < 2; half++)
+                copy_box(
+                    weight_at + i * WEIGHT_BYTES + half * (HALF * ROW_BYTES), weight_map, rank * SLICE + i * CHUNK,
+                    row_of_part(tile, half, N), barriers + i * 8);
+        }
+    }
+    let_next_kernel_begin();
+
+    // What was there before the first of these kernels is read before the wait too.
+#if KIND == ADD
+    const int PER_ROW = COLUMNS / 4, MINE = ROWS / SPLIT * PER_ROW, ITEMS = (MINE + THREADS - 1) / THREADS;
+    int column = tile * COLUMNS + thread % PER_ROW * 4;
+    uint2 gate_four = load_four(gate + column), scale_four = load_four(scale + column);
+    uint2 shift_four = load_four(shift + column), residual_four[ITEMS];
+#else
+    const int PER_ROW = HALF / 4, MINE = ROWS / SPLIT * PER_ROW, ITEMS = (MINE + THREADS - 1) / THREADS;
+    int column = thread % PER_ROW * 4;  // in each part
+#endif
+    wait_for_kernel_before();
+    if (thread == 0) {
+        for (int i = 0; i < CHUNKS; i++)
+            copy_box(x_at + i * X_BYTES, x_map, rank * SLICE + i * CHUNK, 0, barriers + i * 8);
+    }
+    if (thread >= 128 && thread < 160 && ahead_bytes) {
+        u64 share = ((ahead_bytes + gridDim.x - 1) / gridDim.x + PREFETCHED - 1) / PREFETCHED * PREFETCHED;
+        u64 begin = blockIdx.x * share, end = min(begin + share, (u64)ahead_bytes);
+        for (u64 at = begin + (thread - 128) * PREFETCHED; at < end; at += 32 * PREFETCHED)
+            prefetch(ahead + at, (u32)min((u64)PREFETCHED, end - at));
+    }
+#if KIND == ADD
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+        int row = (thread + i * THREADS) / PER_ROW * SPLIT + rank;
+        residual_four[i] = row < tokens ? load_four(residual + (u64)row * WIDTH + column) : make_uint2(0, 0);
+    }
+#else
+    if (thread >= 192 && thread - 192 < tokens) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < PARTS; i += 4) {
+            float4 four = *(const float4 *)(squares + (thread - 192) * PARTS + i);
+            sum = sum + four.x + four.y + four.z + four.w;
+        }
+        ratios[thread - 192] = rsqrtf(sum / WIDTH + eps);
+    }
+#endif
+    __syncthreads();
+
+    float sum[HALF / 2];
+#pragma unroll
+    for (int i = 0; i < HALF / 2; i++)
+        sum[i] = 0;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        wait_barrier(barriers + i * 8, 0);
+        u64 x = operand(x_at + i * X_BYTES);
+        u64 weight = operand(weight_at + i * WEIGHT_BYTES + part * (HALF * ROW_BYTES));
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; step++)
+            multiply(sum, x + step * 2, weight + step * 2);
+        wgmma_commit();
+    }
+    wgmma_wait();
+    __syncthreads();  // sums lie where the operands did
+    int lane = thread % LANES, to = (thread % 128 / LANES * 16 + lane / 4) * STRIDE + part * HALF + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < HALF / 8; i++) {
+        *(float2 *)(sums + to + i * 8) = make_float2(sum[4 * i], sum[4 * i + 1]);
+        *(float2 *)(sums + to + i * 8 + 8 * STRIDE) = make_float2(sum[4 * i + 2], sum[4 * i + 3]);
+    }
+    cluster_barrier();
+
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+        int row = (thread + i * THREADS) / PER_ROW * SPLIT + rank;
+        bool valid = row < tokens && thread + i * THREADS < MINE;
+#if KIND == ADD
+        float4 added = valid ? rounded(sum_of_cluster(sums + row * STRIDE + thread % PER_ROW * 4)) : four_times(0);
+        float4 total = rounded(widened(residual_four[i]) + rounded(added * widened(gate_four)));
+        u64 at = (u64)row * WIDTH + column;
+        if (valid)
+            store_four(out + at, narrowed(total));
+        store_modulated<PER_ROW>(
+            z + at, out_squares + row * (WIDTH / COLUMNS) + tile, total, scale_four, valid, thread % PER_ROW == 0);
+#else
+        if (!valid)
+            continue;
+        float4 ratio = four_times(ratios[row]), found[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            found[half] = rounded(
+                sum_of_cluster(sums + row * STRIDE + half * HALF + column) * ratio +
+                sum_of_cluster(sums + tokens * STRIDE + half * HALF + column));
+#if KIND == GATE_UP
+        float4 g = found[0], u = found[1];
+        store_four(
+            out + (u64)row * (N / 2) + tile * HALF + column,
+            narrowed(make_float4(gelu(g.x) * u.x, gelu(g.y) * u.y, gelu(g.z) * u.z, gelu(g.w) * u.w)));
+#else
+        const int TILES = SIZE / COLUMNS;
+        int head = tile / TILES, d = tile % TILES * HALF + column;
+        u16 *to = head < HEADS ? out + ((u64)row * HEADS + head) * SIZE
+                               : (head == HEADS ? out_key : out_value) + (u64)row * SIZE;
+        if (head <= HEADS) {
+            const float *c = cos + row * SIZE + d, *s = sin + row * SIZE + d;
+            float4 low = found[0] * *(const float4 *)c + found[1] * (*(const float4 *)s * four_times(-1.0f));
+            found[1] = found[1] * *(const float4 *)(c + SIZE / 2) + found[0] * *(const float4 *)(s + SIZE / 2);
+            found[0] = low;
+        }
+        store_four(to + d, narrowed(found[0]));
+        store_four(to + d + SIZE / 2, narrowed(found[1]));
+#endif
+#endif
+    }
+#if KIND == ADD
+    if (rank == 0 && thread < PER_ROW)
+        store_four(z + (u64)tokens * WIDTH + column, shift_four);
+#endif
+    cluster_barrier();  // others read the sums of this block
+}
+
+#endif
