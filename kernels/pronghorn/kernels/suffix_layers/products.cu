@@ -77,7 +77,7 @@ __device__ inline void store_modulated(u16 *z, float *squares, float4 x, uint2 s
 
 // A block has a row; the last one has the shift.
 extern "C" __global__ void run(
-    const u16 *x, const u16 *scale, const u16 *shift, u16 *z, float *squares, int tokens, int unused) {
+    const u16 *x, const u16 *scale, const u16 *shift, u16 *z, float *squares, int tokens) {
     let_next_kernel_begin();
     int row = blockIdx.x, column = threadIdx.x * 4;
     const int PER_ROW = WIDTH / PARTS / 4;

@@ -1,0 +1,306 @@
+"""The CUDA kernels of `products.cu` and `attention.cu` for Hopper: where they can run, and how they are launched.
+
+With few tokens a layer's time is that of reading its weights, if that never stops. Between separate kernels it does:
+each begins with nothing to read and ends waiting for its last block. These kernels begin ahead of time, ask for their
+weights at once, and then wait for the kernel before.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pronghorn.kernels import _nvrtc
+from pronghorn.kernels.suffix_layers.call import SuffixLayer, unflattened
+
+FOLDER = Path(__file__).parent
+ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
+THREADS, ROWS, CHUNK = 256, 64, 64
+MOST_TOKENS = ROWS - 1  # one more row has the shift of a norm
+SIZE = 256  # of a head
+ALIGNMENT = 16  # bytes, of what the copy engine reads
+LOG2_E = 1.4426950408889634
+SWIZZLE = 1024  # bytes after which the swizzle repeats; operands begin at multiples of it
+QKV, GATE_UP, ADD, PREPARE = range(4)
+
+
+@dataclass(frozen=True)
+class Product:
+    """Tiles of a product: columns of each of the two parts of a tile, and blocks that share K, a cluster."""
+
+    kind: int
+    half: int
+    split: int
+
+    def blocks(self, outputs: int) -> int:
+        """Of a launch."""
+        return outputs // (2 * self.half) * self.split
+
+    def fits(self, outputs: int, inputs: int) -> bool:
+        """Whether tiles and parts of K are whole."""
+        return outputs % (2 * self.half) == 0 and inputs % (self.split * CHUNK) == 0
+
+    def shared_bytes(self, inputs: int) -> int:
+        """Operands, later the sums."""
+        operands = inputs // self.split // CHUNK * (2 * self.half + ROWS) * 2 * CHUNK
+        return max(operands, ROWS * (2 * self.half + 8) * 4) + SWIZZLE
+
+    def macros(self, inputs: int, width: int) -> dict[str, int]:
+        """What the source wants defined."""
+        return {"BFLOAT": 1, "KIND": self.kind, "HALF": self.half, "SLICE": inputs // self.split, "SPLIT": self.split,
+                "WIDTH": width, "PARTS": width // ADDED_COLUMNS}  # fmt: skip
+
+    def headers(self) -> dict[str, str]:
+        """What the source includes besides."""
+        return {"wgmma.cuh": wgmma_header("multiply", self.half)}
+
+
+QKV_PRODUCT = Product(QKV, half=32, split=4)
+OUT_PRODUCT = Product(ADD, half=32, split=8)
+GATE_UP_PRODUCT = Product(GATE_UP, half=64, split=4)
+DOWN_PRODUCT = Product(ADD, half=32, split=8)
+ADDED_COLUMNS = 2 * OUT_PRODUCT.half  # of a tile, of which there is one sum of squares
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Tiles of an attention: keys of a block, and blocks of a cluster, the last of which has the tokens' own keys."""
+
+    keys: int
+    split: int = 8
+
+    def shared_bytes(self) -> int:
+        """Operands, later the sums."""
+        return max((ROWS + 2 * self.keys) * SIZE * 2, ROWS * (SIZE + 8) * 4) + SWIZZLE
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """What the source wants defined."""
+        return {"BFLOAT": 1, "KEYS": self.keys, "SIZE": SIZE, "SPLIT": self.split}
+
+    def headers(self) -> dict[str, str]:
+        """What the source includes besides."""
+        return {"wgmma.cuh": wgmma_header("score", self.keys) + wgmma_header("gather", SIZE, registers=True)}
+
+
+KEYS = (64, 96, 128, 160, 192)  # of a block: shared memory holds no more
+MOST_PREFIX = (Attention(KEYS[-1]).split - 1) * KEYS[-1]
+
+
+def attention(length: int) -> Attention:
+    """Tiles for a prefix of `length` tokens, at most MOST_PREFIX."""
+    return next(tiles for tiles in map(Attention, KEYS) if (tiles.split - 1) * tiles.keys >= length)
+
+
+def obstacle(x: Tensor, layer: SuffixLayer) -> str:
+    """Why the kernels cannot run on tokens [tokens, width] and layers like this one, or nothing."""
+    if not _is_hopper(x.device):
+        return "the device is no Hopper GPU"
+    if x.dtype != torch.bfloat16:
+        return f"x is {x.dtype}, not torch.bfloat16"
+    if len(x) > MOST_TOKENS:
+        return f"there are {len(x)} tokens, more than {MOST_TOKENS}"
+    if layer.key.shape[1] != SIZE:
+        return f"heads have {layer.key.shape[1]} channels, not {SIZE}"
+    if len(layer.key) > MOST_PREFIX:
+        return f"the prefix has {len(layer.key)} tokens, more than {MOST_PREFIX}"
+    width = x.shape[1]
+    if width != THREADS * 4:  # a block of PREPARE has a row, four numbers a thread
+        return f"x has {width} channels, not {THREADS * 4}"
+    for product, weight in _products(layer):
+        if not product.fits(*weight.shape) or product.shared_bytes(weight.shape[1]) > SHARED_BYTES:
+            return f"a weight of {tuple(weight.shape)} does not divide into tiles"
+    return "" if _nvrtc.available() else "the package cuda-bindings is not installed"
+
+
+SHARED_BYTES = 226 << 10  # that a block can have; the rest is declared in the sources
+
+
+def _products(layer: SuffixLayer) -> tuple[tuple[Product, Tensor], ...]:
+    return (
+        (QKV_PRODUCT, layer.qkv), (OUT_PRODUCT, layer.out), (GATE_UP_PRODUCT, layer.gate_up),
+        (DOWN_PRODUCT, layer.down),
+    )  # fmt: skip
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == CAPABILITY
+
+
+class Workspace(NamedTuple):
+    """What kernels leave each other; every layer writes it anew."""
+
+    z: Tensor
+    squares: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attended: Tensor
+    inner: Tensor
+
+    @classmethod
+    def make(cls, x: Tensor, layer: SuffixLayer) -> Workspace:
+        """For tokens x [tokens, width]."""
+        tokens, width = x.shape
+        squares = x.new_empty(tokens, width // ADDED_COLUMNS, dtype=torch.float32)
+        heads = layer.out.shape[1] // SIZE
+        return cls(
+            x.new_empty(tokens + 1, width), squares, x.new_empty(tokens * heads, SIZE), x.new_empty(tokens, SIZE),
+            x.new_empty(tokens, SIZE), x.new_empty(tokens, heads * SIZE), x.new_empty(tokens, layer.down.shape[1]),
+        )  # fmt: skip
+
+
+def suffix_layers(
+    x: Tensor, tensors: list[Tensor], prefix_mask: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> Tensor:
+    """[tokens, width]."""
+    layers = [SuffixLayer(*map(_aligned, layer)) for layer in unflattened(tensors)]
+    x, prefix_mask, cos, sin = _aligned(x), prefix_mask.contiguous(), _aligned(cos), _aligned(sin)
+    work = Workspace.make(x, layers[0])
+    prepare(x, layers[0], work)
+    out = torch.empty_like(x)
+    for index, layer in enumerate(layers):
+        after = layers[min(index + 1, len(layers) - 1)]  # after the last one nobody asks for z
+        one_layer(x, layer, after, out, prefix_mask, cos, sin, eps, work)
+        x = out
+    return out
+
+
+def prepare(x: Tensor, layer: SuffixLayer, work: Workspace) -> None:
+    """What the first norm gets; not ahead of time, so that what came before has been written when the others begin."""
+    tokens, width = x.shape
+    macros = {"BFLOAT": 1, "KIND": PREPARE, "HALF": 32, "SLICE": 64, "SPLIT": 1, "WIDTH": width,
+              "PARTS": width // ADDED_COLUMNS}  # fmt: skip
+    kernel = _kernel("products.cu", tuple(macros.items()), _Headers(QKV_PRODUCT), _index(x))
+    kernel.launch(
+        (tokens + 1, 1, 1), THREADS, 0, (x, layer.scale, layer.shift, work.z, work.squares, tokens)
+    )  # fmt: skip
+
+
+def one_layer(
+    x: Tensor, layer: SuffixLayer, after: SuffixLayer, out: Tensor, prefix_mask: Tensor, cos: Tensor, sin: Tensor,
+    eps: float, work: Workspace,
+) -> None:  # fmt: skip
+    """Queue a layer: x to out, which may be x, and `work.z` to what the first norm of `after` gets."""
+    ahead = {name: getattr(layer, of) for name, of in AHEAD.items()}
+    _product(
+        QKV_PRODUCT, work.z, layer.qkv, eps, ahead.get("qkv"), squares=work.squares, cos=cos, sin=sin, out=work.query,
+        out_key=work.key, out_value=work.value,
+    )  # fmt: skip
+    _attention(layer, prefix_mask, ahead.get("attention"), len(x), work)
+    _product(
+        OUT_PRODUCT, work.attended, layer.out, eps, ahead.get("out"), residual=x, gate=layer.gate,
+        scale=layer.late_scale, shift=layer.late_shift, out=out, z=work.z, out_squares=work.squares,
+    )  # fmt: skip
+    _product(GATE_UP_PRODUCT, work.z, layer.gate_up, eps, ahead.get("gate_up"), squares=work.squares, out=work.inner)
+    _product(
+        DOWN_PRODUCT, work.inner, layer.down, eps, ahead.get("down"), residual=out, gate=layer.late_gate,
+        scale=after.scale, shift=after.shift, out=out, z=work.z, out_squares=work.squares,
+    )  # fmt: skip
+
+
+AHEAD: dict[str, str] = {}
+
+
+def _product(
+    product: Product, x: Tensor, weight: Tensor, eps: float, ahead: Tensor | None, **tensors: Tensor
+) -> None:
+    outputs, inputs = weight.shape
+    width = tensors["out"].shape[1] if product.kind == ADD else inputs
+    tokens = len(x) if product.kind == ADD else len(x) - 1
+    macros = product.macros(inputs, width)
+    if product.kind == QKV:
+        macros |= {"HEADS": outputs // SIZE - 2, "SIZE": SIZE}
+    kernel = _kernel("products.cu", tuple(macros.items()), _Headers(product), _index(x))
+    names = ("squares", "cos", "sin", "out", "out_key", "out_value", "residual", "gate", "scale", "shift", "z",
+             "out_squares")  # fmt: skip
+    pointers = [tensors.get(name, x) for name in names]  # a kind does not look at those of others
+    maps = _nvrtc.tensor_map(x, (len(x), CHUNK)), _nvrtc.tensor_map(weight, (product.half, CHUNK))
+    arguments = (*maps, *pointers, *_ahead(ahead, x), tokens, len(x), outputs, eps)
+    kernel.launch(
+        (product.blocks(outputs), 1, 1), THREADS, product.shared_bytes(inputs), arguments, ahead=True
+    )  # fmt: skip
+
+
+def _attention(
+    layer: SuffixLayer, prefix_mask: Tensor, ahead: Tensor | None, tokens: int, work: Workspace
+) -> None:
+    length, rows = len(layer.key), len(work.query)
+    tiles = attention(length)
+    kernel = _kernel("attention.cu", tuple(tiles.macros.items()), _Headers(tiles), _index(work.query))
+    keys = (layer.key, layer.value, work.key, work.value)
+    maps = [_nvrtc.tensor_map(work.query, (ROWS, CHUNK)), *(_nvrtc.tensor_map(of, (tiles.keys, CHUNK)) for of in keys)]
+    arguments = (
+        *maps, prefix_mask, work.attended, *_ahead(ahead, work.query), rows, tokens, length, SIZE**-0.5 * LOG2_E,
+    )  # fmt: skip
+    kernel.launch(
+        (-(-rows // ROWS) * tiles.split, 1, 1), THREADS, tiles.shared_bytes(), arguments, ahead=True
+    )  # fmt: skip
+
+
+def _ahead(weight: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
+    return (like, 0) if weight is None else (weight, weight.numel() * weight.element_size())
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and where the copy engine can begin; views need not be."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def _index(x: Tensor) -> int:
+    return torch.cuda.current_device() if x.device.index is None else x.device.index
+
+
+@dataclass(frozen=True)
+class _Headers:
+    """Of tiles; a key of the kernels that are compiled."""
+
+    tiles: Product | Attention
+
+    def texts(self) -> Mapping[str, str]:
+        return self.tiles.headers()
+
+
+@functools.cache
+def _kernel(source: str, macros: tuple[tuple[str, int], ...], headers: _Headers, device: int) -> _nvrtc.Kernel:
+    return _nvrtc.Kernel(compile_cubin(source, dict(macros), headers.texts()), "run", device)
+
+
+def compile_cubin(source: str, macros: Mapping[str, int], headers: Mapping[str, str]) -> bytes:
+    """Machine code of a variant; needs no GPU."""
+    return _nvrtc.compile_cubin(FOLDER / source, ARCHITECTURE, macros, headers)
+
+
+def wgmma_header(name: str, columns: int, *, registers: bool = False) -> str:
+    """A function that adds 64 x 16 by 16 x `columns` to sums: it has to name each of them.
+
+    Args:
+        name: of the function.
+        columns: of the second operand.
+        registers: the first operand is in registers, and of the second, rows are summed over, as they lie; else both
+            are in shared memory, and columns are.
+    """
+    count = columns // 2
+    sums = ", ".join(f"%{index}" for index in range(count))
+    bound = ", ".join(f'"+f"(sum[{index}])' for index in range(count))
+    operation = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16"
+    if registers:
+        first = "{" + ", ".join(f"%{count + index}" for index in range(4)) + "}"
+        declared, given = "const u32 *a", ", ".join(f'"r"(a[{index}])' for index in range(4))
+        second, flags = count + 4, "1, 1, 1, 1"
+    else:
+        first, declared, given = f"%{count}", "u64 a", '"l"(a)'
+        second, flags = count + 1, "1, 1, 1, 0, 0"
+    return (
+        f"__device__ inline void {name}(float *sum, {declared}, u64 b) {{\n"
+        f'asm volatile("{operation} {{{sums}}}, {first}, %{second}, {flags};"\n'
+        f': {bound} : {given}, "l"(b));\n}}\n'
+    )
