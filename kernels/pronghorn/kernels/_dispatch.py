@@ -55,6 +55,11 @@ def use_cuda(operation: str, reason: str, instead: str = "its Triton kernel") ->
     return not reason
 
 
+def unforced() -> bool:
+    """Whether the device picks what runs."""
+    return not os.environ.get(VARIABLE)
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter is on (`TRITON_INTERPRET=1`), which runs kernels on a CPU for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
