@@ -162,7 +162,7 @@ def suffix_layers(
 ) -> Tensor:
     """[tokens, width]."""
     layers = [SuffixLayer(*map(_aligned, layer)) for layer in unflattened(tensors)]
-    x, prefix_mask, cos, sin = _aligned(x), prefix_mask.contiguous(), _aligned(cos), _aligned(sin)
+    x, prefix_mask, cos, sin = _aligned(x), prefix_mask.contiguous(), _aligned(cos.float()), _aligned(sin.float())
     work = Workspace.make(x, layers[0])
     prepare(x, layers[0], work)
     out = torch.empty_like(x)
