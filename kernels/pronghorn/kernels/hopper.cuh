@@ -44,6 +44,11 @@ __device__ inline void copy_box(u32 to, const TensorMap &from, int column, int r
         : "memory");
 }
 
+// The first copy does not wait for the description then.
+__device__ inline void prefetch_map(const TensorMap &map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // To the second-level cache; a multiple of 16 bytes.
 __device__ inline void prefetch(const u8 *from, u32 bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");

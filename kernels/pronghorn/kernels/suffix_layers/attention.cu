@@ -47,6 +47,13 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
         for (int i = 0; i < BOXES; i++)
             copy_box(value_at + i * KEY_BYTES, prefix_value_map, i * 64, rank * KEYS, of_values);
     }
+    if (thread == 0) {
+        prefetch_map(query_map);
+        if (own) {
+            prefetch_map(key_map);
+            prefetch_map(value_map);
+        }
+    }
     let_next_kernel_begin();
     for (int i = thread; i < KEYS; i += THREADS) {
         int at = own ? i : rank * KEYS + i;

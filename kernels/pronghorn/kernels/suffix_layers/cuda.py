@@ -8,7 +8,6 @@ weights at once, and then wait for the kernel before.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,14 @@ ALIGNMENT = 16  # bytes, of what the copy engine reads
 LOG2_E = 1.4426950408889634
 SWIZZLE = 1024  # bytes after which the swizzle repeats; operands begin at multiples of it
 QKV, GATE_UP, ADD, PREPARE = range(4)
+
+
+class Variant(NamedTuple):
+    """A source, what it wants defined, and what it includes."""
+
+    source: str
+    macros: tuple[tuple[str, int], ...]
+    header: str
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,13 @@ class Product:
         operands = inputs // self.split // CHUNK * (2 * self.half + ROWS) * 2 * CHUNK
         return max(operands, ROWS * (2 * self.half + 8) * 4) + SWIZZLE
 
-    def macros(self, inputs: int, width: int) -> dict[str, int]:
-        """What the source wants defined."""
-        return {"BFLOAT": 1, "KIND": self.kind, "HALF": self.half, "SLICE": inputs // self.split, "SPLIT": self.split,
-                "WIDTH": width, "PARTS": width // ADDED_COLUMNS}  # fmt: skip
-
-    def headers(self) -> dict[str, str]:
-        """What the source includes besides."""
-        return {"wgmma.cuh": wgmma_header("multiply", self.half)}
+    def variant(self, outputs: int, inputs: int, width: int) -> Variant:
+        """Of `products.cu`."""
+        macros = {"KIND": self.kind, "HALF": self.half, "SLICE": inputs // self.split, "SPLIT": self.split,
+                  "WIDTH": width, "PARTS": width // ADDED_COLUMNS}  # fmt: skip
+        if self.kind == QKV:
+            macros |= {"HEADS": outputs // SIZE - 2, "SIZE": SIZE}
+        return Variant("products.cu", tuple(macros.items()), wgmma_header("multiply", self.half))
 
 
 QKV_PRODUCT = Product(QKV, half=32, split=4)
@@ -79,14 +85,11 @@ class Attention:
         """Operands, later the sums."""
         return max((ROWS + 2 * self.keys) * SIZE * 2, ROWS * (SIZE + 8) * 4) + SWIZZLE
 
-    @property
-    def macros(self) -> dict[str, int]:
-        """What the source wants defined."""
-        return {"BFLOAT": 1, "KEYS": self.keys, "SIZE": SIZE, "SPLIT": self.split}
-
-    def headers(self) -> dict[str, str]:
-        """What the source includes besides."""
-        return {"wgmma.cuh": wgmma_header("score", self.keys) + wgmma_header("gather", SIZE, registers=True)}
+    def variant(self) -> Variant:
+        """Of `attention.cu`."""
+        macros = {"KEYS": self.keys, "SIZE": SIZE, "SPLIT": self.split}
+        header = wgmma_header("score", self.keys) + wgmma_header("gather", SIZE, registers=True)
+        return Variant("attention.cu", tuple(macros.items()), header)
 
 
 KEYS = (64, 96, 128, 160, 192)  # of a block: shared memory holds no more
@@ -176,12 +179,25 @@ def suffix_layers(
 def prepare(x: Tensor, layer: SuffixLayer, work: Workspace) -> None:
     """What the first norm gets; not ahead of time, so that what came before has been written when the others begin."""
     tokens, width = x.shape
-    macros = {"BFLOAT": 1, "KIND": PREPARE, "HALF": 32, "SLICE": 64, "SPLIT": 1, "WIDTH": width,
-              "PARTS": width // ADDED_COLUMNS}  # fmt: skip
-    kernel = _kernel("products.cu", tuple(macros.items()), _Headers(QKV_PRODUCT), _index(x))
+    kernel = _kernel(_preparing(width), _index(x))
     kernel.launch(
         (tokens + 1, 1, 1), THREADS, 0, (x, layer.scale, layer.shift, work.z, work.squares, tokens)
     )  # fmt: skip
+
+
+def _preparing(width: int) -> Variant:
+    macros = {"KIND": PREPARE, "HALF": 8, "SLICE": CHUNK, "SPLIT": 1, "WIDTH": width, "PARTS": width // ADDED_COLUMNS}
+    return Variant("products.cu", tuple(macros.items()), "")
+
+
+def variants(heads: int, width: int, inner: int) -> list[Variant]:
+    """Of layers of these sizes, for any number of tokens and any prefix."""
+    weights = (
+        (QKV_PRODUCT, (heads + 2) * SIZE, width), (OUT_PRODUCT, width, heads * SIZE),
+        (GATE_UP_PRODUCT, 2 * inner, width), (DOWN_PRODUCT, width, inner),
+    )  # fmt: skip
+    products = [product.variant(outputs, inputs, width) for product, outputs, inputs in weights]
+    return [_preparing(width), *products, *(Attention(keys).variant() for keys in KEYS)]
 
 
 def one_layer(
@@ -215,10 +231,7 @@ def _product(
     outputs, inputs = weight.shape
     width = tensors["out"].shape[1] if product.kind == ADD else inputs
     tokens = len(x) if product.kind == ADD else len(x) - 1
-    macros = product.macros(inputs, width)
-    if product.kind == QKV:
-        macros |= {"HEADS": outputs // SIZE - 2, "SIZE": SIZE}
-    kernel = _kernel("products.cu", tuple(macros.items()), _Headers(product), _index(x))
+    kernel = _kernel(product.variant(outputs, inputs, width), _index(x))
     names = ("squares", "cos", "sin", "out", "out_key", "out_value", "residual", "gate", "scale", "shift", "z",
              "out_squares")  # fmt: skip
     pointers = [tensors.get(name, x) for name in names]  # a kind does not look at those of others
@@ -234,7 +247,7 @@ def _attention(
 ) -> None:
     length, rows = len(layer.key), len(work.query)
     tiles = attention(length)
-    kernel = _kernel("attention.cu", tuple(tiles.macros.items()), _Headers(tiles), _index(work.query))
+    kernel = _kernel(tiles.variant(), _index(work.query))
     keys = (layer.key, layer.value, work.key, work.value)
     maps = [_nvrtc.tensor_map(work.query, (ROWS, CHUNK)), *(_nvrtc.tensor_map(of, (tiles.keys, CHUNK)) for of in keys)]
     arguments = (
@@ -259,24 +272,15 @@ def _index(x: Tensor) -> int:
     return torch.cuda.current_device() if x.device.index is None else x.device.index
 
 
-@dataclass(frozen=True)
-class _Headers:
-    """Of tiles; a key of the kernels that are compiled."""
-
-    tiles: Product | Attention
-
-    def texts(self) -> Mapping[str, str]:
-        return self.tiles.headers()
-
-
 @functools.cache
-def _kernel(source: str, macros: tuple[tuple[str, int], ...], headers: _Headers, device: int) -> _nvrtc.Kernel:
-    return _nvrtc.Kernel(compile_cubin(source, dict(macros), headers.texts()), "run", device)
+def _kernel(variant: Variant, device: int) -> _nvrtc.Kernel:
+    return _nvrtc.Kernel(compile_cubin(variant), "run", device)
 
 
-def compile_cubin(source: str, macros: Mapping[str, int], headers: Mapping[str, str]) -> bytes:
+def compile_cubin(variant: Variant) -> bytes:
     """Machine code of a variant; needs no GPU."""
-    return _nvrtc.compile_cubin(FOLDER / source, ARCHITECTURE, macros, headers)
+    macros = {"BFLOAT": 1, **dict(variant.macros)}
+    return _nvrtc.compile_cubin(FOLDER / variant.source, ARCHITECTURE, macros, {"wgmma.cuh": variant.header})
 
 
 def wgmma_header(name: str, columns: int, *, registers: bool = False) -> str:

@@ -152,6 +152,7 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS) v
                     weight_at + i * WEIGHT_BYTES + half * (HALF * ROW_BYTES), weight_map, rank * SLICE + i * CHUNK,
                     row_of_part(tile, half, N), barriers + i * 8);
         }
+        prefetch_map(x_map);
     }
     let_next_kernel_begin();
 
