@@ -70,29 +70,25 @@ __device__ inline u32 rank_in_cluster() {
     return rank;
 }
 
-__device__ inline void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+// A barrier of all threads of a cluster in two parts; what was written to any block's shared memory before arriving can
+// be read after waiting.
+__device__ inline void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 
-__device__ inline u32 address_of_rank(const float *pointer, u32 rank) {
-    u32 address;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
-    return address;
-}
+__device__ inline void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
-__device__ inline float load_of_rank(const float *pointer, u32 rank) {
-    float d;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(d) : "r"(address_of_rank(pointer, rank)) : "memory");
+// Where a block of the cluster has what lies at an address of this one's shared memory.
+__device__ inline u32 address_of_rank(u32 address, u32 rank) {
+    u32 d;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(d) : "r"(address), "r"(rank));
     return d;
 }
 
-__device__ inline float4 load_four_of_rank(const float *pointer, u32 rank) {
-    float4 d;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(d.x), "=f"(d.y), "=f"(d.z), "=f"(d.w)
-                 : "r"(address_of_rank(pointer, rank))
-                 : "memory");
-    return d;
+__device__ inline void store_to_rank(u32 address, float a) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(a) : "memory");
+}
+
+__device__ inline void store_to_rank(u32 address, float a, float b) {
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
 }
 
 // ---- wgmma ---------------------------------------------------------------------------------------------------------
@@ -107,4 +103,8 @@ __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" 
 
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-__device__ inline void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Until all but the last PENDING groups are done.
+template <int PENDING = 0>
+__device__ inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}

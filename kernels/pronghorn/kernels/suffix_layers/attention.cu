@@ -1,8 +1,8 @@
 // Attention of up to 64 tokens, whose heads share keys and values, over a cached prefix and over themselves.
 //
 // A block has 64 queries (tokens' heads) and one tile of keys: all but the last of a cluster have one of the prefix,
-// asked for before the kernel before has finished, and the last has the tokens' own. Partial softmaxes are joined
-// through distributed shared memory, in a fixed order.
+// asked for before the kernel before has finished, and the last has the tokens' own. Each block of a cluster joins the
+// partial softmaxes of a share of the rows, in a fixed order: the others write theirs to its shared memory.
 //
 // Macros: BFLOAT; KEYS, of a tile; SIZE, of a head; SPLIT, blocks of a cluster.
 
@@ -16,6 +16,7 @@
 #define QUERY_BYTES (ROWS * ROW_BYTES)  // of a box
 #define KEY_BYTES (KEYS * ROW_BYTES)
 #define STRIDE (SIZE + 8)  // of a row of sums
+#define MINE (ROWS / SPLIT)  // rows that a block joins
 #define LOWEST -1e30f
 #define PREFETCHED 4096
 
@@ -25,10 +26,10 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
     const __grid_constant__ TensorMap value_map, const u8 *prefix_mask, u16 *out, const u8 *ahead, int ahead_bytes,
     int rows, int tokens, int length, float factor) {
     extern __shared__ u8 memory[];
-    __shared__ float bias[KEYS], peaks[ROWS], totals[ROWS], shares[ROWS / SPLIT][SPLIT];
+    __shared__ float bias[KEYS], peaks[SPLIT][MINE], totals[SPLIT][MINE], shares[MINE][SPLIT];
     __shared__ alignas(8) u64 barrier_memory[2];
     u32 base = (shared_address(memory) + 1023) & ~1023u;
-    float *sums = (float *)(memory + (base - shared_address(memory)));  // in the place of the operands
+    const float *sums = (const float *)(memory + (base - shared_address(memory)));  // where queries and keys were
     u32 query_at = base, key_at = query_at + BOXES * QUERY_BYTES, value_at = key_at + BOXES * KEY_BYTES;
     u32 of_keys = shared_address(barrier_memory), of_values = of_keys + 8;
     int rank = rank_in_cluster(), tile = blockIdx.x / SPLIT, thread = threadIdx.x;
@@ -79,8 +80,11 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
     __syncthreads();
 
     float sum[SIZE / 2];
+    float peak[2] = {LOWEST, LOWEST}, total[2] = {0, 0};
     int lane = thread % LANES, row = thread % 128 / LANES * 16 + lane / 4;  // and the row 8 below
-    if (thread < 128) {  // the other warps help to join
+    if (thread >= 128) {  // these help to join
+        arrive_in_cluster();
+    } else {
         float scores[KEYS / 2];
 #pragma unroll
         for (int i = 0; i < KEYS / 2; i++)
@@ -94,7 +98,7 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
                 operand(key_at + step / 4 * KEY_BYTES) + step % 4 * 2);
         wgmma_commit();
         wgmma_wait();
-        float peak[2] = {LOWEST, LOWEST}, total[2] = {0, 0};
+        arrive_in_cluster();  // others may write where queries and keys were
 #pragma unroll
         for (int i = 0; i < KEYS / 2; i++) {
             scores[i] = scores[i] * factor + bias[i / 4 * 8 + lane % 4 * 2 + i % 2];
@@ -115,12 +119,6 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
             total[i] += from_other(total[i], 1);
             total[i] += from_other(total[i], 2);
         }
-        if (lane % 4 == 0) {
-            for (int i = 0; i < 2; i++) {
-                peaks[row + 8 * i] = peak[i];
-                totals[row + 8 * i] = total[i];
-            }
-        }
         u32 weights[KEYS / 16][4];
 #pragma unroll
         for (int i = 0; i < KEYS / 4; i++)
@@ -136,21 +134,27 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
         wgmma_commit();
         wgmma_wait();
     }
-    __syncthreads();  // sums lie where the operands did
+    wait_for_cluster();
     if (thread < 128) {
-        float *to = sums + row * STRIDE + lane % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < SIZE / 8; i++) {
-            *(float2 *)(to + i * 8) = make_float2(sum[4 * i], sum[4 * i + 1]);
-            *(float2 *)(to + i * 8 + 8 * STRIDE) = make_float2(sum[4 * i + 2], sum[4 * i + 3]);
+        for (int below = 0; below < 2; below++) {
+            int to = (row + 8 * below) / MINE, mine = (row + 8 * below) % MINE;
+            u32 at = address_of_rank(base + ((rank * MINE + mine) * STRIDE + lane % 4 * 2) * 4, to);
+#pragma unroll
+            for (int i = 0; i < SIZE / 8; i++)
+                store_to_rank(at + i * 32, sum[4 * i + 2 * below], sum[4 * i + 2 * below + 1]);
+            if (lane % 4 == 0) {
+                store_to_rank(address_of_rank(shared_address(&peaks[rank][mine]), to), peak[below]);
+                store_to_rank(address_of_rank(shared_address(&totals[rank][mine]), to), total[below]);
+            }
         }
     }
-    cluster_barrier();
+    arrive_in_cluster();
+    wait_for_cluster();
 
-    // A block joins every SPLIT-th row.
     if (thread < ROWS) {
-        int of = thread / SPLIT * SPLIT + rank, from = thread % SPLIT;
-        float peak = load_of_rank(peaks + of, from), total = load_of_rank(totals + of, from), highest = peak;
+        int mine = thread / SPLIT, from = thread % SPLIT;
+        float peak = peaks[from][mine], total = totals[from][mine], highest = peak;
 #pragma unroll
         for (int mask = 1; mask < SPLIT; mask *= 2)
             highest = fmaxf(highest, from_other(highest, mask));
@@ -158,26 +162,24 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
 #pragma unroll
         for (int mask = 1; mask < SPLIT; mask *= 2)
             all += from_other(all, mask);
-        shares[thread / SPLIT][from] = share / all;
+        shares[mine][from] = share / all;
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < ROWS / SPLIT * (SIZE / 4) / THREADS; i++) {
+    for (int i = 0; i < MINE * (SIZE / 4) / THREADS; i++) {
         int item = thread + i * THREADS, mine = item / (SIZE / 4), d = item % (SIZE / 4) * 4;
-        int of = mine * SPLIT + rank;
+        int of = tile * ROWS + rank * MINE + mine;
         float4 joined = make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int from = 0; from < SPLIT; from++) {
-            float4 four = load_four_of_rank(sums + of * STRIDE + d, from);
+            float4 four = *(const float4 *)(sums + (from * MINE + mine) * STRIDE + d);
             float share = shares[mine][from];
             joined.x += share * four.x;
             joined.y += share * four.y;
             joined.z += share * four.z;
             joined.w += share * four.w;
         }
-        if (tile * ROWS + of < rows)
-            *(uint2 *)(out + (u64)(tile * ROWS + of) * SIZE + d) =
-                make_uint2(narrow(joined.x, joined.y), narrow(joined.z, joined.w));
+        if (of < rows)
+            *(uint2 *)(out + (u64)of * SIZE + d) = make_uint2(narrow(joined.x, joined.y), narrow(joined.z, joined.w));
     }
-    cluster_barrier();  // others read the sums of this block
 }

@@ -21,6 +21,7 @@ from pronghorn.kernels.suffix_layers.call import SuffixLayer, unflattened
 FOLDER = Path(__file__).parent
 ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
 THREADS, ROWS, CHUNK = 256, 64, 64
+ROW_BYTES = 2 * CHUNK
 MOST_TOKENS = ROWS - 1  # one more row has the shift of a norm
 SIZE = 256  # of a head
 ALIGNMENT = 16  # bytes, of what the copy engine reads
@@ -53,24 +54,37 @@ class Product:
         """Whether tiles and parts of K are whole."""
         return outputs % (2 * self.half) == 0 and inputs % (self.split * CHUNK) == 0
 
+    def lent(self, inputs: int) -> int:
+        """Chunks whose weights' place others' sums take; 0 if that were most of them, so that these need their own."""
+        lent = -(-self._sum_bytes // (2 * self.half * ROW_BYTES))
+        return lent if 2 * lent <= self._chunks(inputs) else 0
+
     def shared_bytes(self, inputs: int) -> int:
-        """Operands, later the sums."""
-        operands = inputs // self.split // CHUNK * (2 * self.half + ROWS) * 2 * CHUNK
-        return max(operands, ROWS * (2 * self.half + 8) * 4) + SWIZZLE
+        """Operands, and the sums where these have their own place."""
+        operands = self._chunks(inputs) * (2 * self.half + ROWS) * ROW_BYTES
+        return operands + (0 if self.lent(inputs) else self._sum_bytes) + SWIZZLE
+
+    def _chunks(self, inputs: int) -> int:
+        return inputs // self.split // CHUNK
+
+    @property
+    def _sum_bytes(self) -> int:
+        rows = ROWS + (0 if self.kind == ADD else self.split)
+        return rows * (2 * self.half + 8) * 4
 
     def variant(self, outputs: int, inputs: int, width: int) -> Variant:
         """Of `products.cu`."""
         macros = {"KIND": self.kind, "HALF": self.half, "SLICE": inputs // self.split, "SPLIT": self.split,
-                  "WIDTH": width, "PARTS": width // ADDED_COLUMNS}  # fmt: skip
+                  "LENT": self.lent(inputs), "WIDTH": width, "PARTS": width // ADDED_COLUMNS}  # fmt: skip
         if self.kind == QKV:
             macros |= {"HEADS": outputs // SIZE - 2, "SIZE": SIZE}
         return Variant("products.cu", tuple(macros.items()), wgmma_header("multiply", self.half))
 
 
 QKV_PRODUCT = Product(QKV, half=32, split=4)
-OUT_PRODUCT = Product(ADD, half=32, split=8)
-GATE_UP_PRODUCT = Product(GATE_UP, half=64, split=4)
-DOWN_PRODUCT = Product(ADD, half=32, split=8)
+OUT_PRODUCT = Product(ADD, half=64, split=8)
+GATE_UP_PRODUCT = Product(GATE_UP, half=64, split=2)
+DOWN_PRODUCT = Product(ADD, half=64, split=8)
 ADDED_COLUMNS = 2 * OUT_PRODUCT.half  # of a tile, of which there is one sum of squares
 
 
@@ -82,8 +96,8 @@ class Attention:
     split: int = 8
 
     def shared_bytes(self) -> int:
-        """Operands, later the sums."""
-        return max((ROWS + 2 * self.keys) * SIZE * 2, ROWS * (SIZE + 8) * 4) + SWIZZLE
+        """Operands; queries and keys leave room for the sums."""
+        return (ROWS + 2 * self.keys) * SIZE * 2 + SWIZZLE
 
     def variant(self) -> Variant:
         """Of `attention.cu`."""
@@ -92,7 +106,7 @@ class Attention:
         return Variant("attention.cu", tuple(macros.items()), header)
 
 
-KEYS = (64, 96, 128, 160, 192)  # of a block: shared memory holds no more
+KEYS = (96, 128, 160, 192)  # of a block: shared memory holds no more
 MOST_PREFIX = (Attention(KEYS[-1]).split - 1) * KEYS[-1]
 
 

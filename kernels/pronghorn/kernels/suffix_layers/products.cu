@@ -1,15 +1,15 @@
 // A product of up to 64 rows with a weight, out[m, n] = sum_k x[m, k] * W[n, k], and what a layer does around it.
 //
 // A block has a tile of columns and a part of K. Its part of the weight fits its shared memory and is asked for before
-// the kernel before has finished; a cluster shares the parts of K and adds them up, in a fixed order, through
-// distributed shared memory.
+// the kernel before has finished; a cluster shares the parts of K. Each of its blocks adds up a share of the rows, in a
+// fixed order: the others write their sums to its shared memory, so that nobody waits for what others read.
 //
 // A norm's statistics are of whole rows, which no block has: y = x * (1 + scale) * ratio + shift enters the product as
 // z = x * (1 + scale), written by whoever writes x together with sums of squares of x, one of a tile of columns. The
 // ratio is a factor of the product's rows, and the shift is one more row of z, whose product is added to all others.
 //
 // Macros: BFLOAT; KIND; HALF, columns of each of the two parts of a tile; SLICE, of K in a block; SPLIT, blocks of a
-// cluster; WIDTH, of x; PARTS, sums of squares of a row; of QKV also HEADS and SIZE, of a head.
+// cluster; LENT, chunks whose weights' place others' sums may take, or 0 if these have their own; WIDTH, of x; PARTS, sums of squares of a row; of QKV also HEADS and SIZE, of a head.
 
 #include "hopper.cuh"
 #include "wgmma.cuh"  // multiply(float sum[HALF / 2], u64 x, u64 weight)
@@ -27,6 +27,9 @@
 #define WEIGHT_BYTES (COLUMNS * ROW_BYTES)  // of a chunk
 #define X_BYTES (ROWS * ROW_BYTES)
 #define STRIDE (COLUMNS + 8)  // of a row of sums: lanes of a warp write to different banks
+#define MINE (ROWS / SPLIT)   // rows that a block adds up
+#define SHIFTED (KIND != ADD)
+#define GIVEN (MINE + SHIFTED)  // rows that each block of the cluster gives it: the shift's too
 #define PREFETCHED 4096       // bytes at once
 
 __device__ inline float first(u32 pair) { return widen(pair & 0xffff); }
@@ -92,16 +95,12 @@ extern "C" __global__ void run(
 
 #else
 
-struct Block {
-    u32 weight, x, barriers;  // addresses of the operands in shared memory, and of a barrier a chunk
-    float *sums;              // in the same place as the operands
-};
-
+// Of what the cluster gave of a row.
 __device__ inline float4 sum_of_cluster(const float *at) {
     float4 parts[SPLIT];
 #pragma unroll
     for (int rank = 0; rank < SPLIT; rank++)
-        parts[rank] = load_four_of_rank(at, rank);
+        parts[rank] = *(const float4 *)(at + rank * (GIVEN * STRIDE));
 #pragma unroll
     for (int rank = 1; rank < SPLIT; rank++)
         parts[0] = parts[0] + parts[rank];
@@ -137,8 +136,9 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS) v
     __shared__ float ratios[ROWS];
     __shared__ alignas(8) u64 barrier_memory[CHUNKS];
     u32 base = (shared_address(memory) + 1023) & ~1023u;
-    float *sums = (float *)(memory + (base - shared_address(memory)));
     u32 weight_at = base, x_at = base + CHUNKS * WEIGHT_BYTES, barriers = shared_address(barrier_memory);
+    u32 sums_at = LENT ? weight_at : x_at + CHUNKS * X_BYTES;
+    const float *sums = (const float *)(memory + (sums_at - shared_address(memory)));
     int rank = rank_in_cluster(), tile = blockIdx.x / SPLIT, thread = threadIdx.x, part = thread / 128;
 
     if (thread == 0) {
@@ -155,15 +155,17 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS) v
         prefetch_map(x_map);
     }
     let_next_kernel_begin();
+    if (!LENT)
+        arrive_in_cluster();  // this block runs
 
     // What was there before the first of these kernels is read before the wait too.
 #if KIND == ADD
-    const int PER_ROW = COLUMNS / 4, MINE = ROWS / SPLIT * PER_ROW, ITEMS = (MINE + THREADS - 1) / THREADS;
+    const int PER_ROW = COLUMNS / 4, ITEMS = (MINE * PER_ROW + THREADS - 1) / THREADS;
     int column = tile * COLUMNS + thread % PER_ROW * 4;
     uint2 gate_four = load_four(gate + column), scale_four = load_four(scale + column);
     uint2 shift_four = load_four(shift + column), residual_four[ITEMS];
 #else
-    const int PER_ROW = HALF / 4, MINE = ROWS / SPLIT * PER_ROW, ITEMS = (MINE + THREADS - 1) / THREADS;
+    const int PER_ROW = HALF / 4, ITEMS = (MINE * PER_ROW + THREADS - 1) / THREADS;
     int column = thread % PER_ROW * 4;  // in each part
 #endif
     wait_for_kernel_before();
@@ -180,7 +182,7 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS) v
 #if KIND == ADD
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-        int row = (thread + i * THREADS) / PER_ROW * SPLIT + rank;
+        int row = rank * MINE + (thread + i * THREADS) / PER_ROW;
         residual_four[i] = row < tokens ? load_four(residual + (u64)row * WIDTH + column) : make_uint2(0, 0);
     }
 #else
@@ -210,23 +212,41 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS) v
         for (int step = 0; step < 4; step++)
             multiply(sum, x + step * 2, weight + step * 2);
         wgmma_commit();
+        if (LENT && i == LENT) {
+            wgmma_wait<1>();
+            arrive_in_cluster();  // others may write where the first chunks were
+        }
     }
     wgmma_wait();
-    __syncthreads();  // sums lie where the operands did
-    int lane = thread % LANES, to = (thread % 128 / LANES * 16 + lane / 4) * STRIDE + part * HALF + lane % 4 * 2;
+    wait_for_cluster();
+    int lane = thread % LANES;
 #pragma unroll
-    for (int i = 0; i < HALF / 8; i++) {
-        *(float2 *)(sums + to + i * 8) = make_float2(sum[4 * i], sum[4 * i + 1]);
-        *(float2 *)(sums + to + i * 8 + 8 * STRIDE) = make_float2(sum[4 * i + 2], sum[4 * i + 3]);
+    for (int below = 0; below < 2; below++) {
+        int row = thread % 128 / LANES * 16 + lane / 4 + below * 8;
+        u32 to = sums_at + (rank * GIVEN * STRIDE + part * HALF + lane % 4 * 2) * 4;
+        if (row < tokens) {
+            u32 at = address_of_rank(to + row % MINE * (STRIDE * 4), row / MINE);
+#pragma unroll
+            for (int i = 0; i < HALF / 8; i++)
+                store_to_rank(at + i * 32, sum[4 * i + 2 * below], sum[4 * i + 2 * below + 1]);
+        } else if (SHIFTED && row == tokens) {
+            for (int other = 0; other < SPLIT; other++) {
+                u32 at = address_of_rank(to + MINE * (STRIDE * 4), other);
+#pragma unroll
+                for (int i = 0; i < HALF / 8; i++)
+                    store_to_rank(at + i * 32, sum[4 * i + 2 * below], sum[4 * i + 2 * below + 1]);
+            }
+        }
     }
-    cluster_barrier();
+    arrive_in_cluster();
+    wait_for_cluster();
 
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-        int row = (thread + i * THREADS) / PER_ROW * SPLIT + rank;
-        bool valid = row < tokens && thread + i * THREADS < MINE;
+        int mine = (thread + i * THREADS) / PER_ROW, row = rank * MINE + mine;
+        bool valid = mine < MINE && row < tokens;
 #if KIND == ADD
-        float4 added = valid ? rounded(sum_of_cluster(sums + row * STRIDE + thread % PER_ROW * 4)) : four_times(0);
+        float4 added = valid ? rounded(sum_of_cluster(sums + mine * STRIDE + thread % PER_ROW * 4)) : four_times(0);
         float4 total = rounded(widened(residual_four[i]) + rounded(added * widened(gate_four)));
         u64 at = (u64)row * WIDTH + column;
         if (valid)
@@ -240,8 +260,8 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS) v
 #pragma unroll
         for (int half = 0; half < 2; half++)
             found[half] = rounded(
-                sum_of_cluster(sums + row * STRIDE + half * HALF + column) * ratio +
-                sum_of_cluster(sums + tokens * STRIDE + half * HALF + column));
+                sum_of_cluster(sums + mine * STRIDE + half * HALF + column) * ratio +
+                sum_of_cluster(sums + MINE * STRIDE + half * HALF + column));
 #if KIND == GATE_UP
         float4 g = found[0], u = found[1];
         store_four(
@@ -267,7 +287,6 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS) v
     if (rank == 0 && thread < PER_ROW)
         store_four(z + (u64)tokens * WIDTH + column, shift_four);
 #endif
-    cluster_barrier();  // others read the sums of this block
 }
 
 #endif
