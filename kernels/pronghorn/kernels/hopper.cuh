@@ -49,9 +49,20 @@ __device__ inline void prefetch_map(const TensorMap &map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// To the second-level cache; a multiple of 16 bytes.
-__device__ inline void prefetch(const u8 *from, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+// What a later kernel reads, to the second-level cache: two parts of equal size, of which a warp of every block brings a
+// share. They pass through the copy engine, so that only what is asked for later waits for them.
+struct Ahead {
+    const u8 *first, *second;
+    u64 bytes;  // of each, a multiple of 16
+};
+
+__device__ inline void prefetch(const Ahead &ahead) {
+    const u64 AT_ONCE = 4096;
+    const u8 *from = blockIdx.x % 2 ? ahead.second : ahead.first;
+    for (u64 at = (blockIdx.x / 2 * LANES + threadIdx.x % LANES) * AT_ONCE; at < ahead.bytes;
+         at += gridDim.x / 2 * LANES * AT_ONCE)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + at), "r"((u32)min(AT_ONCE, ahead.bytes - at))
+                     : "memory");
 }
 
 // ---- Launches ahead of time ----------------------------------------------------------------------------------------
@@ -87,11 +98,21 @@ __device__ inline void store_to_rank(u32 address, float a) {
     asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(a) : "memory");
 }
 
-__device__ inline void store_to_rank(u32 address, float a, float b) {
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
+__device__ inline void store_to_rank(u32 address, float4 v) {
+    asm volatile(
+        "st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+        : "memory");
 }
 
 // ---- wgmma ---------------------------------------------------------------------------------------------------------
+
+// What lies in a warp as wgmma leaves it, columns [0, 16) of a row in four lanes of two numbers of each half, as four
+// neighbours in each lane: of the half `lane % 2`, from column `lane % 4 / 2 * 4`. Longer stores cost less.
+__device__ inline float4 neighbours(float a, float b, float c, float d) {
+    bool odd = threadIdx.x % 2;
+    float e = __shfl_xor_sync(0xffffffffu, odd ? a : c, 1), f = __shfl_xor_sync(0xffffffffu, odd ? b : d, 1);
+    return odd ? make_float4(e, f, c, d) : make_float4(a, b, e, f);
+}
 
 // Rows of 128 bytes, eight of which are 1024 bytes from the next eight. `apart`: where the operand is summed over along
 // rows, bytes from one box of 64 columns to the next; else of no meaning.

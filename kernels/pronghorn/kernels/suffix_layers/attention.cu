@@ -1,6 +1,6 @@
 // Attention of up to 64 tokens, whose heads share keys and values, over a cached prefix and over themselves.
 //
-// A block has 64 queries (tokens' heads) and one tile of keys: all but the last of a cluster have one of the prefix,
+// A block has 64 queries (tokens' heads), half of what values have, and one tile of keys: all but the last of a cluster have one of the prefix,
 // asked for before the kernel before has finished, and the last has the tokens' own. Each block of a cluster joins the
 // partial softmaxes of a share of the rows, in a fixed order: the others write theirs to its shared memory.
 //
@@ -8,23 +8,23 @@
 
 #include "hopper.cuh"
 #include "lanes.cuh"
-#include "wgmma.cuh"  // score(float[KEYS / 2], u64 q, u64 k), gather(float[SIZE / 2], const u32 p[4], u64 v)
+#include "wgmma.cuh"  // score(float[KEYS / 2], u64 q, u64 k), gather(float[PART / 2], const u32 p[4], u64 v)
 
 #define THREADS 256
 #define ROWS 64
 #define BOXES (SIZE / 64)
 #define QUERY_BYTES (ROWS * ROW_BYTES)  // of a box
 #define KEY_BYTES (KEYS * ROW_BYTES)
-#define STRIDE (SIZE + 8)  // of a row of sums
+#define PART (SIZE / 2)    // of values, that a block has
+#define STRIDE (PART + 8)  // of a row of sums
 #define MINE (ROWS / SPLIT)  // rows that a block joins
 #define LOWEST -1e30f
-#define PREFETCHED 4096
 
 extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1) void run(
     const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap prefix_key_map,
     const __grid_constant__ TensorMap prefix_value_map, const __grid_constant__ TensorMap key_map,
-    const __grid_constant__ TensorMap value_map, const u8 *prefix_mask, u16 *out, const u8 *ahead, int ahead_bytes,
-    int rows, int tokens, int length, float factor) {
+    const __grid_constant__ TensorMap value_map, const u8 *prefix_mask, u16 *out, const u8 *ahead, const u8 *ahead_too,
+    int ahead_bytes, int rows, int tokens, int length, float factor) {
     extern __shared__ u8 memory[];
     __shared__ float bias[KEYS], peaks[SPLIT][MINE], totals[SPLIT][MINE], shares[MINE][SPLIT];
     __shared__ alignas(8) u64 barrier_memory[2];
@@ -32,7 +32,7 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
     const float *sums = (const float *)(memory + (base - shared_address(memory)));  // where queries and keys were
     u32 query_at = base, key_at = query_at + BOXES * QUERY_BYTES, value_at = key_at + BOXES * KEY_BYTES;
     u32 of_keys = shared_address(barrier_memory), of_values = of_keys + 8;
-    int rank = rank_in_cluster(), tile = blockIdx.x / SPLIT, thread = threadIdx.x;
+    int rank = rank_in_cluster(), tile = blockIdx.x / SPLIT / 2, part = blockIdx.x / SPLIT % 2, thread = threadIdx.x;
     bool own = rank == SPLIT - 1;
 
     if (thread == 0) {
@@ -40,13 +40,13 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
         init_barrier(of_values, 1);
         publish_barriers();
         expect_bytes(of_keys, BOXES * (QUERY_BYTES + KEY_BYTES));
-        expect_bytes(of_values, BOXES * KEY_BYTES);
+        expect_bytes(of_values, BOXES / 2 * KEY_BYTES);
     }
     if (thread == 0 && !own) {
         for (int i = 0; i < BOXES; i++)
             copy_box(key_at + i * KEY_BYTES, prefix_key_map, i * 64, rank * KEYS, of_keys);
-        for (int i = 0; i < BOXES; i++)
-            copy_box(value_at + i * KEY_BYTES, prefix_value_map, i * 64, rank * KEYS, of_values);
+        for (int i = 0; i < BOXES / 2; i++)
+            copy_box(value_at + i * KEY_BYTES, prefix_value_map, part * PART + i * 64, rank * KEYS, of_values);
     }
     if (thread == 0) {
         prefetch_map(query_map);
@@ -67,23 +67,21 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
         if (own) {
             for (int i = 0; i < BOXES; i++)
                 copy_box(key_at + i * KEY_BYTES, key_map, i * 64, 0, of_keys);
-            for (int i = 0; i < BOXES; i++)
-                copy_box(value_at + i * KEY_BYTES, value_map, i * 64, 0, of_values);
+            for (int i = 0; i < BOXES / 2; i++)
+                copy_box(value_at + i * KEY_BYTES, value_map, part * PART + i * 64, 0, of_values);
         }
-    }
-    if (thread >= 128 && thread < 160 && ahead_bytes) {
-        u64 share = ((ahead_bytes + gridDim.x - 1) / gridDim.x + PREFETCHED - 1) / PREFETCHED * PREFETCHED;
-        u64 begin = blockIdx.x * share, end = min(begin + share, (u64)ahead_bytes);
-        for (u64 at = begin + (thread - 128) * PREFETCHED; at < end; at += 32 * PREFETCHED)
-            prefetch(ahead + at, (u32)min((u64)PREFETCHED, end - at));
     }
     __syncthreads();
 
-    float sum[SIZE / 2];
+    float sum[PART / 2];
     float peak[2] = {LOWEST, LOWEST}, total[2] = {0, 0};
     int lane = thread % LANES, row = thread % 128 / LANES * 16 + lane / 4;  // and the row 8 below
     if (thread >= 128) {  // these help to join
         arrive_in_cluster();
+        if (thread < 128 + LANES) {
+            wait_barrier(of_values, 0);
+            prefetch({ahead, ahead_too, (u64)ahead_bytes});
+        }
     } else {
         float scores[KEYS / 2];
 #pragma unroll
@@ -124,7 +122,7 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
         for (int i = 0; i < KEYS / 4; i++)
             weights[i / 4][i % 4] = narrow(scores[2 * i], scores[2 * i + 1]);
 #pragma unroll
-        for (int i = 0; i < SIZE / 2; i++)
+        for (int i = 0; i < PART / 2; i++)
             sum[i] = 0;
         wait_barrier(of_values, 0);
         wgmma_fence();
@@ -139,10 +137,13 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
 #pragma unroll
         for (int below = 0; below < 2; below++) {
             int to = (row + 8 * below) / MINE, mine = (row + 8 * below) % MINE;
-            u32 at = address_of_rank(base + ((rank * MINE + mine) * STRIDE + lane % 4 * 2) * 4, to);
+            u32 at = base + ((rank * MINE + mine) * STRIDE + lane % 2 * 8 + lane % 4 / 2 * 4) * 4;
+            at = address_of_rank(at, to);
 #pragma unroll
-            for (int i = 0; i < SIZE / 8; i++)
-                store_to_rank(at + i * 32, sum[4 * i + 2 * below], sum[4 * i + 2 * below + 1]);
+            for (int i = 0; i < PART / 8; i += 2) {
+                const float *pair = sum + 4 * i + 2 * below;
+                store_to_rank(at + i * 32, neighbours(pair[0], pair[1], pair[4], pair[5]));
+            }
             if (lane % 4 == 0) {
                 store_to_rank(address_of_rank(shared_address(&peaks[rank][mine]), to), peak[below]);
                 store_to_rank(address_of_rank(shared_address(&totals[rank][mine]), to), total[below]);
@@ -166,8 +167,8 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < MINE * (SIZE / 4) / THREADS; i++) {
-        int item = thread + i * THREADS, mine = item / (SIZE / 4), d = item % (SIZE / 4) * 4;
+    for (int i = 0; i < MINE * (PART / 4) / THREADS; i++) {
+        int item = thread + i * THREADS, mine = item / (PART / 4), d = item % (PART / 4) * 4;
         int of = tile * ROWS + rank * MINE + mine;
         float4 joined = make_float4(0, 0, 0, 0);
 #pragma unroll
@@ -180,6 +181,7 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
             joined.w += share * four.w;
         }
         if (of < rows)
-            *(uint2 *)(out + (u64)of * SIZE + d) = make_uint2(narrow(joined.x, joined.y), narrow(joined.z, joined.w));
+            *(uint2 *)(out + (u64)of * SIZE + part * PART + d) =
+                make_uint2(narrow(joined.x, joined.y), narrow(joined.z, joined.w));
     }
 }

@@ -75,17 +75,20 @@ class Product:
     def variant(self, outputs: int, inputs: int, width: int) -> Variant:
         """Of `products.cu`."""
         macros = {"KIND": self.kind, "HALF": self.half, "SLICE": inputs // self.split, "SPLIT": self.split,
-                  "LENT": self.lent(inputs), "WIDTH": width, "PARTS": width // ADDED_COLUMNS}  # fmt: skip
+                  "LENT": self.lent(inputs), "WIDTH": width}  # fmt: skip
         if self.kind == QKV:
-            macros |= {"HEADS": outputs // SIZE - 2, "SIZE": SIZE}
+            macros |= {"HEADS": outputs // SIZE - 2, "SIZE": SIZE, "PARTS": width // EARLY_SQUARES}
+        if self.kind == GATE_UP:
+            macros |= {"PARTS": width // LATE_SQUARES}
         return Variant("products.cu", tuple(macros.items()), wgmma_header("multiply", self.half))
 
 
-QKV_PRODUCT = Product(QKV, half=32, split=4)
-OUT_PRODUCT = Product(ADD, half=64, split=8)
+QKV_PRODUCT = Product(QKV, half=32, split=2)
+OUT_PRODUCT = Product(ADD, half=32, split=4)
 GATE_UP_PRODUCT = Product(GATE_UP, half=64, split=2)
 DOWN_PRODUCT = Product(ADD, half=64, split=8)
-ADDED_COLUMNS = 2 * OUT_PRODUCT.half  # of a tile, of which there is one sum of squares
+# Sums of squares are of a tile's columns: those that the first norm of a layer reads, and those of the second.
+EARLY_SQUARES, LATE_SQUARES = 2 * DOWN_PRODUCT.half, 2 * OUT_PRODUCT.half
 
 
 @dataclass(frozen=True)
@@ -97,16 +100,20 @@ class Attention:
 
     def shared_bytes(self) -> int:
         """Operands; queries and keys leave room for the sums."""
-        return (ROWS + 2 * self.keys) * SIZE * 2 + SWIZZLE
+        return (ROWS * SIZE + self.keys * (SIZE + SIZE // 2)) * 2 + SWIZZLE
+
+    def blocks(self, rows: int) -> int:
+        """Of a launch; a half of the values' channels each."""
+        return -(-rows // ROWS) * 2 * self.split
 
     def variant(self) -> Variant:
         """Of `attention.cu`."""
         macros = {"KEYS": self.keys, "SIZE": SIZE, "SPLIT": self.split}
-        header = wgmma_header("score", self.keys) + wgmma_header("gather", SIZE, registers=True)
+        header = wgmma_header("score", self.keys) + wgmma_header("gather", SIZE // 2, registers=True)
         return Variant("attention.cu", tuple(macros.items()), header)
 
 
-KEYS = (96, 128, 160, 192)  # of a block: shared memory holds no more
+KEYS = (64, 96, 128, 160, 192, 224)  # of a block: shared memory holds no more
 MOST_PREFIX = (Attention(KEYS[-1]).split - 1) * KEYS[-1]
 
 
@@ -166,7 +173,7 @@ class Workspace(NamedTuple):
     def make(cls, x: Tensor, layer: SuffixLayer) -> Workspace:
         """For tokens x [tokens, width]."""
         tokens, width = x.shape
-        squares = x.new_empty(tokens, width // ADDED_COLUMNS, dtype=torch.float32)
+        squares = x.new_empty(tokens, width // min(EARLY_SQUARES, LATE_SQUARES), dtype=torch.float32)
         heads = layer.out.shape[1] // SIZE
         return cls(
             x.new_empty(tokens + 1, width), squares, x.new_empty(tokens * heads, SIZE), x.new_empty(tokens, SIZE),
@@ -200,7 +207,7 @@ def prepare(x: Tensor, layer: SuffixLayer, work: Workspace) -> None:
 
 
 def _preparing(width: int) -> Variant:
-    macros = {"KIND": PREPARE, "HALF": 8, "SLICE": CHUNK, "SPLIT": 1, "WIDTH": width, "PARTS": width // ADDED_COLUMNS}
+    macros = {"KIND": PREPARE, "HALF": 8, "SLICE": CHUNK, "SPLIT": 1, "WIDTH": width, "PARTS": width // EARLY_SQUARES}
     return Variant("products.cu", tuple(macros.items()), "")
 
 
@@ -219,7 +226,7 @@ def one_layer(
     eps: float, work: Workspace,
 ) -> None:  # fmt: skip
     """Queue a layer: x to out, which may be x, and `work.z` to what the first norm of `after` gets."""
-    ahead = {name: getattr(layer, of) for name, of in AHEAD.items()}
+    ahead = AHEAD(layer)
     _product(
         QKV_PRODUCT, work.z, layer.qkv, eps, ahead.get("qkv"), squares=work.squares, cos=cos, sin=sin, out=work.query,
         out_key=work.key, out_value=work.value,
@@ -236,11 +243,12 @@ def one_layer(
     )  # fmt: skip
 
 
-AHEAD: dict[str, str] = {}
+def AHEAD(layer):
+    return {}
 
 
 def _product(
-    product: Product, x: Tensor, weight: Tensor, eps: float, ahead: Tensor | None, **tensors: Tensor
+    product: Product, x: Tensor, weight: Tensor, eps: float, ahead: tuple[Tensor, Tensor] | None, **tensors: Tensor
 ) -> None:
     outputs, inputs = weight.shape
     width = tensors["out"].shape[1] if product.kind == ADD else inputs
@@ -257,7 +265,7 @@ def _product(
 
 
 def _attention(
-    layer: SuffixLayer, prefix_mask: Tensor, ahead: Tensor | None, tokens: int, work: Workspace
+    layer: SuffixLayer, prefix_mask: Tensor, ahead: tuple[Tensor, Tensor] | None, tokens: int, work: Workspace
 ) -> None:
     length, rows = len(layer.key), len(work.query)
     tiles = attention(length)
@@ -268,12 +276,12 @@ def _attention(
         *maps, prefix_mask, work.attended, *_ahead(ahead, work.query), rows, tokens, length, SIZE**-0.5 * LOG2_E,
     )  # fmt: skip
     kernel.launch(
-        (-(-rows // ROWS) * tiles.split, 1, 1), THREADS, tiles.shared_bytes(), arguments, ahead=True
+        (tiles.blocks(rows), 1, 1), THREADS, tiles.shared_bytes(), arguments, ahead=True
     )  # fmt: skip
 
 
-def _ahead(weight: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
-    return (like, 0) if weight is None else (weight, weight.numel() * weight.element_size())
+def _ahead(parts: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor, int]:
+    return (like, like, 0) if parts is None else (*parts, parts[0].numel() * parts[0].element_size())
 
 
 def _aligned(tensor: Tensor) -> Tensor:

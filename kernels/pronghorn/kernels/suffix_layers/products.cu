@@ -30,7 +30,6 @@
 #define MINE (ROWS / SPLIT)   // rows that a block adds up
 #define SHIFTED (KIND != ADD)
 #define GIVEN (MINE + SHIFTED)  // rows that each block of the cluster gives it: the shift's too
-#define PREFETCHED 4096       // bytes at once
 
 __device__ inline float first(u32 pair) { return widen(pair & 0xffff); }
 __device__ inline float second(u32 pair) { return widen(pair >> 16); }
@@ -130,7 +129,7 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS) v
     const float *cos, const float *sin,     // of QKV
     u16 *out, u16 *out_key, u16 *out_value, // the latter two of QKV
     const u16 *residual, const u16 *gate, const u16 *scale, const u16 *shift, u16 *z, float *out_squares,  // of ADD
-    const u8 *ahead, int ahead_bytes,       // what comes next, to the cache
+    const u8 *ahead, const u8 *ahead_too, int ahead_bytes,
     int tokens, int x_rows, int N, float eps) {
     extern __shared__ u8 memory[];
     __shared__ float ratios[ROWS];
@@ -173,12 +172,6 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS) v
         for (int i = 0; i < CHUNKS; i++)
             copy_box(x_at + i * X_BYTES, x_map, rank * SLICE + i * CHUNK, 0, barriers + i * 8);
     }
-    if (thread >= 128 && thread < 160 && ahead_bytes) {
-        u64 share = ((ahead_bytes + gridDim.x - 1) / gridDim.x + PREFETCHED - 1) / PREFETCHED * PREFETCHED;
-        u64 begin = blockIdx.x * share, end = min(begin + share, (u64)ahead_bytes);
-        for (u64 at = begin + (thread - 128) * PREFETCHED; at < end; at += 32 * PREFETCHED)
-            prefetch(ahead + at, (u32)min((u64)PREFETCHED, end - at));
-    }
 #if KIND == ADD
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
@@ -217,25 +210,25 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS) v
             arrive_in_cluster();  // others may write where the first chunks were
         }
     }
+    if (thread < LANES)
+        prefetch({ahead, ahead_too, (u64)ahead_bytes});
     wgmma_wait();
     wait_for_cluster();
     int lane = thread % LANES;
 #pragma unroll
     for (int below = 0; below < 2; below++) {
         int row = thread % 128 / LANES * 16 + lane / 4 + below * 8;
-        u32 to = sums_at + (rank * GIVEN * STRIDE + part * HALF + lane % 4 * 2) * 4;
-        if (row < tokens) {
-            u32 at = address_of_rank(to + row % MINE * (STRIDE * 4), row / MINE);
+        u32 to = sums_at + (rank * GIVEN * STRIDE + part * HALF + lane % 2 * 8 + lane % 4 / 2 * 4) * 4;
+        u32 to_owner = address_of_rank(to + row % MINE * (STRIDE * 4), row / MINE);
 #pragma unroll
-            for (int i = 0; i < HALF / 8; i++)
-                store_to_rank(at + i * 32, sum[4 * i + 2 * below], sum[4 * i + 2 * below + 1]);
-        } else if (SHIFTED && row == tokens) {
-            for (int other = 0; other < SPLIT; other++) {
-                u32 at = address_of_rank(to + MINE * (STRIDE * 4), other);
-#pragma unroll
-                for (int i = 0; i < HALF / 8; i++)
-                    store_to_rank(at + i * 32, sum[4 * i + 2 * below], sum[4 * i + 2 * below + 1]);
-            }
+        for (int i = 0; i < HALF / 8; i += 2) {
+            const float *pair = sum + 4 * i + 2 * below;
+            float4 four = neighbours(pair[0], pair[1], pair[4], pair[5]);
+            if (row < tokens)
+                store_to_rank(to_owner + i * 32, four);
+            else if (SHIFTED && row == tokens)
+                for (int other = 0; other < SPLIT; other++)
+                    store_to_rank(address_of_rank(to + MINE * (STRIDE * 4) + i * 32, other), four);
         }
     }
     arrive_in_cluster();
