@@ -1,5 +1,7 @@
 """An action expert's layers: what is refused, its machine code, and its CUDA kernels on a Hopper GPU."""
 
+import re
+
 import pytest
 import torch
 from tests.kernels.harness import DEVICE, backend
@@ -88,7 +90,47 @@ def test_keeps_everything_in_registers(variant):
     assert _local_bytes(cuda.compile_cubin(variant)) == 0
 
 
-@pytest.mark.parametrize(("length", "keys"), [(0, 64), (448, 64), (449, 96), (572, 96), (968, 160), (1344, 192)])
+@pytest.mark.skipif(not _nvrtc.available(), reason="cuda-bindings is not installed")
+@pytest.mark.parametrize("prefix", [1, 600])
+def test_launches_fit_the_sources(monkeypatch, prefix):
+    """Kernels get arguments of the sizes that they declare, and grids of whole clusters."""
+    launches = []
+
+    class Recorder:
+        def __init__(self, variant):
+            self.variant = variant
+
+        def launch(self, grid, threads, shared_bytes, arguments, ahead=False):
+            launches.append((self.variant, grid, shared_bytes, arguments, ahead))
+
+    monkeypatch.setattr(cuda, "_kernel", lambda variant, device: Recorder(variant))
+    monkeypatch.setattr(cuda, "_index", lambda x: 0)
+    monkeypatch.setattr(_nvrtc, "tensor_map", lambda x, box: MAP)
+    arguments = example(torch.bfloat16, **{**PUBLISHED, "layers": 1, "prefix": prefix})
+    tensors = [tensor for layer in arguments["layers"] for tensor in layer]
+    cuda.suffix_layers(*(arguments["x"], tensors, *(arguments[name] for name in ("prefix_mask", "cos", "sin", "eps"))))
+    assert [ahead for *_, ahead in launches] == [False, True, True, True, True, True]
+    for variant, grid, shared_bytes, given, _ in launches:
+        assert shared_bytes <= cuda.SHARED_BYTES
+        assert grid[0] % dict(variant.macros)["SPLIT"] == 0
+        assert _parameter_bytes(cuda.compile_cubin(variant)) == [_bytes_of(value) for value in given]
+
+
+MAP = object()
+
+
+def _bytes_of(value):
+    return 128 if value is MAP else 8 if isinstance(value, torch.Tensor) else 4
+
+
+def _parameter_bytes(cubin):
+    """Sizes of a kernel's parameters, which its ELF attributes EIATTR_KPARAM_INFO (0x17) note in any order."""
+    found = re.findall(rb"\x04\x17\x0c\x00.{4}(..)..(....)", cubin, re.DOTALL)
+    sizes = {int.from_bytes(at, "little"): int.from_bytes(word, "little") >> 18 for at, word in found}
+    return [sizes[at] for at in sorted(sizes)]
+
+
+@pytest.mark.parametrize(("length", "keys"), [(1, 64), (448, 64), (449, 96), (572, 96), (968, 160), (1344, 192)])
 def test_tiles_hold_the_prefix(length, keys):
     assert cuda.attention(length).keys == keys
 

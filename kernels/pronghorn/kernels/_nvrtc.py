@@ -72,9 +72,6 @@ class Kernel:
             static = _checked(driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, self._function))
             dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(self._function, dynamic, limit - static))
-            clusters = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-            if _checked(driver.cuDeviceGetAttribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, device)):
-                _checked(driver.cuFuncSetAttribute(self._function, clusters, 1))  # of 16 blocks
 
     def launch(
         self, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: Sequence[Any], *,

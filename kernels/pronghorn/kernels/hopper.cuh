@@ -49,22 +49,6 @@ __device__ inline void prefetch_map(const TensorMap &map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// What a later kernel reads, to the second-level cache: two parts of equal size, of which a warp of every block brings a
-// share. They pass through the copy engine, so that only what is asked for later waits for them.
-struct Ahead {
-    const u8 *first, *second;
-    u64 bytes;  // of each, a multiple of 16
-};
-
-__device__ inline void prefetch(const Ahead &ahead) {
-    const u64 AT_ONCE = 4096;
-    const u8 *from = blockIdx.x % 2 ? ahead.second : ahead.first;
-    for (u64 at = (blockIdx.x / 2 * LANES + threadIdx.x % LANES) * AT_ONCE; at < ahead.bytes;
-         at += gridDim.x / 2 * LANES * AT_ONCE)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + at), "r"((u32)min(AT_ONCE, ahead.bytes - at))
-                     : "memory");
-}
-
 // ---- Launches ahead of time ----------------------------------------------------------------------------------------
 
 // The kernel before has finished, and what it wrote can be read.

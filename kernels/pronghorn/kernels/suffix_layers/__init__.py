@@ -90,9 +90,7 @@ def runs_fused(x: Tensor, layer: SuffixLayer) -> bool:
     return unforced() and not cuda.obstacle(x, layer)
 
 
-def _forward(
-    x: Tensor, tensors: list[Tensor], prefix_mask: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> Tensor:
+def _forward(x: Tensor, tensors: list[Tensor], prefix_mask: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     first = SuffixLayer(*tensors[: len(SuffixLayer._fields)])
     if use_triton("suffix_layers", x) and use_cuda("suffix_layers", cuda.obstacle(x, first), INSTEAD):
         return cuda.suffix_layers(x, tensors, prefix_mask, cos, sin, eps)

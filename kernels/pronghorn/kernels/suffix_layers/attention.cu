@@ -23,8 +23,7 @@
 extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1) void run(
     const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap prefix_key_map,
     const __grid_constant__ TensorMap prefix_value_map, const __grid_constant__ TensorMap key_map,
-    const __grid_constant__ TensorMap value_map, const u8 *prefix_mask, u16 *out, const u8 *ahead, const u8 *ahead_too,
-    int ahead_bytes, int rows, int tokens, int length, float factor) {
+    const __grid_constant__ TensorMap value_map, const u8 *prefix_mask, u16 *out, int rows, int tokens, int length, float factor) {
     extern __shared__ u8 memory[];
     __shared__ float bias[KEYS], peaks[SPLIT][MINE], totals[SPLIT][MINE], shares[MINE][SPLIT];
     __shared__ alignas(8) u64 barrier_memory[2];
@@ -78,10 +77,6 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1
     int lane = thread % LANES, row = thread % 128 / LANES * 16 + lane / 4;  // and the row 8 below
     if (thread >= 128) {  // these help to join
         arrive_in_cluster();
-        if (thread < 128 + LANES) {
-            wait_barrier(of_values, 0);
-            prefetch({ahead, ahead_too, (u64)ahead_bytes});
-        }
     } else {
         float scores[KEYS / 2];
 #pragma unroll

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ MOST_TOKENS = ROWS - 1  # one more row has the shift of a norm
 SIZE = 256  # of a head
 ALIGNMENT = 16  # bytes, of what the copy engine reads
 LOG2_E = 1.4426950408889634
+SHARED_BYTES = 226 << 10  # that a block can have; the rest is declared in the sources
 SWIZZLE = 1024  # bytes after which the swizzle repeats; operands begin at multiples of it
 QKV, GATE_UP, ADD, PREPARE = range(4)
 
@@ -75,20 +76,19 @@ class Product:
     def variant(self, outputs: int, inputs: int, width: int) -> Variant:
         """Of `products.cu`."""
         macros = {"KIND": self.kind, "HALF": self.half, "SLICE": inputs // self.split, "SPLIT": self.split,
-                  "LENT": self.lent(inputs), "WIDTH": width}  # fmt: skip
+                  "LENT": self.lent(inputs), "WIDTH": width, "PARTS": width // ADDED_COLUMNS}  # fmt: skip
         if self.kind == QKV:
-            macros |= {"HEADS": outputs // SIZE - 2, "SIZE": SIZE, "PARTS": width // EARLY_SQUARES}
-        if self.kind == GATE_UP:
-            macros |= {"PARTS": width // LATE_SQUARES}
+            macros |= {"HEADS": outputs // SIZE - 2, "SIZE": SIZE}
         return Variant("products.cu", tuple(macros.items()), wgmma_header("multiply", self.half))
 
 
+# What was fastest for the published sizes on an H100. All blocks of a launch fit the GPU at once: clusters of eight
+# large blocks find room 15 times, clusters of four blocks of half a multiprocessor 62 times.
 QKV_PRODUCT = Product(QKV, half=32, split=2)
-OUT_PRODUCT = Product(ADD, half=32, split=4)
+OUT_PRODUCT = Product(ADD, half=64, split=8)
 GATE_UP_PRODUCT = Product(GATE_UP, half=64, split=2)
 DOWN_PRODUCT = Product(ADD, half=64, split=8)
-# Sums of squares are of a tile's columns: those that the first norm of a layer reads, and those of the second.
-EARLY_SQUARES, LATE_SQUARES = 2 * DOWN_PRODUCT.half, 2 * OUT_PRODUCT.half
+ADDED_COLUMNS = 2 * OUT_PRODUCT.half  # of a tile of what is added to x, of which there is one sum of squares
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,12 @@ def obstacle(x: Tensor, layer: SuffixLayer) -> str:
         return "the device is no Hopper GPU"
     if x.dtype != torch.bfloat16:
         return f"x is {x.dtype}, not torch.bfloat16"
-    if len(x) > MOST_TOKENS:
-        return f"there are {len(x)} tokens, more than {MOST_TOKENS}"
+    if not 0 < len(x) <= MOST_TOKENS:
+        return f"there are {len(x)} tokens, not 1 to {MOST_TOKENS}"
     if layer.key.shape[1] != SIZE:
         return f"heads have {layer.key.shape[1]} channels, not {SIZE}"
-    if len(layer.key) > MOST_PREFIX:
-        return f"the prefix has {len(layer.key)} tokens, more than {MOST_PREFIX}"
+    if not 0 < len(layer.key) <= MOST_PREFIX:
+        return f"the prefix has {len(layer.key)} tokens, not 1 to {MOST_PREFIX}"
     width = x.shape[1]
     if width != THREADS * 4:  # a block of PREPARE has a row, four numbers a thread
         return f"x has {width} channels, not {THREADS * 4}"
@@ -141,9 +141,6 @@ def obstacle(x: Tensor, layer: SuffixLayer) -> str:
         if not product.fits(*weight.shape) or product.shared_bytes(weight.shape[1]) > SHARED_BYTES:
             return f"a weight of {tuple(weight.shape)} does not divide into tiles"
     return "" if _nvrtc.available() else "the package cuda-bindings is not installed"
-
-
-SHARED_BYTES = 226 << 10  # that a block can have; the rest is declared in the sources
 
 
 def _products(layer: SuffixLayer) -> tuple[tuple[Product, Tensor], ...]:
@@ -173,7 +170,7 @@ class Workspace(NamedTuple):
     def make(cls, x: Tensor, layer: SuffixLayer) -> Workspace:
         """For tokens x [tokens, width]."""
         tokens, width = x.shape
-        squares = x.new_empty(tokens, width // min(EARLY_SQUARES, LATE_SQUARES), dtype=torch.float32)
+        squares = x.new_empty(tokens, width // ADDED_COLUMNS, dtype=torch.float32)
         heads = layer.out.shape[1] // SIZE
         return cls(
             x.new_empty(tokens + 1, width), squares, x.new_empty(tokens * heads, SIZE), x.new_empty(tokens, SIZE),
@@ -188,26 +185,24 @@ def suffix_layers(
     layers = [SuffixLayer(*map(_aligned, layer)) for layer in unflattened(tensors)]
     x, prefix_mask, cos, sin = _aligned(x), prefix_mask.contiguous(), _aligned(cos.float()), _aligned(sin.float())
     work = Workspace.make(x, layers[0])
-    prepare(x, layers[0], work)
+    _prepare(x, layers[0], work)
     out = torch.empty_like(x)
     for index, layer in enumerate(layers):
         after = layers[min(index + 1, len(layers) - 1)]  # after the last one nobody asks for z
-        one_layer(x, layer, after, out, prefix_mask, cos, sin, eps, work)
+        _one_layer(x, layer, after, out, prefix_mask, cos, sin, eps, work)
         x = out
     return out
 
 
-def prepare(x: Tensor, layer: SuffixLayer, work: Workspace) -> None:
+def _prepare(x: Tensor, layer: SuffixLayer, work: Workspace) -> None:
     """What the first norm gets; not ahead of time, so that what came before has been written when the others begin."""
     tokens, width = x.shape
     kernel = _kernel(_preparing(width), _index(x))
-    kernel.launch(
-        (tokens + 1, 1, 1), THREADS, 0, (x, layer.scale, layer.shift, work.z, work.squares, tokens)
-    )  # fmt: skip
+    kernel.launch((tokens + 1, 1, 1), THREADS, 0, (x, layer.scale, layer.shift, work.z, work.squares, tokens))
 
 
 def _preparing(width: int) -> Variant:
-    macros = {"KIND": PREPARE, "HALF": 8, "SLICE": CHUNK, "SPLIT": 1, "WIDTH": width, "PARTS": width // EARLY_SQUARES}
+    macros = {"KIND": PREPARE, "HALF": 8, "SLICE": CHUNK, "SPLIT": 1, "WIDTH": width, "PARTS": width // ADDED_COLUMNS}
     return Variant("products.cu", tuple(macros.items()), "")
 
 
@@ -221,35 +216,28 @@ def variants(heads: int, width: int, inner: int) -> list[Variant]:
     return [_preparing(width), *products, *(Attention(keys).variant() for keys in KEYS)]
 
 
-def one_layer(
+def _one_layer(
     x: Tensor, layer: SuffixLayer, after: SuffixLayer, out: Tensor, prefix_mask: Tensor, cos: Tensor, sin: Tensor,
     eps: float, work: Workspace,
 ) -> None:  # fmt: skip
     """Queue a layer: x to out, which may be x, and `work.z` to what the first norm of `after` gets."""
-    ahead = AHEAD(layer)
     _product(
-        QKV_PRODUCT, work.z, layer.qkv, eps, ahead.get("qkv"), squares=work.squares, cos=cos, sin=sin, out=work.query,
+        QKV_PRODUCT, work.z, layer.qkv, eps, squares=work.squares, cos=cos, sin=sin, out=work.query,
         out_key=work.key, out_value=work.value,
     )  # fmt: skip
-    _attention(layer, prefix_mask, ahead.get("attention"), len(x), work)
+    _attention(layer, prefix_mask, len(x), work)
     _product(
-        OUT_PRODUCT, work.attended, layer.out, eps, ahead.get("out"), residual=x, gate=layer.gate,
+        OUT_PRODUCT, work.attended, layer.out, eps, residual=x, gate=layer.gate,
         scale=layer.late_scale, shift=layer.late_shift, out=out, z=work.z, out_squares=work.squares,
     )  # fmt: skip
-    _product(GATE_UP_PRODUCT, work.z, layer.gate_up, eps, ahead.get("gate_up"), squares=work.squares, out=work.inner)
+    _product(GATE_UP_PRODUCT, work.z, layer.gate_up, eps, squares=work.squares, out=work.inner)
     _product(
-        DOWN_PRODUCT, work.inner, layer.down, eps, ahead.get("down"), residual=out, gate=layer.late_gate,
+        DOWN_PRODUCT, work.inner, layer.down, eps, residual=out, gate=layer.late_gate,
         scale=after.scale, shift=after.shift, out=out, z=work.z, out_squares=work.squares,
     )  # fmt: skip
 
 
-def AHEAD(layer):
-    return {}
-
-
-def _product(
-    product: Product, x: Tensor, weight: Tensor, eps: float, ahead: tuple[Tensor, Tensor] | None, **tensors: Tensor
-) -> None:
+def _product(product: Product, x: Tensor, weight: Tensor, eps: float, **tensors: Tensor) -> None:
     outputs, inputs = weight.shape
     width = tensors["out"].shape[1] if product.kind == ADD else inputs
     tokens = len(x) if product.kind == ADD else len(x) - 1
@@ -258,30 +246,18 @@ def _product(
              "out_squares")  # fmt: skip
     pointers = [tensors.get(name, x) for name in names]  # a kind does not look at those of others
     maps = _nvrtc.tensor_map(x, (len(x), CHUNK)), _nvrtc.tensor_map(weight, (product.half, CHUNK))
-    arguments = (*maps, *pointers, *_ahead(ahead, x), tokens, len(x), outputs, eps)
-    kernel.launch(
-        (product.blocks(outputs), 1, 1), THREADS, product.shared_bytes(inputs), arguments, ahead=True
-    )  # fmt: skip
+    arguments = (*maps, *pointers, tokens, len(x), outputs, eps)
+    kernel.launch((product.blocks(outputs), 1, 1), THREADS, product.shared_bytes(inputs), arguments, ahead=True)
 
 
-def _attention(
-    layer: SuffixLayer, prefix_mask: Tensor, ahead: tuple[Tensor, Tensor] | None, tokens: int, work: Workspace
-) -> None:
+def _attention(layer: SuffixLayer, prefix_mask: Tensor, tokens: int, work: Workspace) -> None:
     length, rows = len(layer.key), len(work.query)
     tiles = attention(length)
     kernel = _kernel(tiles.variant(), _index(work.query))
     keys = (layer.key, layer.value, work.key, work.value)
     maps = [_nvrtc.tensor_map(work.query, (ROWS, CHUNK)), *(_nvrtc.tensor_map(of, (tiles.keys, CHUNK)) for of in keys)]
-    arguments = (
-        *maps, prefix_mask, work.attended, *_ahead(ahead, work.query), rows, tokens, length, SIZE**-0.5 * LOG2_E,
-    )  # fmt: skip
-    kernel.launch(
-        (tiles.blocks(rows), 1, 1), THREADS, tiles.shared_bytes(), arguments, ahead=True
-    )  # fmt: skip
-
-
-def _ahead(parts: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor, int]:
-    return (like, like, 0) if parts is None else (*parts, parts[0].numel() * parts[0].element_size())
+    arguments = (*maps, prefix_mask, work.attended, rows, tokens, length, SIZE**-0.5 * LOG2_E)
+    kernel.launch((tiles.blocks(rows), 1, 1), THREADS, tiles.shared_bytes(), arguments, ahead=True)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

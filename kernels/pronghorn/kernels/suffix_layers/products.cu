@@ -129,7 +129,6 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS) v
     const float *cos, const float *sin,     // of QKV
     u16 *out, u16 *out_key, u16 *out_value, // the latter two of QKV
     const u16 *residual, const u16 *gate, const u16 *scale, const u16 *shift, u16 *z, float *out_squares,  // of ADD
-    const u8 *ahead, const u8 *ahead_too, int ahead_bytes,
     int tokens, int x_rows, int N, float eps) {
     extern __shared__ u8 memory[];
     __shared__ float ratios[ROWS];
@@ -210,8 +209,6 @@ extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS) v
             arrive_in_cluster();  // others may write where the first chunks were
         }
     }
-    if (thread < LANES)
-        prefetch({ahead, ahead_too, (u64)ahead_bytes});
     wgmma_wait();
     wait_for_cluster();
     int lane = thread % LANES;
