@@ -67,10 +67,10 @@ def suffix_layers(
     if heads < 1:
         raise ValueError(f"layers[0].qkv: got {layers[0].qkv.shape[0]} rows, wanted 3 heads of {size} or more")
     prefix = len(prefix_mask)
-    shapes = SuffixLayer(
+    shapes: list[tuple[int, ...]] = [
         ((heads + 2) * size, width), (width, heads * size), (2 * inner, width), (width, inner), *[(width,)] * 6,
         *[(prefix, size)] * 2,
-    )  # fmt: skip
+    ]  # fmt: skip
     for index, layer in enumerate(layers):
         for field, tensor, shape in zip(SuffixLayer._fields, layer, shapes, strict=True):
             name = f"layers[{index}].{field}"

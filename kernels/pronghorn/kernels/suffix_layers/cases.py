@@ -24,19 +24,19 @@ def _example(
         return (torch.randn(*shape, generator=generator) * std).to(device, dtype)
 
     def weight(outputs: int, inputs: int) -> Tensor:
-        return random(outputs, inputs, std=inputs**-0.5)
+        return random(outputs, inputs, std=max(inputs, 1) ** -0.5)
 
     layers = [
-        SuffixLayer(
-            weight((heads + 2) * size, width), weight(width, heads * size), weight(2 * inner, width),
-            weight(width, inner), *(random(width, std=0.3) for _ in range(6)), random(prefix, size),
-            random(prefix, size),
+        SuffixLayer._make(
+            [weight((heads + 2) * size, width), weight(width, heads * size), weight(2 * inner, width),
+             weight(width, inner), *(random(width, std=0.3) for _ in range(6)), random(prefix, size),
+             random(prefix, size)]
         )
         for _ in range(knobs["layers"])
     ]  # fmt: skip
     prefix_mask = torch.rand(prefix, generator=generator) >= knobs.get("absent", 0.0)
     places = int(prefix_mask.sum()) + torch.arange(tokens)
-    angles = (places[:, None] * 1e4 ** (-torch.arange(size // 2) / (size // 2))).repeat(1, 2)
+    angles = (places[:, None] * 1e4 ** (-torch.arange(size // 2) / max(size // 2, 1))).repeat(1, 2)
     return {
         "x": random(tokens, width), "layers": layers, "prefix_mask": prefix_mask.to(device),
         "cos": angles.cos().to(device), "sin": angles.sin().to(device), "eps": 1e-6,
@@ -45,9 +45,10 @@ def _example(
 
 def _oracle(arguments: Arguments) -> Tensor:
     """With PyTorch's own norm and attention, over the keys that are seen alone, and a rotation by complex numbers."""
-    x, real = arguments["x"].double().cpu(), arguments["prefix_mask"].cpu()
+    x: Tensor = arguments["x"].double().cpu()
+    real = arguments["prefix_mask"].cpu()
     by = torch.complex(*(arguments[name].double().cpu().chunk(2, dim=1)[0] for name in ("cos", "sin")))[:, None]
-    eps, (tokens, width), size = arguments["eps"], x.shape, 2 * by.shape[2]
+    eps, width, size = arguments["eps"], x.shape[1], 2 * by.shape[2]
 
     def normed(scale: Tensor, shift: Tensor) -> Tensor:
         return functional.rms_norm(x, (width,), 1 + scale, eps) + shift
@@ -58,7 +59,7 @@ def _oracle(arguments: Arguments) -> Tensor:
 
     for given in arguments["layers"]:
         layer = SuffixLayer(*(tensor.double().cpu() for tensor in given))
-        parts = functional.linear(normed(layer.scale, layer.shift), layer.qkv).view(tokens, -1, size)
+        parts = functional.linear(normed(layer.scale, layer.shift), layer.qkv).unflatten(1, (-1, size))
         keys, values = turned(parts[:, -2:-1])[:, 0], parts[:, -1]
         keys, values = torch.cat([layer.key[real], keys]), torch.cat([layer.value[real], values])
         query = turned(parts[:, :-2]).transpose(0, 1)

@@ -15,7 +15,7 @@ def suffix_layers(
     """[tokens, width], rounded where a value would be stored."""
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     size = cos.shape[1]
-    total = x.to(wide)
+    total = x.to(wide).contiguous()
 
     def rounded(tensor: Tensor) -> Tensor:
         return tensor.to(dtype).to(wide)
@@ -25,7 +25,8 @@ def suffix_layers(
         return part * cos.to(wide)[:, None] + torch.cat([-second, first], dim=-1) * sin.to(wide)[:, None]
 
     for given in unflattened(tensors):
-        layer = SuffixLayer(*(tensor.to(wide) for tensor in given))
+        # Contiguous, because on a CPU the way a product is added up, and with it the last bit, depends on strides.
+        layer = SuffixLayer(*(tensor.to(wide).contiguous() for tensor in given))
         projected = rounded(_normed(total, layer.scale, layer.shift, eps, dtype) @ layer.qkv.mT)
         parts = projected.unflatten(1, (-1, size))
         query, key = rounded(turned(parts[:, :-2])), rounded(turned(parts[:, -2:-1]))[:, 0]

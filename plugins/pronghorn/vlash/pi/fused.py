@@ -16,24 +16,27 @@ def fused_layers(
     expert: Any, suffix: Tensor, cache: Sequence[tuple[Tensor, Tensor]], conditions: Sequence[Condition],
     state_tokens: int,
 ) -> list[SuffixLayer] | None:  # fmt: skip
-    """Arguments of the kernel, or None where it cannot run, or would take longer; as in `joint.suffix_forward`.
+    """Arguments of the kernel, or None where it cannot run; as in `joint.suffix_forward`.
 
     It takes one sequence, without gradients, whose layers have fused projections (`fusion.fuse`) and adaptive norms.
     """
-    if torch.is_grad_enabled() or len(suffix) != 1 or state_tokens or suffix.device.type != "cuda":
+    if torch.is_grad_enabled() or len(suffix) != 1 or state_tokens:
         return None
+    eps = expert.layers[0].input_layernorm.eps
     found: list[SuffixLayer] = []
     for index, (layer, (key, value)) in enumerate(zip(expert.layers, cache, strict=True)):
-        weights = _weights(layer)
-        first, second = conditions[2 * index : 2 * index + 2]
-        if weights is None or not isinstance(first, Modulation) or not isinstance(second, Modulation):
+        weights, modulations = _weights(layer), conditions[2 * index : 2 * index + 2]
+        if weights is None or any(weight.dtype != suffix.dtype for weight in weights) or key.shape[2] != 1:
             return None
-        if key.shape[2] != 1 or any(weight.dtype != suffix.dtype for weight in weights):
+        if any(norm.eps != eps for norm in (layer.input_layernorm, layer.post_attention_layernorm)):
             return None
-        modulations = [part[0].to(suffix.dtype) for part in (*first, *second)]
-        found.append(SuffixLayer(*weights, *modulations, key[0, :, 0], value[0, :, 0]))
-    epsilons = {norm.eps for layer in expert.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)}
-    return found if len(epsilons) == 1 and runs_fused(suffix[0], found[0]) else None
+        if not all(isinstance(modulation, Modulation) for modulation in modulations):
+            return None
+        vectors = [part[0].to(suffix.dtype) for modulation in modulations for part in modulation]
+        found.append(SuffixLayer._make([*weights, *vectors, key[0, :, 0], value[0, :, 0]]))
+        if not index and not runs_fused(suffix[0], found[0]):
+            return None
+    return found
 
 
 def _weights(layer: Any) -> list[Tensor] | None:
