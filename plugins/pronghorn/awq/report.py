@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from pronghorn.awq.config import AwqConfig
 from pronghorn.awq.evaluate import perplexity
+from pronghorn.awq.layers import AwqLinear
+from pronghorn.awq.quantize import decoder_linears
+from pronghorn.estimate import Estimate, folder_bytes, peak_bytes
 from pronghorn.transformers.answers import positions_of
 from pronghorn.transformers.calibration_data import builtin_text
 from pronghorn.transformers.quality import QualityReport
@@ -54,3 +62,32 @@ class AwqReport:
         window = min(512, positions_of(model.config.get_text_config().to_dict()) or 512)
         text, tokenizer = builtin_text("evaluation"), self.quality.tokenizer
         return perplexity(model, tokenizer, text, window=window, max_windows=WINDOWS, progress=False).perplexity
+
+
+def report_estimate(model: Any, tokenizer: Any, source: str, config: AwqConfig) -> Estimate:
+    """What a report takes: one of the model as it is, and what a packed linear takes more at half of its calls."""
+    linears = dict(decoder_linears(model, config))
+    name, largest = max(linears.items(), key=lambda item: item[1].weight.numel())
+    calls: list[None] = []
+    counting = largest.register_forward_hook(lambda *_: calls.append(None))
+    started = time.perf_counter()
+    with counting, tempfile.TemporaryDirectory() as folder:
+        AwqReport(model, tokenizer, source, None, {}).write(Path(folder), model, config)
+        written = folder_bytes(Path(folder))
+    seconds = time.perf_counter() - started
+    token = torch.randn(1, largest.in_features).to(largest.weight)
+    more = _seconds(AwqLinear.from_linear(largest, config, name=name), token) - _seconds(largest, token)
+    alike = sum(linear.weight.numel() for linear in linears.values()) / largest.weight.numel()
+    seconds += more * alike * len(calls) / 2
+    return Estimate(peak_bytes(model.device), written, seconds, "a report of the model as it is")
+
+
+@torch.no_grad()
+def _seconds(layer: nn.Module, token: Tensor) -> float:
+    """Of one call, the first left out."""
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        layer(token).sum().item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
