@@ -1,8 +1,9 @@
 // Attention of up to 64 tokens, whose heads share keys and values, over a cached prefix and over themselves.
 //
-// A block has 64 queries (tokens' heads), half of what values have, and one tile of keys: all but the last of a cluster have one of the prefix,
-// asked for before the kernel before has finished, and the last has the tokens' own. Each block of a cluster joins the
-// partial softmaxes of a share of the rows, in a fixed order: the others write theirs to its shared memory.
+// A block has 64 queries (tokens' heads), half of the values' channels and one tile of keys: all but the last of a
+// cluster have one of the prefix, asked for before the kernel before has finished, and the last has the tokens' own. Each
+// block of a cluster joins the partial softmaxes of a share of the rows, in a fixed order: the others write theirs to its
+// shared memory.
 //
 // Macros: BFLOAT; KEYS, of a tile; SIZE, of a head; SPLIT, blocks of a cluster.
 
@@ -15,15 +16,16 @@
 #define BOXES (SIZE / 64)
 #define QUERY_BYTES (ROWS * ROW_BYTES)  // of a box
 #define KEY_BYTES (KEYS * ROW_BYTES)
-#define PART (SIZE / 2)    // of values, that a block has
-#define STRIDE (PART + 8)  // of a row of sums
+#define PART (SIZE / 2)      // channels of values that a block has
+#define STRIDE (PART + 8)    // of a row of sums
 #define MINE (ROWS / SPLIT)  // rows that a block joins
 #define LOWEST -1e30f
 
 extern "C" __global__ __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREADS, 1) void run(
     const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap prefix_key_map,
     const __grid_constant__ TensorMap prefix_value_map, const __grid_constant__ TensorMap key_map,
-    const __grid_constant__ TensorMap value_map, const u8 *prefix_mask, u16 *out, int rows, int tokens, int length, float factor) {
+    const __grid_constant__ TensorMap value_map, const u8 *prefix_mask, u16 *out, int rows, int tokens, int length,
+    float factor) {
     extern __shared__ u8 memory[];
     __shared__ float bias[KEYS], peaks[SPLIT][MINE], totals[SPLIT][MINE], shares[MINE][SPLIT];
     __shared__ alignas(8) u64 barrier_memory[2];

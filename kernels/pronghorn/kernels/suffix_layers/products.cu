@@ -26,9 +26,9 @@
 #define COLUMNS (2 * HALF)
 #define WEIGHT_BYTES (COLUMNS * ROW_BYTES)  // of a chunk
 #define X_BYTES (ROWS * ROW_BYTES)
-#define STRIDE (COLUMNS + 8)  // of a row of sums: lanes of a warp write to different banks
-#define MINE (ROWS / SPLIT)   // rows that a block adds up
-#define SHIFTED (KIND != ADD)
+#define STRIDE (COLUMNS + 8)    // of a row of sums: lanes of a warp write to different banks
+#define MINE (ROWS / SPLIT)     // rows that a block adds up
+#define SHIFTED (KIND != ADD)   // z has the shift's row
 #define GIVEN (MINE + SHIFTED)  // rows that each block of the cluster gives it: the shift's too
 
 __device__ inline float first(u32 pair) { return widen(pair & 0xffff); }
