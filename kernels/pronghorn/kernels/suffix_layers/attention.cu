@@ -1,9 +1,9 @@
 // Attention of up to 64 tokens, whose heads share keys and values, over a cached prefix and over themselves.
 //
 // A block has 64 queries (tokens' heads), half of the values' channels and one tile of keys: all but the last of a
-// cluster have one of the prefix, asked for before the kernel before has finished, and the last has the tokens' own. Each
-// block of a cluster joins the partial softmaxes of a share of the rows, in a fixed order: the others write theirs to its
-// shared memory.
+// cluster have one of the prefix, asked for before the kernel before has finished, and the last has the tokens' own.
+// Each block of a cluster joins the partial softmaxes of a share of the rows, in a fixed order: the others write theirs
+// to its shared memory.
 //
 // Macros: BFLOAT; KEYS, of a tile; SIZE, of a head; SPLIT, blocks of a cluster.
 

@@ -9,7 +9,8 @@
 // ratio is a factor of the product's rows, and the shift is one more row of z, whose product is added to all others.
 //
 // Macros: BFLOAT; KIND; HALF, columns of each of the two parts of a tile; SLICE, of K in a block; SPLIT, blocks of a
-// cluster; LENT, chunks whose weights' place others' sums may take, or 0 if these have their own; WIDTH, of x; PARTS, sums of squares of a row; of QKV also HEADS and SIZE, of a head.
+// cluster; LENT, chunks whose weights' place others' sums may take, or 0 if these have their own; WIDTH, of x; PARTS,
+// sums of squares of a row; of QKV also HEADS and SIZE, of a head.
 
 #include "hopper.cuh"
 #include "wgmma.cuh"  // multiply(float sum[HALF / 2], u64 x, u64 weight)
@@ -33,7 +34,6 @@
 
 __device__ inline float first(u32 pair) { return widen(pair & 0xffff); }
 __device__ inline float second(u32 pair) { return widen(pair >> 16); }
-__device__ inline float rounded(float value) { return first(narrow(value, 0.0f)); }
 
 __device__ inline float4 widened(uint2 four) {
     return make_float4(first(four.x), second(four.x), first(four.y), second(four.y));
