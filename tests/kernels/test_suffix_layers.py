@@ -130,7 +130,7 @@ def _parameter_bytes(cubin):
     return [sizes[at] for at in sorted(sizes)]
 
 
-@pytest.mark.parametrize(("length", "keys"), [(1, 64), (448, 64), (449, 96), (572, 96), (968, 160), (1344, 192)])
+@pytest.mark.parametrize(("length", "keys"), [(1, 96), (448, 96), (572, 96), (672, 96)])
 def test_tiles_hold_the_prefix(length, keys):
     assert cuda.attention(length).keys == keys
 
@@ -138,7 +138,7 @@ def test_tiles_hold_the_prefix(length, keys):
 @on_hopper
 @pytest.mark.parametrize("knobs", [shape for shape in OPERATION.shapes if shape["width"] == PUBLISHED["width"]])
 @pytest.mark.parametrize("tokens", [1, 17, 50, 63])
-@pytest.mark.parametrize("prefix", [1, 448, 712, 1344])
+@pytest.mark.parametrize("prefix", [1, 448, 572, 672])
 def test_cuda_kernels(knobs, tokens, prefix):
     arguments = example(torch.bfloat16, **{**knobs, "tokens": tokens, "prefix": prefix})
     assert runs_fused(arguments["x"], arguments["layers"][0])
