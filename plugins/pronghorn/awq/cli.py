@@ -250,9 +250,10 @@ def convert(
 ) -> None:
     """Change a checkpoint's format without loss."""
     from pronghorn.awq.convert import convert_checkpoint
+    from pronghorn.awq.report import write_conversion_report
 
     convert_checkpoint(source, out, to, overwrite=overwrite)
-    typer.echo(f"{out}: version {to}")
+    typer.echo(f"{out}: version {to}, {write_conversion_report(source, out)}")
 
 
 @app.command("eval")
