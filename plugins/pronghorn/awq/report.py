@@ -88,7 +88,8 @@ def write_conversion_report(source: Path, folder: Path) -> str:
             method=f"AWQ, converted to {config['version']}", source=str(source), library_name="transformers",
             recipe={name: value for name, value in config.items() if name not in OF_THE_SEARCH},
             figures={"linears": len(equal), "linears equal bit for bit": sum(equal), **known},
-            data="all of its linears", usage=USAGE, tags=(*TAGS, f"{config['bits']}-bit"), seconds=time.perf_counter() - started,
+            data="all of its linears", usage=USAGE, tags=(*TAGS, f"{config['bits']}-bit"),
+            seconds=time.perf_counter() - started,
         ),
     )  # fmt: skip
     return f"{sum(equal)} of {len(equal)} linears equal bit for bit"
