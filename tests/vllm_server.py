@@ -65,7 +65,7 @@ def stream(port, body):
     """Events of a streamed completion, as they come.
 
     Raises:
-        OSError, http.client.HTTPException: the connection breaks.
+        OSError, http.client.HTTPException: the connection breaks, or ends before the stream does.
     """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.request(
@@ -74,3 +74,6 @@ def stream(port, body):
     for line in connection.getresponse():
         if line.startswith(b"data: {"):
             yield json.loads(line.removeprefix(b"data: "))
+        if line.startswith(b"data: [DONE]"):
+            return
+    raise http.client.HTTPException("the stream ended before [DONE]")

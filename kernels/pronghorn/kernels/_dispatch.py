@@ -48,18 +48,24 @@ def triton_kernels(operation: str) -> Any:
     return importlib.import_module(f"pronghorn.kernels.{operation}.triton")
 
 
-def use_cuda(operation: str, reason: str) -> bool:
+def use_cuda(operation: str, reason: str, instead: str = "its Triton kernel") -> bool:
     """Whether an operation that may run Triton runs its CUDA kernel instead: nothing speaks against it.
 
     Args:
         operation: its name.
         reason: why the CUDA kernel cannot run, or nothing. It is logged, once, where Triton was not asked for.
+        instead: what runs then.
     """
     if os.environ.get(VARIABLE) == "triton" or torch.version.hip is not None:
         return False
     if reason:
-        _warn_once(operation, reason, "its Triton kernel")
+        _warn_once(operation, reason, instead)
     return not reason
+
+
+def unforced() -> bool:
+    """Whether the device picks what runs."""
+    return not os.environ.get(VARIABLE)
 
 
 def interpreting() -> bool:

@@ -73,17 +73,49 @@ class Kernel:
             dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(self._function, dynamic, limit - static))
 
-    def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: Sequence[Any]) -> None:
-        """Queue it on its device's current stream: int32, float32, tensors as pointers, and tensor maps."""
+    def launch(
+        self, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: Sequence[Any], *,
+        ahead: bool = False,
+    ) -> None:  # fmt: skip
+        """Queue it on its device's current stream.
+
+        Args:
+            grid: blocks.
+            threads: of a block.
+            shared_bytes: of a block, besides what the source declares.
+            arguments: int32, float32, tensors as pointers, and tensor maps.
+            ahead: it may begin when all blocks of the kernel before allow it (`griddepcontrol.launch_dependents`), and
+                waits itself (`griddepcontrol.wait`) for what that one writes. Kept in a CUDA graph.
+        """
         from cuda.bindings import driver
 
         values = tuple(value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
         types = tuple(_ctype(value) for value in arguments)
         stream = torch.cuda.current_stream(self._device).cuda_stream
         with torch.cuda.device(self._device):
+            if ahead:
+                config = _config(grid, threads, shared_bytes)
+                config.hStream = stream
+                _checked(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
+                return
             _checked(
                 driver.cuLaunchKernel(self._function, *grid, threads, 1, 1, shared_bytes, stream, (values, types), 0)
             )
+
+
+def _config(grid: tuple[int, int, int], threads: int, shared_bytes: int) -> Any:
+    """Of a launch ahead of time; the stream is still to be set."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 def tensor_map(x: Tensor, box: tuple[int, int]) -> Any:

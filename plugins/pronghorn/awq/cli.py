@@ -6,7 +6,7 @@ import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -89,9 +89,9 @@ def _search(
     samples: int,
     seq_len: int,
     state: Path | None,
-    dry_run: Literal["no", "search", "quantize"] = "no",
 ) -> Any:
-    from pronghorn.awq.quantize import check_linear, decoder_linears, packing_estimate
+    """The search and its samples, with the linears looked at before it begins."""
+    from pronghorn.awq.quantize import check_linear, decoder_linears
     from pronghorn.awq.search import AwqSearch
     from pronghorn.transformers.calibration_data import calibration_samples
 
@@ -101,16 +101,7 @@ def _search(
     )
     for name, linear in decoder_linears(loaded, config):
         check_linear(name, linear, config)
-    search = AwqSearch(config, state_dir=state)
-    if dry_run != "no":
-        found, written = search.rehearse(loaded, ids)
-        seconds = found.seconds
-        if dry_run == "quantize":
-            packing = packing_estimate(loaded, config)
-            written, seconds = packing.disk_bytes, seconds + packing.seconds
-        typer.echo(str(replace(found, disk_bytes=found.disk_bytes + written, seconds=seconds)))
-        raise typer.Exit
-    return search.run(loaded, ids)
+    return AwqSearch(config, state_dir=state), ids
 
 
 def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path, report: AwqReport | None) -> None:
@@ -159,8 +150,12 @@ def search(
     _begin_anew(state, force)
     config = _config(bits, group_size, None, symmetric, duo_scaling, no_clip, skip)
     loaded, tokenizer = _load(model, dtype, device)
-    planned: Literal["no", "search"] = "search" if dry_run else "no"
-    result = _search(loaded, tokenizer, config, data, samples, seq_len, state, planned)
+    search, ids = _search(loaded, tokenizer, config, data, samples, seq_len, state)
+    if dry_run:
+        found, written = search.rehearse(loaded, ids)
+        typer.echo(str(replace(found, disk_bytes=found.disk_bytes + written)))
+        return
+    result = search.run(loaded, ids)
     result.save(out)
     typer.echo(f"{out}: {len(result.scale)} scales, {len(result.clip)} clip maxima")
 
@@ -189,21 +184,23 @@ def quantize(
     base_model: BaseModel = None,
 ) -> None:
     """Search, scale, clip and pack MODEL into a checkpoint that transformers and vLLM load."""
-    from pronghorn.awq.report import AwqReport
+    from pronghorn.awq.quantize import packing_estimate
+    from pronghorn.awq.report import AwqReport, report_estimate
+    from pronghorn.estimate import in_turn
 
     _refuse_existing(out)
     _begin_anew(state, force)
     config = _config(bits, group_size, version, symmetric, duo_scaling, no_clip, skip)
     loaded, tokenizer = _load(model, dtype, device)
-    found = None
-    if not rtn:
-        planned: Literal["no", "quantize"] = "quantize" if dry_run else "no"
-        found = _search(loaded, tokenizer, config, data, samples, seq_len, state, planned)
-    elif dry_run:
-        from pronghorn.awq.quantize import packing_estimate
-
-        typer.echo(str(packing_estimate(loaded, config)))
-        raise typer.Exit
+    search, ids = (None, None) if rtn else _search(loaded, tokenizer, config, data, samples, seq_len, state)
+    if dry_run:
+        parts = [] if search is None else [search.rehearse(loaded, ids)[0]]
+        parts.append(packing_estimate(loaded, config))
+        if not no_report:
+            parts.append(report_estimate(loaded, tokenizer, model, config))
+        typer.echo(str(in_turn(parts)))
+        return
+    found = None if search is None else search.run(loaded, ids)
     how: dict[str, Any] = {"method": "rtn"} if rtn else {
         "method": "awq", "n_samples": samples, "seq_len": seq_len, "text": data.name if data else "builtin",
         "grid": config.grid, "clip": config.clip, "duo_scaling": config.duo_scaling,
@@ -253,9 +250,10 @@ def convert(
 ) -> None:
     """Change a checkpoint's format without loss."""
     from pronghorn.awq.convert import convert_checkpoint
+    from pronghorn.awq.report import write_conversion_report
 
     convert_checkpoint(source, out, to, overwrite=overwrite)
-    typer.echo(f"{out}: version {to}")
+    typer.echo(f"{out}: version {to}, {write_conversion_report(source, out)}")
 
 
 @app.command("eval")

@@ -145,20 +145,41 @@ def _convert_file(
     return converted
 
 
-def _repack(parts: Mapping[str, Tensor], old: AwqConfig, new: AwqConfig) -> dict[str, Tensor]:
+def unpacked_linears(folder: Path) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+    """Of a checkpoint: names, and codes, scales and zero points as `dequantize_weight.layouts.unpack` gives them.
+
+    Raises:
+        ValueError: no quantized checkpoint, or a damaged file.
+    """
+    config = read_awq_config(folder)
+    with ExitStack() as stack:
+        files = [stack.enter_context(_opened(path)) for path in _weight_files(folder)]
+        owner = {name: held for held in files for name in held}
+        for name in sorted(owner):
+            linear, _, part = name.rpartition(".")
+            if part == "qweight":
+                stored = [key for key in (f"{linear}.{part}" for part in PACKED) if key in owner]
+                yield linear, _unpacked({key.rpartition(".")[2]: owner[key][key] for key in stored}, config)
+
+
+def _unpacked(parts: Mapping[str, Tensor], config: AwqConfig) -> tuple[Tensor, Tensor, Tensor]:
     named = {"qzeros" if part == "scaled_zeros" else part: tensor for part, tensor in parts.items()}
-    rows, columns = features(named, old)
-    if not named["scales"].is_floating_point():
-        raise ValueError(f"scales: got {named['scales'].dtype}, wanted numbers of floating point")
-    if not bool(named["scales"].isfinite().all()):
+    rows, columns = features(named, config)
+    how: dict[str, Any] = {"bits": config.bits, "group_size": config.group_size}
+    return unpack(named, layout=config.layout, out_features=rows, in_features=columns, **how)
+
+
+def _repack(parts: Mapping[str, Tensor], old: AwqConfig, new: AwqConfig) -> dict[str, Tensor]:
+    unpacked = _unpacked(parts, old)
+    if not parts["scales"].is_floating_point():
+        raise ValueError(f"scales: got {parts['scales'].dtype}, wanted numbers of floating point")
+    if not bool(parts["scales"].isfinite().all()):
         raise ValueError("scales: hold NaN or Inf")
-    how: dict[str, Any] = {"bits": old.bits, "group_size": old.group_size}
-    unpacked = unpack(named, layout=old.layout, out_features=rows, in_features=columns, **how)
     if not bool((unpacked[1] > 0).all()):
         raise ValueError("scales: hold numbers that are not positive")
     if int(unpacked[2].max()) >> old.bits:
         raise ValueError(f"qzeros: a zero point above {2**old.bits - 1}")
-    packed = pack(*unpacked, layout=new.layout, **how)
+    packed = pack(*unpacked, layout=new.layout, bits=old.bits, group_size=old.group_size)
     if new.version == "llm-awq":
         packed["scaled_zeros"] = packed.pop("qzeros")
     return packed

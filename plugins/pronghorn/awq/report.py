@@ -1,16 +1,27 @@
-"""The quality report and model card beside a checkpoint that AWQ quantized."""
+"""The quality report and model card beside a checkpoint that AWQ quantized or converted."""
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from pronghorn.awq.config import AwqConfig
+from pronghorn.awq.convert import read_awq_config, unpacked_linears
 from pronghorn.awq.evaluate import perplexity
+from pronghorn.awq.layers import AwqLinear
+from pronghorn.awq.quantize import decoder_linears
+from pronghorn.checkpoint.card import REPORT, Report, write_report
+from pronghorn.estimate import Estimate, folder_bytes, peak_bytes
+from pronghorn.files.json_files import parse_json
 from pronghorn.transformers.answers import positions_of
 from pronghorn.transformers.calibration_data import builtin_text
-from pronghorn.transformers.quality import QualityReport
+from pronghorn.transformers.quality import USAGE, QualityReport
 
 WINDOWS = 2
 OF_THE_SEARCH = ("method", "n_samples", "seq_len", "grid", "clip", "duo_scaling", "scale_groups")
@@ -54,3 +65,60 @@ class AwqReport:
         window = min(512, positions_of(model.config.get_text_config().to_dict()) or 512)
         text, tokenizer = builtin_text("evaluation"), self.quality.tokenizer
         return perplexity(model, tokenizer, text, window=window, max_windows=WINDOWS, progress=False).perplexity
+
+
+def write_conversion_report(source: Path, folder: Path) -> str:
+    """Write `quality.json` and `README.md` beside a converted checkpoint; what they say, in a line.
+
+    Both are read again and compared, codes, scales and zero points. What the source's own report measured is true of
+    the new checkpoint too, and goes on.
+
+    Args:
+        source: folder that was converted.
+        folder: what was made of it.
+    """
+    started, equal = time.perf_counter(), []
+    for (name, parts), (old_name, old) in zip(unpacked_linears(folder), unpacked_linears(source), strict=True):
+        equal.append(name == old_name and all(map(torch.equal, parts, old)))
+    config, path = read_awq_config(folder).to_dict(), source / REPORT
+    known = parse_json(path.read_bytes(), path)["figures"] if path.is_file() else {}
+    write_report(
+        folder,
+        Report(
+            method=f"AWQ, converted to {config['version']}", source=str(source), library_name="transformers",
+            recipe={name: value for name, value in config.items() if name not in OF_THE_SEARCH},
+            figures={"linears": len(equal), "linears equal bit for bit": sum(equal), **known},
+            data="all of its linears", usage=USAGE, tags=(*TAGS, f"{config['bits']}-bit"),
+            seconds=time.perf_counter() - started,
+        ),
+    )  # fmt: skip
+    return f"{sum(equal)} of {len(equal)} linears equal bit for bit"
+
+
+def report_estimate(model: Any, tokenizer: Any, source: str, config: AwqConfig) -> Estimate:
+    """What a report takes: one of the model as it is, and what a packed linear takes more at half of its calls."""
+    linears = dict(decoder_linears(model, config))
+    name, largest = max(linears.items(), key=lambda item: item[1].weight.numel())
+    calls: list[None] = []
+    counting = largest.register_forward_hook(lambda *_: calls.append(None))
+    started = time.perf_counter()
+    with counting, tempfile.TemporaryDirectory() as folder:
+        AwqReport(model, tokenizer, source, None, {}).write(Path(folder), model, config)
+        written = folder_bytes(Path(folder))
+    seconds = time.perf_counter() - started
+    token = torch.randn(1, largest.in_features).to(largest.weight)
+    more = _seconds(AwqLinear.from_linear(largest, config, name=name), token) - _seconds(largest, token)
+    alike = sum(linear.weight.numel() for linear in linears.values()) / largest.weight.numel()
+    seconds += more * alike * len(calls) / 2
+    return Estimate(peak_bytes(model.device), written, seconds, "a report of the model as it is")
+
+
+@torch.no_grad()
+def _seconds(layer: nn.Module, token: Tensor) -> float:
+    """Of one call, the first left out."""
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        layer(token).sum().item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return min(times[1:])

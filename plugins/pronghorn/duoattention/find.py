@@ -123,7 +123,7 @@ def find_heads(
 
 
 def rehearse(model: Any, dataset: Sequence[dict[str, Tensor]], *, num_steps: int, **options: Any) -> Estimate:
-    """What `find_heads` takes when it optimizes: a step with the longest sample, then some of the lengths between.
+    """What `find_heads` and its files take when it optimizes: the longest sample, then some of the lengths between.
 
     Args:
         model: as for `find_heads`, as all others are.
@@ -131,6 +131,8 @@ def rehearse(model: Any, dataset: Sequence[dict[str, Tensor]], *, num_steps: int
         num_steps: likewise.
         **options: likewise, without `state_dir`.
     """
+    from pronghorn.duoattention.plot import plot_gates
+
     order = sorted(range(len(dataset)), key=lambda index: len(dataset[index]["input_ids"]))
     tried = [order[-1], *(order[int(share * len(order))] for share in (0.125, 0.375, 0.625, 0.875))]
     clock = StepClock()
@@ -140,6 +142,7 @@ def rehearse(model: Any, dataset: Sequence[dict[str, Tensor]], *, num_steps: int
             on_step=clock, **options,
         )  # fmt: skip
         save_pattern(found, Path(folder) / "pattern")
+        plot_gates(found.gates, Path(folder) / "pattern" / "gates.png")
         written = folder_bytes(Path(folder))
     return Estimate(peak_bytes(model.device), written, clock.scaled(num_steps), f"{len(tried)} of {num_steps} steps")
 

@@ -13,7 +13,6 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pronghorn.kernels.ghost_norm_linear import ghost_norm_linear
 
@@ -438,8 +437,14 @@ def _scales(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _with_weight(module: nn.Module, seen: Tensor, value: float) -> Tensor:
+    """What it gives with another weight; it is not called, for what hooks do, as FSDP's, is for its own."""
+    own = module.get_parameter("weight")
     weight = torch.full((seen.shape[-1],), value, dtype=seen.dtype, device=seen.device)
-    result: Tensor = functional_call(module, {"weight": weight}, (seen,))
+    module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    try:
+        result: Tensor = module.forward(seen)
+    finally:
+        module.register_parameter("weight", own)
     return result
 
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import pronghorn.transformers  # noqa: F401 - registers
 from pronghorn.awq.cli import app
+from pronghorn.awq.convert import convert_checkpoint
 from pronghorn.awq.evaluate import perplexity
+from pronghorn.awq.report import write_conversion_report
 from pronghorn.cli.check import check
 from pronghorn.transformers.answers import windows
 from pronghorn.transformers.calibration_data import builtin_text
@@ -203,3 +205,28 @@ def test_the_models_own_push_to_hub_keeps_the_card_that_is_there(made, monkeypat
     assert all(torch.equal(sent[name], saved[name]) for name in saved)
     assert json.loads(hub.files["config.json"])["quantization_config"]["quant_method"] == "awq"
     assert Path(made / "README.md").is_file()
+
+
+@pytest.mark.parametrize("version", ["gemv", "natural"])
+def test_what_is_converted_says_that_it_is_the_same(made, tmp_path, version):
+    convert_checkpoint(made, tmp_path / "out", version, progress=False)
+    said = write_conversion_report(made, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "quality.json").read_text())
+    count = report["figures"]["linears"]
+    assert count > 0
+    assert said == f"{count} of {count} linears equal bit for bit"
+    assert report["figures"]["linears equal bit for bit"] == count
+    assert report["figures"]["perplexity"] == json.loads((made / "quality.json").read_text())["figures"]["perplexity"]
+    assert f"converted to {version}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_converted_linear_that_differs_is_counted(made, tmp_path):
+    convert_checkpoint(made, tmp_path / "out", "gemv", progress=False)
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("scales"))
+    tensors[name] = tensors[name] * 2
+    save_file(tensors, path, metadata={"format": "pt"})
+    (tmp_path / "out" / "pronghorn.json").unlink()
+    count, _, total, *_ = write_conversion_report(made, tmp_path / "out").split()
+    assert int(count) == int(total) - 1

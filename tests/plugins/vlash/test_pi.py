@@ -19,9 +19,12 @@ from tests.plugins.vlash.networks import (
     randomized,
 )
 
+from pronghorn.kernels.suffix_layers import suffix_layers
 from pronghorn.vlash import flow
 from pronghorn.vlash.guidance import guided_velocity
+from pronghorn.vlash.pi import fused, joint
 from pronghorn.vlash.pi.adapt import pi_model
+from pronghorn.vlash.pi.fusion import fuse
 from pronghorn.vlash.pi.layers import PiNetwork, PiSizes
 from pronghorn.vlash.pi.model import Prefix
 from pronghorn.vlash.pi.modulation import StackedModulation, adaptive_norms
@@ -202,6 +205,58 @@ def test_gradient_checkpointing_changes_nothing(kind):
         losses.mean().backward()
         found.append([losses.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [None, "two sequences", "two key heads", "separate projections", "a hook", "other numbers", "another eps", "pi0"],
+)
+def test_layers_run_fused_where_they_can_and_give_the_same(monkeypatch, change):
+    kind, batch = "pi0" if change == "pi0" else "pi05", 2 if change == "two sequences" else 1
+    sizes = replace(PI0_SIZES if kind == "pi0" else PI05_SIZES, kv_heads=2 if change == "two key heads" else 1)
+    built = randomized(PiNetwork(sizes, state_cond=kind == "pi05")).double()
+    layers = built.action_expert["model"].layers
+    if change != "separate projections":
+        fuse(layers)
+    if change == "a hook":
+        layers[1].mlp.down_proj.register_forward_hook(lambda *_: None)
+    if change == "another eps":
+        layers[1].post_attention_layernorm.eps = 1e-2
+    if change == "other numbers":
+        layers[2].self_attn.o_proj = Doubled(layers[2].self_attn.o_proj)
+    pi, seen, inputs = pi_model(built), prefix(batch=batch), of_branch(branches(1, batch=batch), 0)
+    wanted = pi.sample(seen, inputs["state"], inputs["noise"], 2)
+
+    calls = []
+    monkeypatch.setattr(fused, "runs_fused", lambda x, layer: True)
+    monkeypatch.setattr(joint, "suffix_layers", lambda *a, **k: calls.append(a) or suffix_layers(*a, **k))
+    torch.testing.assert_close(pi.sample(seen, inputs["state"], inputs["noise"], 2), wanted, rtol=1e-9, atol=1e-9)
+    assert len(calls) == (2 if change is None else 0)
+
+
+class Doubled(torch.nn.Module):
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+        self.in_features, self.weight, self.bias = inside.in_features, inside.weight, inside.bias
+
+    def forward(self, x):
+        return 2 * self.inside(x)
+
+
+def test_layers_do_not_run_fused_where_they_are_differentiated(monkeypatch):
+    built = randomized(PiNetwork(replace(PI05_SIZES, kv_heads=1), state_cond=True)).double()
+    fuse(built.action_expert["model"].layers)
+    pi, seen, inputs = pi_model(built), prefix(batch=1), of_branch(branches(1, batch=1), 0)
+
+    def guide(velocity, x, time):
+        with torch.enable_grad():
+            start = x.detach().requires_grad_()
+            assert torch.autograd.grad(velocity(start).sum(), start)[0].abs().sum() > 0
+        return x
+
+    monkeypatch.setattr(fused, "runs_fused", lambda x, layer: pytest.fail("nobody asked for values alone"))
+    pi.sample(seen, inputs["state"], inputs["noise"], 1, guide=guide)
 
 
 @kinds

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pronghorn.kernels.shared_observation_attention import shared_observation_attention
+from pronghorn.kernels.suffix_layers import suffix_layers
 from pronghorn.vlash.pi.attention import attend_prefix, attend_suffix
+from pronghorn.vlash.pi.fused import fused_layers
 from pronghorn.vlash.pi.gemma import Condition, Residual, after_attention, before_attention, normalized
 from pronghorn.vlash.pi.rotation import Rotation
 
@@ -112,6 +114,12 @@ def suffix_forward(
     Returns:
         [batch, Ls, width] after the last norm.
     """
+    layers = fused_layers(expert, suffix, cache, conditions, state_tokens)
+    if layers is not None:
+        cos, sin = (part[0] for part in rotation)
+        eps = expert.layers[0].input_layernorm.eps
+        residual = Residual(suffix_layers(suffix[0], layers, prefix_mask[0], cos, sin, eps=eps)[None])
+        return normalized(expert.norm, residual, conditions[-1])[0]
     residual = Residual(suffix)
     for index, (layer, seen) in enumerate(zip(expert.layers, cache, strict=True)):
         first, second = conditions[2 * index : 2 * index + 2]
