@@ -23,7 +23,7 @@ CACHE = Path(
 PROJECTS = [ROOT, ROOT / "integrations" / "lerobot_policy_pronghorn"]
 SOURCES = [*(ROOT / name for name in ("kernels", "integrations", "plugins")), PROJECTS[1]]
 TORCH = {"main": "torch==2.13.0", "oldest": "torch==2.11.0", "lerobot": "torch==2.11.0"}
-WORKERS = "2"
+SIDE_BY_SIDE = ["-n", "2", "--dist", "loadgroup"]  # of pytest: its tests on two cores
 LEROBOT_TESTS = ["tests/integrations/lerobot", *map(str, sorted(Path("tests/plugins").glob("*/lerobot")))]
 
 nox.options.default_venv_backend = "none"
@@ -85,7 +85,7 @@ def test(session: nox.Session) -> None:
     env = {**environment(session, "main"), **one_thread()}
     if not session.posargs:
         session.notify("lerobot")
-    arguments = session.posargs or ["-n", WORKERS, "--dist", "loadgroup", "-m", "not slow"]
+    arguments = session.posargs or [*SIDE_BY_SIDE, "-m", "not slow"]
     run(session, env, "python", "-m", "pytest", "-q", *arguments)
 
 
@@ -96,7 +96,7 @@ def lerobot(session: nox.Session) -> None:
     if python is None:
         session.skip("LeRobot needs Python 3.12; none was found on PATH or under pyenv")
     env = {**environment(session, "lerobot", python), **one_thread()}
-    arguments = session.posargs or ["-n", WORKERS, "--dist", "loadgroup", "-m", "not slow"]
+    arguments = session.posargs or [*SIDE_BY_SIDE, "-m", "not slow"]
     run(session, env, "python", "-m", "pytest", "-q", *LEROBOT_TESTS, *arguments)
 
 
@@ -108,9 +108,8 @@ def nightly(session: nox.Session) -> None:
         session.run("apt-get", "install", "-y", "-q", "chromium", external=True, silent=True, success_codes=[0, 100])
     env = {**environment(session, "main"), **one_thread(), "HYPOTHESIS_PROFILE": "nightly"}
     keep = ["--reliability=benchmarks/results/reliability-cpu.json"]  # what docs/reliability.md is written from
-    apart = ["-n", WORKERS, "--dist", "loadgroup"]
-    session.notify("lerobot", posargs=[*apart, *keep])
-    run(session, env, "python", "-m", "pytest", "-q", *apart, *keep, *session.posargs)
+    session.notify("lerobot", posargs=[*SIDE_BY_SIDE, *keep])
+    run(session, env, "python", "-m", "pytest", "-q", *SIDE_BY_SIDE, *keep, *session.posargs)
 
 
 @nox.session
@@ -121,7 +120,7 @@ def oldest(session: nox.Session) -> None:
         session.error("the oldest environment needs Python 3.12; none was found on PATH or under pyenv")
     env = {**environment(session, "oldest", python), **one_thread()}
     folders = ["tests/kernels", "tests/plugins", "tests/golden", "tests/integrations"]
-    run(session, env, "python", "-m", "pytest", "-q", *(session.posargs or folders))
+    run(session, env, "python", "-m", "pytest", "-q", *(session.posargs or [*SIDE_BY_SIDE, *folders]))
 
 
 @nox.session

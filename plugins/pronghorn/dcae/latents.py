@@ -7,7 +7,7 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.dcae.images import find_images, load_image
-from pronghorn.estimate import Estimate, folder_bytes, peak_bytes
+from pronghorn.estimate import Estimate, StepClock, folder_bytes, peak_bytes
 from pronghorn.files.json_files import damaged
 
 MARK = b"sha256"  # after the array, before its digest
@@ -69,6 +69,42 @@ def latent_statistics(latents: Iterable[Tensor]) -> LatentStatistics:
     std = (square / count - mean.square()).clamp_min(0).sqrt()
     scale = float((square.sum() / (count * len(square))).rsqrt())
     return LatentStatistics(scale, tuple(mean.tolist()), tuple(std.tolist()), count)
+
+
+@torch.no_grad()
+def statistics_of_images(
+    vae: Any, paths: Sequence[Path], *, size: int, batch_size: int = 8, on_batch: Callable[[], None] | None = None
+) -> LatentStatistics:
+    """`latent_statistics` of what an autoencoder makes of images.
+
+    Args:
+        vae: of diffusers.
+        paths: of the images.
+        size: to which each is cut, pixels.
+        batch_size: images at a time.
+        on_batch: called after each batch.
+
+    Raises:
+        ValueError: there are no images, or a latent holds NaN or Inf.
+    """
+
+    def latents() -> Iterator[Tensor]:
+        for start in range(0, len(paths), batch_size):
+            batch = torch.stack([load_image(path, size=size) for path in paths[start : start + batch_size]])
+            yield vae.encode(batch.to(vae.device)).latent
+            if on_batch is not None:
+                on_batch()
+
+    return latent_statistics(latents())
+
+
+def rehearse_statistics(vae: Any, paths: Sequence[Path], *, size: int, batch_size: int = 8) -> Estimate:
+    """What `statistics_of_images` takes, from three batches, or all images if there are fewer; arguments likewise."""
+    tried, clock = paths[: 3 * batch_size], StepClock()
+    statistics_of_images(vae, tried, size=size, batch_size=batch_size, on_batch=clock)
+    batches = -(-len(paths) // batch_size)
+    seconds = clock.scaled(batches) if len(clock.ended) > 1 else clock.ended[0] - clock.started
+    return Estimate(peak_bytes(vae.device), 0, seconds, f"{len(tried)} of {len(paths)} images")
 
 
 def read_latent(path: Path) -> Tensor:

@@ -17,6 +17,7 @@ Images = Annotated[Path, typer.Argument(help="Folder of images.")]
 Size = Annotated[int, typer.Option(help="Edge of the square that is cut from each image's middle.")]
 BatchSize = Annotated[int, typer.Option(help="Images at a time.")]
 Tile = Annotated[int, typer.Option(help="Edge of a tile of large images; 0 takes them whole.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Try some images, print peak memory, time and disk, and stop.")]
 
 
 @app.command()
@@ -70,22 +71,17 @@ def reconstruct(
 def stats(
     model: Model, images: Images, size: Size = 256, config: Config = None, batch_size: BatchSize = 8,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None, device: Device = None,
+    dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Estimate the scaling factor of latents, and each channel's mean and deviation."""
-    import torch
-
-    from pronghorn.dcae.images import find_images, load_image
-    from pronghorn.dcae.latents import latent_statistics
+    from pronghorn.dcae.images import find_images
+    from pronghorn.dcae.latents import rehearse_statistics, statistics_of_images
 
     vae, paths = on(_load(model, config), device), find_images(images)
-
-    def latents() -> Any:
-        for start in range(0, len(paths), batch_size):
-            batch = torch.stack([load_image(path, size=size) for path in paths[start : start + batch_size]])
-            yield vae.encode(batch.to(vae.device)).latent
-
-    with torch.no_grad():
-        found = latent_statistics(latents())
+    if dry_run:
+        typer.echo(rehearse_statistics(vae, paths, size=size, batch_size=batch_size))
+        return
+    found = statistics_of_images(vae, paths, size=size, batch_size=batch_size)
     if output is not None:
         output.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
     typer.echo(f"scaling_factor {found.scaling_factor:.5f} from {len(paths)} images")
@@ -96,9 +92,7 @@ def dump(
     model: Model, images: Images, output: Annotated[Path, typer.Argument(help="Folder for the latents.")],
     size: Size = 512, scaling_factor: Annotated[float | None, typer.Option(help="By default the model's.")] = None,
     config: Config = None, batch_size: BatchSize = 8, device: Device = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Try some images, print peak memory, time and disk, and stop.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Write every image's latent as .npy; run it again to go on."""
     from pronghorn.dcae.latents import dump_latents, rehearse_dump
