@@ -1,5 +1,7 @@
 """New weights for a model that vLLM serves: its probabilities are then those of the new weights, the head's too."""
 
+import gc
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -21,6 +23,7 @@ def test_a_server_takes_them(tied, tmp_path):
 
     sizes = {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 64, "tie_word_embeddings": tied}
     llama(**sizes).save_pretrained(tmp_path / "start")
+    gc.collect()  # an engine of another test that is freed later would end what both share
     engine = LLM(str(tmp_path / "start"), dtype="float32", enforce_eager=True, skip_tokenizer_init=True,
                  max_model_len=64, worker_extension_cls="pronghorn.vllm.weight_files.WeightFiles")  # fmt: skip
     sampling = SamplingParams(max_tokens=8, logprobs=0, seed=0, detokenize=False, stop_token_ids=[EOS])
