@@ -150,4 +150,4 @@ def _digests(module: nn.Module) -> dict[str, str]:
 
 def _digest(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    return sha256(flat.view(torch.uint8).numpy().data).hexdigest()
