@@ -7,11 +7,13 @@ share them. What belongs to this clone, its source roots and its entry points, c
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import nox
 
@@ -23,6 +25,7 @@ CACHE = Path(
 PROJECTS = [ROOT, ROOT / "integrations" / "lerobot_policy_pronghorn"]
 SOURCES = [*(ROOT / name for name in ("kernels", "integrations", "plugins")), PROJECTS[1]]
 TORCH = {"main": "torch==2.13.0", "oldest": "torch==2.11.0", "lerobot": "torch==2.11.0"}
+ADVISORIES = "https://pypi.org/pypi/pip/24.0/json"  # of one release, as pip-audit asks for it
 SIDE_BY_SIDE = ["-n", "2", "--dist", "loadgroup"]  # of pytest: its tests on two cores
 LEROBOT_TESTS = ["tests/integrations/lerobot", *map(str, sorted(Path("tests/plugins").glob("*/lerobot")))]
 
@@ -137,8 +140,19 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="virtualenv")
 def audit(session: nox.Session) -> None:
     """Known vulnerabilities of the locked dependencies; by itself, because it needs PyPI's list of them."""
+    try:
+        with urlopen(ADVISORIES, timeout=30) as answer:
+            json.load(answer)["vulnerabilities"]
+    except (OSError, ValueError, KeyError) as error:
+        # pip-audit would say of the first dependency that it does not exist.
+        session.error(
+            f"nothing was audited: {ADVISORIES}, which has what is known of a release, answers {error!r}. Mirrors of "
+            "PyPI and proxies often do not pass it on: run this where pypi.org itself can be reached"
+        )
     session.install("pip-audit")
-    for lock in sorted((ROOT / "requirements").glob("*.txt")):
+    for name, torch in TORCH.items():
+        lock = Path(session.create_tmp()) / f"{name}.txt"
+        lock.write_text(f"{torch}\n{(ROOT / 'requirements' / lock.name).read_text()}")
         session.run("pip-audit", "--strict", "--no-deps", "--disable-pip", "--progress-spinner", "off", "-r", str(lock))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -68,6 +70,57 @@ class StepClock:
             raise ValueError(f"steps: {len(self.ended)} were timed, wanted at least 2")
         first, last = self.ended[0], self.ended[-1]
         return first - self.started + (steps - 1) * (last - first) / (len(self.ended) - 1)
+
+
+TRIED = (0.0, 0.25, 0.5, 0.75, 1.0)  # of pieces by size, from the smallest to the largest
+
+
+def of_pieces(sizes: Sequence[int], work: Callable[[int], int], device: torch.device | str, what: str) -> Estimate:
+    """What many pieces of work take, from five of them: between those, time and bytes go evenly with the size.
+
+    The smallest is done once more before, as the first work starts things.
+
+    Args:
+        sizes: of all pieces, in a unit that time goes with.
+        work: does the piece of an index; gives the bytes that it writes.
+        device: where it runs.
+        what: the pieces are called.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not sizes:
+        raise ValueError(f"{what}: there are none")
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    tried = sorted({order[round(share * (len(order) - 1))] for share in TRIED}, key=sizes.__getitem__)
+    seconds: dict[int, list[float]] = {}
+    written: dict[int, list[float]] = {}
+    started = time.perf_counter()
+    work(tried[0])
+    first = time.perf_counter() - started
+    for index in tried:
+        started = time.perf_counter()
+        written.setdefault(sizes[index], []).append(work(index))
+        seconds.setdefault(sizes[index], []).append(time.perf_counter() - started)
+    known, each = list(seconds), [fmean(times) for times in seconds.values()]
+    starting = max(0.0, first - each[0])
+    return Estimate(
+        peak_bytes(device), round(sum(_between(known, [fmean(part) for part in written.values()], sizes))),
+        starting + sum(_between(known, each, sizes)), f"{len(tried)} of {len(sizes)} {what}",
+    )  # fmt: skip
+
+
+def _between(known: Sequence[int], values: Sequence[float], wanted: Sequence[int]) -> list[float]:
+    """Values for sizes, on the lines between those of the known sizes, which rise."""
+    found = []
+    for size in wanted:
+        right = max(1, bisect_left(known, size))
+        if len(known) == 1:
+            found.append(values[0])
+            continue
+        low, high = known[right - 1], known[right]
+        found.append(values[right - 1] + (values[right] - values[right - 1]) * (size - low) / (high - low))
+    return found
 
 
 def peak_bytes(device: torch.device | str) -> int:

@@ -226,6 +226,50 @@ def test_quantizing(language_model, tmp_path, figure):
 
 
 @pytest.mark.slow
+def test_packing_what_was_searched(language_model, tmp_path, figure):
+    how = ["--samples", 1, "--seq-len", 32, "--no-clip"]
+    run(Case(["awq", "search", language_model, tmp_path / "found.pt", *how], [], []))
+    arguments = ["awq", "pack", language_model, tmp_path / "found.pt", tmp_path / "out"]
+    works = ["pronghorn.awq.quantize:quantize_model", "pronghorn.awq.report:AwqReport.__init__",
+             "pronghorn.awq.report:AwqReport.write"]  # fmt: skip
+    assert_as_said(Case(arguments, [tmp_path / "out"], works), figure, time=True)
+
+
+@pytest.mark.slow
+def test_a_perplexity(language_model, figure):
+    arguments = ["awq", "eval", language_model, "--window", 256, "--windows", 20]
+    assert_as_said(Case(arguments, [], ["pronghorn.awq.evaluate:perplexity"]), figure, time=True)
+
+
+@pytest.mark.slow
+def test_needles_in_haystacks(language_model, tmp_path, figure):
+    arguments = [
+        "duoattention", "niah", language_model, "--out", tmp_path / "out", "--lengths", "300,1500,4", "--depths", 4,
+        "--sink", 16, "--recent", 64, "--chunk", 400,
+    ]  # fmt: skip
+    assert_as_said(Case(arguments, [tmp_path / "out"], ["pronghorn.duoattention.niah:run_grid"]), figure, time=True)
+
+
+@pytest.mark.slow
+def test_long_questions(language_model, tmp_path, figure):
+    """Two data sets, whose answers are of different lengths."""
+    drawn = np.random.default_rng(0)
+    for name, longest in (("hotpotqa", 120), ("lcc", 60)):
+        rows = [
+            {"input": "Why?", "context": "so it is " * int(times), "answers": ["so it is"]}
+            for times in drawn.integers(10, longest, 9)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [tmp_path / "hotpotqa.jsonl", tmp_path / "lcc.jsonl"]
+    arguments = [
+        "duoattention", "longbench", language_model, *files, "--out", tmp_path / "out", "--sink", 16, "--recent", 64,
+        "--max-length", 1500,
+    ]  # fmt: skip
+    works = ["pronghorn.duoattention.longbench:evaluate_file"]
+    assert_as_said(Case(arguments, [tmp_path / "out"], works), figure, time=True)
+
+
+@pytest.mark.slow
 def test_sweeping_a_task(tmp_path, figure):
     """Its memory is that of the libraries, and its files are small: time alone is compared."""
     arguments = [

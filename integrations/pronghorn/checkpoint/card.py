@@ -25,14 +25,14 @@ WORST_LAYERS = 5
 
 @dataclass(frozen=True)
 class Report:
-    """What there is to say of a checkpoint that was made from another.
+    """What there is to say of a checkpoint that was made from another, or trained.
 
     Attributes:
         method: its name, as people read it.
-        source: folder or hub name of what it was made from.
+        source: folder or hub name of what it was made from; None where it began with random weights.
         library_name: that loads it, as the Hub calls it.
         recipe: the configuration that made it.
-        figures: measured numbers by name; `layers`, a number for each layer, is shown by its worst.
+        figures: measured numbers by name; `layers`, an error for each layer, is shown by its worst.
         data: what the figures were measured on.
         usage: Python that loads it, with `CHECKPOINT` in place of its folder's name.
         texts: outputs side by side, by whose they are; the first is what was asked.
@@ -40,10 +40,11 @@ class Report:
         seed: of what was drawn, where something was.
         base_model: what the card calls the source; by default its hub name, or its folder's name.
         seconds: that measuring took.
+        of_layers: what the errors of layers are errors of.
     """
 
     method: str
-    source: str
+    source: str | None
     library_name: str
     recipe: Mapping[str, Any]
     figures: Mapping[str, Any]
@@ -54,12 +55,14 @@ class Report:
     seed: int | None = None
     base_model: str | None = None
     seconds: float = 0.0
+    of_layers: str = "the outputs of layers"
 
     @property
-    def base(self) -> str:
+    def base(self) -> str | None:
         """The source's name on the card: a path of this machine means nothing to others."""
-        is_folder = Path(self.source).exists()
-        return self.base_model or (Path(self.source).resolve().name if is_folder else self.source)
+        if self.base_model or self.source is None:
+            return self.base_model
+        return Path(self.source).resolve().name if Path(self.source).exists() else self.source
 
 
 def write_report(folder: Path, report: Report) -> None:
@@ -75,14 +78,15 @@ def write_report(folder: Path, report: Report) -> None:
         "seconds": round(report.seconds, 3), "provenance": made,
     }  # fmt: skip
     write_atomically(folder / REPORT, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-    known = _of_source(report.source)
+    known = {} if report.source is None else _of_source(report.source)
     given = {name: known[name] for name in COPIED if known.get(name)}
     data = ModelCardData(
         base_model=report.base, library_name=report.library_name, tags=[*report.tags, "pronghorn"], **given
     )
     header = f"---\n{data.to_yaml()}\n---\n\n"
     write_atomically(folder / CARD, (header + _text(report, made, folder.name)).encode())
-    for path in _folder(report.source).glob("LICENSE*") if Path(report.source).exists() else ():
+    here = report.source is not None and Path(report.source).exists()
+    for path in _folder(str(report.source)).glob("LICENSE*") if here else ():
         if path.is_file():
             shutil.copy(path, folder / path.name)
 
@@ -102,19 +106,20 @@ def _folder(source: str) -> Path:
 
 
 def _text(report: Report, made: Mapping[str, Any], name: str) -> str:
+    origin, against = ("Made", "M") if report.base is None else (f"Made from `{report.base}`", "Against the source, m")
     parts = [
-        f"# {report.base}, {report.method}",
-        f"Made from `{report.base}` with {report.method} by Pronghorn {made['versions']['pronghorn']}.",
+        f"# {report.base or name}, {report.method}",
+        f"{origin} with {report.method} by Pronghorn {made['versions']['pronghorn']}.",
         f"```python\n{report.usage.replace('CHECKPOINT', name)}\n```",
         "## Quality",
-        f"Against the source, measured on {report.data}.",
+        f"{against}easured on {report.data}.",
         _table([("", ""), *((name, _number(value)) for name, value in _flat(report.figures))]),
     ]
     layers = report.figures.get("layers")
     if layers:
         worst = sorted(layers.items(), key=lambda item: -item[1])[:WORST_LAYERS]
         parts += [
-            f"Relative error of the outputs of layers, the largest {len(worst)} of {len(layers)}:",
+            f"Relative error of {report.of_layers}, the largest {len(worst)} of {len(layers)}:",
             _table([("layer", "error"), *((name, _number(value)) for name, value in worst)]),
         ]
     if report.texts:

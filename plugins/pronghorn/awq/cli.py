@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pronghorn.awq.chat import Chat
     from pronghorn.awq.config import AwqConfig
     from pronghorn.awq.report import AwqReport
+    from pronghorn.estimate import Estimate
 
 app = typer.Typer(no_args_is_help=True, help="AWQ: 4-bit (and 2-, 3-, 8-bit) weights for language models.")
 
@@ -104,6 +105,17 @@ def _search(
     return AwqSearch(config, state_dir=state), ids
 
 
+def _packing(loaded: Any, tokenizer: Any, model: str, config: AwqConfig, no_report: bool) -> list[Estimate]:
+    """What packing, saving and reporting take."""
+    from pronghorn.awq.quantize import packing_estimate
+    from pronghorn.awq.report import report_estimate
+
+    parts = [packing_estimate(loaded, config)]
+    if not no_report:
+        parts.append(report_estimate(loaded, tokenizer, model, config))
+    return parts
+
+
 def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path, report: AwqReport | None) -> None:
     from pronghorn.awq.convert import made_whole
     from pronghorn.awq.quantize import quantize_model
@@ -184,8 +196,7 @@ def quantize(
     base_model: BaseModel = None,
 ) -> None:
     """Search, scale, clip and pack MODEL into a checkpoint that transformers and vLLM load."""
-    from pronghorn.awq.quantize import packing_estimate
-    from pronghorn.awq.report import AwqReport, report_estimate
+    from pronghorn.awq.report import AwqReport
     from pronghorn.estimate import in_turn
 
     _refuse_existing(out)
@@ -194,11 +205,8 @@ def quantize(
     loaded, tokenizer = _load(model, dtype, device)
     search, ids = (None, None) if rtn else _search(loaded, tokenizer, config, data, samples, seq_len, state)
     if dry_run:
-        parts = [] if search is None else [search.rehearse(loaded, ids)[0]]
-        parts.append(packing_estimate(loaded, config))
-        if not no_report:
-            parts.append(report_estimate(loaded, tokenizer, model, config))
-        typer.echo(str(in_turn(parts)))
+        searching = [] if search is None else [search.rehearse(loaded, ids)[0]]
+        typer.echo(str(in_turn([*searching, *_packing(loaded, tokenizer, model, config, no_report)])))
         return
     found = None if search is None else search.run(loaded, ids)
     how: dict[str, Any] = {"method": "rtn"} if rtn else {
@@ -225,16 +233,22 @@ def pack(
     device: Device = None,
     no_report: NoReport = False,
     base_model: BaseModel = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Apply a saved search to MODEL and pack it."""
     from pronghorn.awq.report import AwqReport
     from pronghorn.awq.search import SearchResult
+    from pronghorn.estimate import in_turn
     from pronghorn.transformers.experts import unfuse_experts
 
     _refuse_existing(out)
     config = _config(bits, group_size, version, symmetric, False, False, skip)
     found = SearchResult.load(result)
     loaded, tokenizer = _load(model, dtype, device)
+    if dry_run:
+        unfuse_experts(loaded)
+        typer.echo(str(in_turn(_packing(loaded, tokenizer, model, config, no_report))))
+        return
     report = None if no_report else AwqReport(loaded, tokenizer, model, base_model, {"saved in": result.name})
     unfuse_experts(loaded)
     found.apply(loaded)
@@ -264,13 +278,17 @@ def evaluate(
     windows: Annotated[int | None, typer.Option(help="Stop after so many windows.")] = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Perplexity and bits per byte of MODEL on a text."""
-    from pronghorn.awq.evaluate import perplexity
+    from pronghorn.awq.evaluate import perplexity, perplexity_estimate
     from pronghorn.transformers.calibration_data import builtin_text
 
     loaded, tokenizer = _load(model, dtype, device)
     content = builtin_text("evaluation") if text is None else text.read_text()
+    if dry_run:
+        typer.echo(str(perplexity_estimate(loaded, tokenizer, content, window=window, max_windows=windows)))
+        return
     found = perplexity(loaded, tokenizer, content, window=window, max_windows=windows)
     typer.echo(
         f"perplexity {found.perplexity:.3f}  bits/byte {found.bits_per_byte:.4f}  "

@@ -145,8 +145,10 @@ def _convert_file(
     return converted
 
 
-def unpacked_linears(folder: Path) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
-    """Of a checkpoint: names, and codes, scales and zero points as `dequantize_weight.layouts.unpack` gives them.
+def unpacked_tensors(folder: Path) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """Of a checkpoint, by name: a linear's codes, scales and zero points, or any other tensor as it is.
+
+    Codes, scales and zero points are as `dequantize_weight.layouts.unpack` gives them.
 
     Raises:
         ValueError: no quantized checkpoint, or a damaged file.
@@ -155,11 +157,14 @@ def unpacked_linears(folder: Path) -> Iterator[tuple[str, tuple[Tensor, Tensor, 
     with ExitStack() as stack:
         files = [stack.enter_context(_opened(path)) for path in _weight_files(folder)]
         owner = {name: held for held in files for name in held}
-        for name in sorted(owner):
-            linear, _, part = name.rpartition(".")
-            if part == "qweight":
-                stored = [key for key in (f"{linear}.{part}" for part in PACKED) if key in owner]
-                yield linear, _unpacked({key.rpartition(".")[2]: owner[key][key] for key in stored}, config)
+        linears = {name.removesuffix(".qweight") for name in owner if name.endswith(".qweight")}
+        parts = {f"{linear}.{part}" for linear in linears for part in PACKED}
+        for name in sorted({*owner, *linears} - parts):
+            if name not in linears:
+                yield name, (owner[name][name],)
+                continue
+            stored = [key for key in (f"{name}.{part}" for part in PACKED) if key in owner]
+            yield name, _unpacked({key.rpartition(".")[2]: owner[key][key] for key in stored}, config)
 
 
 def _unpacked(parts: Mapping[str, Tensor], config: AwqConfig) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from pronghorn.estimate import Estimate, of_pieces
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,42 @@ def perplexity(
     Raises:
         ValueError: the text is shorter than two tokens.
     """
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    windows = [part for part in ids.split(window) if len(part) > 1][:max_windows]
-    if not windows:
-        raise ValueError(f"text: {len(ids)} tokens are too few for a perplexity, at least 2 are needed")
-    device = next(model.parameters()).device
+    windows = _windows(tokenizer, text, window, max_windows)
     start = time.perf_counter()
     loss, count = 0.0, 0
     for part in tqdm(windows, desc="perplexity", disable=not progress, unit="window"):
-        tokens = part[None].to(device)
-        logits = model(tokens, use_cache=False).logits[0, :-1].float()
-        loss += F.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()
+        loss += _loss(model, part)
         count += len(part) - 1
     seconds = time.perf_counter() - start
     read = tokenizer.decode(torch.cat(windows), skip_special_tokens=True)
     bits = loss / math.log(2) / len(read.encode())
     return Evaluation(math.exp(loss / count), bits, count, seconds)
+
+
+@torch.no_grad()
+def perplexity_estimate(
+    model: nn.Module, tokenizer: Any, text: str, *, window: int = 512, max_windows: int | None = None
+) -> Estimate:
+    """What `perplexity` takes, from a few windows; arguments and errors as there."""
+    windows = _windows(tokenizer, text, window, max_windows)
+
+    def work(index: int) -> int:
+        _loss(model, windows[index])
+        return 0
+
+    return of_pieces([len(part) for part in windows], work, next(model.parameters()).device, "windows")
+
+
+def _windows(tokenizer: Any, text: str, window: int, most: int | None) -> list[Tensor]:
+    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    windows = [part for part in ids.split(window) if len(part) > 1][:most]
+    if not windows:
+        raise ValueError(f"text: {len(ids)} tokens are too few for a perplexity, at least 2 are needed")
+    return windows
+
+
+def _loss(model: nn.Module, ids: Tensor) -> float:
+    """Negative log-likelihood of a window's tokens after the first, summed."""
+    tokens = ids[None].to(next(model.parameters()).device)
+    logits = model(tokens, use_cache=False).logits[0, :-1].float()
+    return F.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pronghorn.awq.config import AwqConfig
-from pronghorn.awq.convert import read_awq_config, unpacked_linears
+from pronghorn.awq.convert import read_awq_config, unpacked_tensors
 from pronghorn.awq.evaluate import perplexity
 from pronghorn.awq.layers import AwqLinear
 from pronghorn.awq.quantize import decoder_linears
@@ -24,6 +24,7 @@ from pronghorn.transformers.calibration_data import builtin_text
 from pronghorn.transformers.quality import USAGE, QualityReport
 
 WINDOWS = 2
+UNPACKED = ("codes", "scales", "zero points")
 OF_THE_SEARCH = ("method", "n_samples", "seq_len", "grid", "clip", "duo_scaling", "scale_groups")
 TAGS = ("awq", "quantized")
 
@@ -70,16 +71,19 @@ class AwqReport:
 def write_conversion_report(source: Path, folder: Path) -> str:
     """Write `quality.json` and `README.md` beside a converted checkpoint; what they say, in a line.
 
-    Both are read again and compared, codes, scales and zero points. What the source's own report measured is true of
-    the new checkpoint too, and goes on.
+    Both are read again and compared: codes, scales and zero points, and all that is not packed. What the source's own
+    report measured is true of the new checkpoint too, and goes on.
 
     Args:
         source: folder that was converted.
         folder: what was made of it.
     """
-    started, equal = time.perf_counter(), []
-    for (name, parts), (old_name, old) in zip(unpacked_linears(folder), unpacked_linears(source), strict=True):
-        equal.append(name == old_name and all(map(torch.equal, parts, old)))
+    started = time.perf_counter()
+    linears: list[bool] = []
+    others: list[bool] = []
+    for (name, parts), (old_name, old) in zip(unpacked_tensors(folder), unpacked_tensors(source), strict=True):
+        equal = name == old_name and len(parts) == len(old) and all(map(torch.equal, parts, old))
+        (linears if len(parts) == len(UNPACKED) else others).append(equal)
     config, path = read_awq_config(folder).to_dict(), source / REPORT
     known = parse_json(path.read_bytes(), path)["figures"] if path.is_file() else {}
     write_report(
@@ -87,12 +91,18 @@ def write_conversion_report(source: Path, folder: Path) -> str:
         Report(
             method=f"AWQ, converted to {config['version']}", source=str(source), library_name="transformers",
             recipe={name: value for name, value in config.items() if name not in OF_THE_SEARCH},
-            figures={"linears": len(equal), "linears equal bit for bit": sum(equal), **known},
-            data="all of its linears", usage=USAGE, tags=(*TAGS, f"{config['bits']}-bit"),
+            figures={
+                **known, "linears": len(linears), "linears equal bit for bit": sum(linears),
+                "other tensors": len(others), "other tensors equal bit for bit": sum(others),
+            },
+            data="all of its tensors" + ("; figures beside those are of the source's own report" if known else ""),
+            usage=USAGE, tags=(*TAGS, f"{config['bits']}-bit"),
             seconds=time.perf_counter() - started,
         ),
     )  # fmt: skip
-    return f"{sum(equal)} of {len(equal)} linears equal bit for bit"
+    return (
+        f"{sum(linears)} of {len(linears)} linears and {sum(others)} of {len(others)} other tensors equal bit for bit"
+    )
 
 
 def report_estimate(model: Any, tokenizer: Any, source: str, config: AwqConfig) -> Estimate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +30,7 @@ Chunk = Annotated[int, typer.Option(help="Tokens of a prompt that are read at on
 Out = Annotated[Path, typer.Option("--out", help="Folder for results and pictures.")]
 Text = Annotated[list[Path] | None, typer.Option(help="Text file, repeatable; Python's documentation by default.")]
 Dtype = Annotated[str, typer.Option(help="float16, bfloat16, float32 or auto.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Try some of it, print peak memory, time and disk, and stop.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu …; the GPU if there is one.")]
 
 
@@ -102,9 +103,7 @@ def find(
     save_steps: Annotated[int, typer.Option(help="How often.")] = 50,
     dtype: Dtype = "auto",
     device: Device = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Try some steps, print peak memory, time and disk, and stop.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Find the retrieval heads of MODEL; under `accelerate launch` its processes share each sequence."""
     import torch
@@ -285,9 +284,10 @@ def niah(
     chunk: Chunk = 32000,
     dtype: Dtype = "auto",
     device: Device = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Needle in a haystack: a grid of lengths and depths, as JSON and as a picture; the same call resumes."""
-    from pronghorn.duoattention.niah import NeedleGrid, run_grid
+    from pronghorn.duoattention.niah import NeedleGrid, rehearse, run_grid
     from pronghorn.duoattention.plot import plot_needles
 
     config = _config(pattern, sparsity, threshold, balance, sink, recent, bits, prefill)
@@ -295,10 +295,12 @@ def niah(
     grid = NeedleGrid.between(shortest, longest, count, depths)
     loaded, tokenizer = _load(model, dtype, device)
     settings = {"model": model, "prefill_chunk_size": chunk, **config.to_dict()}
+    answer, haystack = _answer(loaded, config, chunk), _texts(text)
+    if dry_run:
+        typer.echo(rehearse(answer, tokenizer, haystack, grid, settings=settings, device=loaded.device))
+        return
     out.mkdir(parents=True, exist_ok=True)
-    scores = run_grid(
-        _answer(loaded, config, chunk), tokenizer, _texts(text), grid, path=out / "niah.json", settings=settings
-    )
+    scores = run_grid(answer, tokenizer, haystack, grid, path=out / "niah.json", settings=settings)
     plot_needles(scores, grid.lengths, [100 * depth for depth in grid.depths], out / "niah.png")
     mean = sum(map(sum, scores)) / (len(scores) * len(scores[0]))
     typer.echo(f"{out / 'niah.png'}: mean score {mean:.2f} of 10")
@@ -323,25 +325,43 @@ def longbench(
     chunk: Chunk = 32000,
     dtype: Dtype = "auto",
     device: Device = None,
+    dry_run: DryRun = False,
 ) -> None:
     """LongBench's scores on files of yours; answers are kept in OUT, and the same call resumes."""
-    from pronghorn.duoattention.longbench import evaluate_file, load_prompts
+    from pronghorn.duoattention.longbench import evaluate_file, load_prompts, rehearse_file
+    from pronghorn.estimate import in_turn
 
     config = _config(pattern, sparsity, threshold, balance, sink, recent, bits, prefill)
     templates = load_prompts(prompts)
     loaded, tokenizer = _load(model, dtype, device)
     answer = _answer(loaded, config, chunk)
     settings = {"model": model, "prefill_chunk_size": chunk, "max_length": max_length, **config.to_dict()}
+    if dry_run:
+        one_by_one = [
+            rehearse_file(
+                answer, tokenizer, path, templates, max_length=max_length, limit=limit, settings=settings,
+                device=loaded.device,
+            )
+            for path in data
+        ]  # fmt: skip
+        found = in_turn(one_by_one)
+        results = _results(settings, {path.stem: 0.0 for path in data})
+        typer.echo(replace(found, disk_bytes=found.disk_bytes + len(results)))
+        return
     out.mkdir(parents=True, exist_ok=True)
-    found = {}
+    scores = {}
     for path in data:
         result = evaluate_file(
             answer, tokenizer, path, templates, max_length=max_length, limit=limit,
             answers=out / f"{path.stem}.answers.json", settings=settings,
         )  # fmt: skip
-        found[result.dataset] = result.score
+        scores[result.dataset] = result.score
         typer.echo(f"{result.dataset:24} {result.score:6.2f}  ({result.metric}, {result.samples} samples)")
-    (out / "longbench.json").write_text(json.dumps({"settings": settings, "scores": found}, indent=1) + "\n")
+    (out / "longbench.json").write_text(_results(settings, scores))
+
+
+def _results(settings: dict[str, Any], scores: dict[str, float]) -> str:
+    return json.dumps({"settings": settings, "scores": scores}, indent=1) + "\n"
 
 
 def _numbers(text: str, count: int | None = None) -> list[int]:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pronghorn.estimate import Estimate, of_pieces
 from pronghorn.files.json_files import load_json, save_json
 
 FORMAT = 2
@@ -44,3 +50,30 @@ class KeptAnswers:
         """Add an answer."""
         self._answers[name] = answer
         save_json(self._path, {"settings": self._settings, "answers": self._answers}, format=FORMAT)
+
+
+def rehearse(
+    lengths: Sequence[int], ask: Callable[[int], str], settings: dict[str, Any], device: torch.device, what: str
+) -> Estimate:
+    """What an evaluation takes whose prompts have these lengths, with the file of its answers; asks a few of them.
+
+    Args:
+        lengths: of all prompts, in tokens.
+        ask: the answer to the prompt of an index.
+        settings: of the evaluation.
+        device: of the model.
+        what: its prompts are called.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "answers.json"
+        kept = KeptAnswers(path, settings)
+        kept.keep("", "")
+        empty = path.stat().st_size
+
+        def work(index: int) -> int:
+            before = path.stat().st_size
+            kept.keep(f"{index} {before}", ask(index))  # a name that was not there yet
+            return path.stat().st_size - before
+
+        found = of_pieces(lengths, work, device, what)
+    return replace(found, disk_bytes=found.disk_bytes + empty)

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.duoattention import metrics
-from pronghorn.duoattention.kept_answers import KeptAnswers
+from pronghorn.duoattention.kept_answers import KeptAnswers, rehearse
+from pronghorn.estimate import Estimate
 
 SIMULATED = 50  # last tokens of a prompt that are read one by one, so that streaming heads are asked to decode
 PLAIN = "{context}\n\n{input}"
@@ -103,23 +104,62 @@ def evaluate_file(
 
     Source: Bai et al., LongBench (arXiv 2308.14508). ROUGE-L is that of all words, not joined from sentences.
     """
-    samples = _samples(path, limit)
-    name = str(samples[0].get("dataset") or path.stem)
-    if name not in METRICS:
-        raise ValueError(f"{path}: unknown data set {name!r}; known are {', '.join(sorted(METRICS))}")
+    name, samples = _samples(path, limit)
     template, metric = prompts.get(name, PLAIN), METRICS[name]
     kept = KeptAnswers(answers, {**settings, "max_length": max_length, "template": template, "data": path.name})
     scores = []
     for index, sample in enumerate(tqdm(samples, desc=name, disable=None)):
         found = kept.get(str(index))
         if found is None:
-            # Not str.format: contexts and templates may hold braces of their own.
-            prompt = template.replace("{input}", sample["input"]).replace("{context}", sample["context"])
-            ids = torch.tensor([_shortened(tokenizer.encode(prompt), max_length)])
+            ids = _prompt(tokenizer, template, sample, max_length)
             found = tokenizer.decode(answer(ids, NEW_TOKENS[name], SIMULATED), skip_special_tokens=True)
             kept.keep(str(index), found)
         scores.append(_score(metric, name, found, sample))
     return DatasetScore(name, metric.__name__, 100 * sum(scores) / len(scores), len(scores))
+
+
+def rehearse_file(
+    answer: Callable[[Tensor, int, int], Tensor],
+    tokenizer: Any,
+    path: Path,
+    prompts: dict[str, str],
+    *,
+    max_length: int,
+    settings: dict[str, Any],
+    device: torch.device,
+    limit: int | None = None,
+) -> Estimate:
+    """What the answers to a data set take, from those to a few of its samples.
+
+    Args:
+        answer: as for `evaluate_file`, as all others are.
+        tokenizer: likewise.
+        path: likewise.
+        prompts: likewise.
+        max_length: likewise.
+        settings: likewise.
+        device: of the model.
+        limit: as for `evaluate_file`.
+
+    Raises:
+        ValueError: as there.
+    """
+    name, samples = _samples(path, limit)
+    template = prompts.get(name, PLAIN)
+    settings = {**settings, "max_length": max_length, "template": template, "data": path.name}
+    lengths = [_prompt(tokenizer, template, sample, max_length).shape[1] for sample in samples]
+
+    def ask(index: int) -> str:
+        ids = _prompt(tokenizer, template, samples[index], max_length)
+        return str(tokenizer.decode(answer(ids, NEW_TOKENS[name], SIMULATED), skip_special_tokens=True))
+
+    return rehearse(lengths, ask, settings, device, f"samples of {name}")
+
+
+def _prompt(tokenizer: Any, template: str, sample: dict[str, Any], max_length: int) -> Tensor:
+    # Not str.format: contexts and templates may hold braces of their own.
+    prompt = template.replace("{input}", sample["input"]).replace("{context}", sample["context"])
+    return torch.tensor([_shortened(tokenizer.encode(prompt), max_length)])
 
 
 def _score(metric: Callable[..., float], name: str, found: str, sample: dict[str, Any]) -> float:
@@ -129,7 +169,8 @@ def _score(metric: Callable[..., float], name: str, found: str, sample: dict[str
     return max((metric(found, reference, *more) for reference in sample["answers"]), default=0.0)
 
 
-def _samples(path: Path, limit: int | None) -> list[dict[str, Any]]:
+def _samples(path: Path, limit: int | None) -> tuple[str, list[dict[str, Any]]]:
+    """A data set's name and its samples."""
     found = []
     for number, line in enumerate(path.read_text().splitlines()[:limit], 1):
         try:
@@ -142,7 +183,10 @@ def _samples(path: Path, limit: int | None) -> list[dict[str, Any]]:
         found.append(sample)
     if not found:
         raise ValueError(f"{path}: holds no samples")
-    return found
+    name = str(found[0].get("dataset") or path.stem)
+    if name not in METRICS:
+        raise ValueError(f"{path}: unknown data set {name!r}; known are {', '.join(sorted(METRICS))}")
+    return name, found
 
 
 def _shortened(ids: list[int], limit: int) -> list[int]:

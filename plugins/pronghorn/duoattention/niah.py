@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pronghorn.duoattention import kept_answers
 from pronghorn.duoattention.kept_answers import KeptAnswers
 from pronghorn.duoattention.metrics import rouge_1
+from pronghorn.duoattention.plot import plot_needles
+from pronghorn.estimate import Estimate, peak_bytes
 
 NEEDLE = (
     "\n\nRemember, the best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n\n"
@@ -87,11 +92,52 @@ def run_grid(
         length, depth = grid.lengths[column], grid.depths[row]
         found = kept.get(f"{length} {depth:g}")
         if found is None:
-            ids = needle_prompt(tokenizer, text, length, depth)
-            found = tokenizer.decode(answer(ids, NEW_TOKENS), skip_special_tokens=True)
+            found = _found(answer, tokenizer, text, length, depth)
             kept.keep(f"{length} {depth:g}", found)
         scores[row][column] = BEST * rouge_1(found, NEEDLE)
     return scores
+
+
+def rehearse(
+    answer: Callable[[Tensor, int], Tensor],
+    tokenizer: Any,
+    haystack: Iterable[str],
+    grid: NeedleGrid,
+    *,
+    settings: dict[str, Any],
+    device: torch.device,
+) -> Estimate:
+    """What all cells and their files take, from cells of a few lengths.
+
+    Args:
+        answer: as for `run_grid`, as all others are.
+        tokenizer: likewise.
+        haystack: likewise.
+        grid: likewise.
+        settings: likewise.
+        device: of the model.
+    """
+    started = time.perf_counter()
+    text = _repeated(haystack, tokenizer, max(grid.lengths))
+    seconds = time.perf_counter() - started
+    cells = [(length, depth) for length in grid.lengths for depth in grid.depths]
+    found = kept_answers.rehearse(
+        [length for length, _ in cells], lambda index: _found(answer, tokenizer, text, *cells[index]),
+        {**settings, "lengths": grid.lengths, "depths": grid.depths}, device, "cells",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "niah.png"
+        plot_needles([[0.0] * len(grid.lengths) for _ in grid.depths], grid.lengths, grid.depths, path)
+        disk = found.disk_bytes + path.stat().st_size
+    return replace(found, memory_bytes=peak_bytes(device), disk_bytes=disk, seconds=seconds + found.seconds)
+
+
+def _found(
+    answer: Callable[[Tensor, int], Tensor], tokenizer: Any, text: list[int], length: int, depth: float
+) -> str:  # fmt: skip
+    """What is answered in a cell."""
+    ids = needle_prompt(tokenizer, text, length, depth)
+    return str(tokenizer.decode(answer(ids, NEW_TOKENS), skip_special_tokens=True))
 
 
 def needle_prompt(tokenizer: Any, text: list[int], length: int, depth: float) -> Tensor:

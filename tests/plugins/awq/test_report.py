@@ -214,19 +214,24 @@ def test_what_is_converted_says_that_it_is_the_same(made, tmp_path, version):
     report = json.loads((tmp_path / "out" / "quality.json").read_text())
     count = report["figures"]["linears"]
     assert count > 0
-    assert said == f"{count} of {count} linears equal bit for bit"
+    others = len([name for name in load_file(made / "model.safetensors") if name.split(".")[-1] in ("weight", "bias")])
+    assert said == f"{count} of {count} linears and {others} of {others} other tensors equal bit for bit"
     assert report["figures"]["linears equal bit for bit"] == count
+    assert report["figures"]["other tensors equal bit for bit"] == others > 0
     assert report["figures"]["perplexity"] == json.loads((made / "quality.json").read_text())["figures"]["perplexity"]
     assert f"converted to {version}" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_converted_linear_that_differs_is_counted(made, tmp_path):
+def test_what_differs_after_a_conversion_is_counted(made, tmp_path):
     convert_checkpoint(made, tmp_path / "out", "gemv", progress=False)
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)
-    name = next(name for name in tensors if name.endswith("scales"))
-    tensors[name] = tensors[name] * 2
+    for part in ("scales", "norm.weight"):
+        name = next(name for name in tensors if name.endswith(part))
+        tensors[name] = tensors[name] * 2
     save_file(tensors, path, metadata={"format": "pt"})
     (tmp_path / "out" / "pronghorn.json").unlink()
-    count, _, total, *_ = write_conversion_report(made, tmp_path / "out").split()
-    assert int(count) == int(total) - 1
+    write_conversion_report(made, tmp_path / "out")
+    figures = json.loads((tmp_path / "out" / "quality.json").read_text())["figures"]
+    for kind in ("linears", "other tensors"):
+        assert figures[f"{kind} equal bit for bit"] == figures[kind] - 1

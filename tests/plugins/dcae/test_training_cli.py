@@ -17,9 +17,12 @@ from tests.plugins.dcae.test_diffusion_training import dumped
 from tests.plugins.dcae.test_training import BrokenOffError
 
 from pronghorn.dcae import CONFIGURATIONS, DiT2DModel, UViT2DModel
-from pronghorn.dcae.diffusers.loading import start_dcae
+from pronghorn.dcae.crops import batches, squares
+from pronghorn.dcae.diffusers.loading import load_dcae, start_dcae
 from pronghorn.dcae.diffusers.training import autoencoder as room
 from pronghorn.dcae.diffusers.training import new_model
+from pronghorn.dcae.losses import pyramid_distance
+from pronghorn.dcae.metrics import evaluate
 
 SHORT = ("--steps", 2, "--batch-size", 2, "--save-every", 1)
 OWN = ("--hidden-size", 16, "--depth", 2, "--heads", 2)
@@ -65,6 +68,32 @@ def test_three_phases(described, photos, tmp_path):
     assert moved == [{"encoder", "decoder"}, {"decoder"}]
     found = json.loads((tmp_path / "3" / "config.json").read_text())
     assert (found["head_blocks"], found["gradient_accumulation_steps"], found["learning_rate"]) == (1, 2, 5.4e-5)
+
+
+def test_a_card_stands_beside_what_was_trained(described, photos, tmp_path):
+    """What a phase left as it was is counted, and held-out images are reconstructed before and after."""
+    given = ("--resolution", 16, *SHORT, "--held-out", photos)
+    run("train", described, photos, tmp_path / "1", "--phase", 1, *given)
+    first = json.loads((tmp_path / "1/model/quality.json").read_text())
+    assert first["base_model"] is None
+    assert first["figures"].keys() == {"tensors", "trained"}
+    assert "base_model" not in (tmp_path / "1/model/README.md").read_text().split("---")[1]
+    said = run("train", tmp_path / "1/model", photos, tmp_path / "2", "--phase", 2, "--base-model", "me/tiny", *given)
+    report = json.loads((tmp_path / "2/model/quality.json").read_text())
+    old, new = trained(tmp_path / "1"), trained(tmp_path / "2")
+    alike = sum(torch.equal(old[name], new[name]) for name in new)
+    assert 0 < alike < len(new)
+    assert f"{alike} of {len(new)} tensors as they were" in said
+    figures = report["figures"]
+    assert (figures["tensors"], figures["tensors equal bit for bit"]) == (len(new), alike)
+    assert figures["source"] == first["figures"]["trained"]
+    for folder, name in ((tmp_path / "1", "source"), (tmp_path / "2", "trained")):
+        found = evaluate(load_dcae(folder / "model"), batches(squares(photos, size=16), 2), perceptual=pyramid_distance)
+        assert figures[name]["psnr"] == pytest.approx(found.psnr)
+    assert report["recipe"]["phase"] == 2
+    assert "base_model: me/tiny" in (tmp_path / "2/model/README.md").read_text()
+    run("train", tmp_path / "1/model", photos, tmp_path / "3", "--phase", 2, "--no-report", *given)
+    assert not (tmp_path / "3/model/README.md").exists()
 
 
 def test_the_same_command_goes_on(described, photos, tmp_path, monkeypatch):
@@ -130,6 +159,10 @@ def test_diffusion_from_latents_to_pictures(method, kind, tmp_path, monkeypatch)
     assert "8 latents of 2 classes" in said
     model = kind.from_pretrained(tmp_path / "out" / "model")
     assert (model.config.sample_size, model.config.in_channels, model.num_classes) == (4, 8, 2)
+    report = json.loads((tmp_path / "out/model/quality.json").read_text())
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert report["figures"] == {"parameters": model.num_parameters(), "mean loss": sum(losses) / 2}
+    assert report["recipe"]["method"] == method
     small(scaling_factor=1.0).save_pretrained(tmp_path / "vae")
     given = ("sample", tmp_path / "vae", tmp_path / "out", tmp_path / "pictures", "--device", "cpu")
     with pytest.raises(ValueError, match="the autoencoder has 1, which stands for none"):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pronghorn.dcae.cli.options import Config, Device, numbers, on
+from pronghorn.dcae.cli.options import BaseModel, Config, Device, NoReport, numbers, on
 
 app = typer.Typer()
 
@@ -25,8 +25,7 @@ def convert(
     model: Model, output: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[str, typer.Option(help="diffusers or efficientvit.")] = "diffusers", config: Config = None,
     name: Annotated[str | None, typer.Option(help="Model name to write in the official layout.")] = None,
-    no_report: Annotated[bool, typer.Option("--no-report", help="Do not compare with MODEL, write no card.")] = False,
-    base_model: Annotated[str | None, typer.Option(help="MODEL's hub name for the card, where it is a folder.")] = None,
+    no_report: NoReport = False, base_model: BaseModel = None,
 ) -> None:  # fmt: skip
     """Write weights in diffusers' or the official layout, bit for bit."""
     if to not in ("diffusers", "efficientvit"):

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 
 Config = Annotated[str | None, typer.Option(help="Published name of the architecture, for a file without it.")]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Do not compare with MODEL, write no model card.")]
+BaseModel = Annotated[str | None, typer.Option(help="MODEL's hub name for the card, where it is a folder.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu …; the GPU if there is one.")]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pronghorn.dcae.cli.options import Config, Device, numbers, on
+from pronghorn.dcae.cli.options import BaseModel, Config, Device, NoReport, numbers, on
 from pronghorn.dcae.phases import PhaseConfig
 
 app = typer.Typer()
@@ -54,11 +54,13 @@ def train(
     evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = PhaseConfig.evaluate_every,
     save_every: SaveEvery = PhaseConfig.save_every, workers: Workers = PhaseConfig.workers,
     seed: Seed = PhaseConfig.seed, log_with: LogWith = None, dry_run: DryRun = False,
+    no_report: NoReport = False, base_model: BaseModel = None,
 ) -> None:  # fmt: skip
     """Train an autoencoder through one of the three phases; the same command goes on with one that was broken off."""
-    from pronghorn.dcae.diffusers.loading import start_dcae
+    from pronghorn.dcae.diffusers.loading import start_dcae, starts_random
     from pronghorn.dcae.diffusers.training import AutoencoderTrainer
     from pronghorn.dcae.diffusers.training.rehearsal import rehearse
+    from pronghorn.dcae.report import TrainingReport
 
     settings = PhaseConfig(
         phase=phase, steps=steps, resolution=resolution, batch_size=batch_size, learning_rate=learning_rate,
@@ -79,9 +81,13 @@ def train(
     if dry_run:
         _say(str(rehearse(settings, trainer)))
         return
-    metrics = trainer(settings, output).fit()
+    made = trainer(settings, output)
+    report = None if no_report else TrainingReport(made, None if starts_random(model) else model, base_model)
+    metrics = made.fit()
     found = "" if metrics is None else f", PSNR {metrics.psnr:.2f} dB and SSIM {metrics.ssim:.4f} of {held_out}"
     _say(f"{output / 'model'}: phase {phase}, {steps} steps{found}")
+    if report is not None and _is_first():
+        typer.echo(report.write(output / "model", metrics))
 
 
 @app.command()
@@ -102,11 +108,13 @@ def train_diffusion(
     gradient_checkpointing: Checkpointing = False, save_every: SaveEvery = PhaseConfig.save_every,
     workers: Workers = PhaseConfig.workers, seed: Seed = PhaseConfig.seed, log_with: LogWith = None,
     dry_run: DryRun = False,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no model card.")] = False,
 ) -> None:  # fmt: skip
     """Train a diffusion model on latents; the same command goes on with one that was broken off."""
     from pronghorn.dcae.diffusers.training import DiffusionTrainer, Latents, new_model
     from pronghorn.dcae.diffusers.training.rehearsal import rehearse
     from pronghorn.dcae.diffusion import DiffusionConfig
+    from pronghorn.dcae.report import write_diffusion_report
 
     settings = DiffusionConfig(
         method=method, steps=steps, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=warmup_steps,
@@ -128,8 +136,11 @@ def train_diffusion(
     if dry_run:
         _say(str(rehearse(settings, trainer)))
         return
-    trainer(settings, output).fit()
+    made = trainer(settings, output)
+    made.fit()
     _say(f"{output / 'model'}: {method}, {steps} steps")
+    if not no_report and _is_first():
+        write_diffusion_report(output / "model", made, len(data.paths))
 
 
 @app.command()
@@ -193,7 +204,12 @@ def _seed(seed: int) -> None:
 
 def _say(text: str) -> None:
     """In one of several processes."""
+    if _is_first():
+        typer.echo(text)
+
+
+def _is_first() -> bool:
+    """Whether this is the first of several processes."""
     from accelerate import PartialState
 
-    if PartialState().is_main_process:
-        typer.echo(text)
+    return bool(PartialState().is_main_process)

@@ -41,15 +41,21 @@ def start_dcae(model: str, *, config: str | None = None) -> AutoencoderDC:
         ValueError: nothing is there and nothing was published under the name, or see `load_dcae` and `DCAEConfig`.
     """
     path = Path(model)
-    if path.is_file() and path.suffix == ".json":
+    if starts_random(model) and path.exists():
         try:
             return AutoencoderDC(**DCAEConfig.from_dict(parse_json(path.read_bytes(), path)).to_dict())
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
-    if path.exists() or "/" in model:
+    if not starts_random(model):
         return load_dcae(model, config=config)
     # What was published is the scaling factor of other weights' latents.
     return AutoencoderDC(**replace(published(model), scaling_factor=1.0).to_dict())
+
+
+def starts_random(model: str) -> bool:
+    """Whether `start_dcae` takes an architecture of it, and no weights."""
+    path = Path(model)
+    return path.suffix == ".json" if path.is_file() else not path.exists() and "/" not in model
 
 
 def load_autoencoder(model: str | Path) -> Any:

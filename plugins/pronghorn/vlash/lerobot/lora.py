@@ -19,6 +19,7 @@ FILE, FORMAT = "adapter_model.safetensors", 2
 ADAPTER = "default"
 # How PEFT's own files name what is inside of a PeftModel.
 PEFT_PREFIX = "base_model.model."
+TINY = torch.finfo(torch.float32).tiny  # of which a weight of zeros is relative
 VLA = ("pi0", "pi05", "smolvla")
 TARGETS = [
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2",
@@ -105,7 +106,9 @@ def save_adapters(policy: PreTrainedPolicy, folder: Path) -> None:
     save_tensors(folder / FILE, {PEFT_PREFIX + name: value for name, value in weights.items()}, format=FORMAT)
 
 
-def merged(policy: PreTrainedPolicy, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+def merged(
+    policy: PreTrainedPolicy, state: Mapping[str, Tensor], prefix: str = ""
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Weights with the adapters merged, under the names that they have without adapters.
 
     Quantized weights are those that they stand for, so the adapters are merged into what they were trained on.
@@ -114,9 +117,12 @@ def merged(policy: PreTrainedPolicy, state: Mapping[str, Tensor], prefix: str = 
         policy: with adapters.
         state: its weights, or those of a module that holds it.
         prefix: before the policy's names in `state`.
+
+    Returns:
+        The weights, and by layer the relative error that their dtype's rounding makes of what was trained.
     """
     layers = {prefix + name: layer for name, layer in _layers(policy).items()}
-    result = {}
+    result, errors = {}, {}
     for name, value in state.items():
         layer, inside, part = name.partition(".base_layer.")
         if not inside:
@@ -124,12 +130,12 @@ def merged(policy: PreTrainedPolicy, state: Mapping[str, Tensor], prefix: str = 
                 result[name] = value
         elif part == "weight":
             weight = _dequantized(layers[layer].base_layer, value)
-            result[f"{layer}.weight"] = (weight.float() + _change(layers[layer], state, layer)).to(
-                _dtype(layers[layer])
-            )
+            exact = weight.float() + _change(layers[layer], state, layer)
+            result[f"{layer}.weight"] = rounded = exact.to(_dtype(layers[layer]))
+            errors[layer] = float((rounded.float() - exact).norm() / exact.norm().clamp_min(TINY))
         elif part == "bias":
             result[f"{layer}.bias"] = value
-    return result
+    return result, errors
 
 
 def _layers(policy: nn.Module) -> dict[str, Any]:

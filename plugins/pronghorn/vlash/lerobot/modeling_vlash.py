@@ -142,16 +142,22 @@ class VLASHPolicy(PreTrainedPolicy):
         return model
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        errors = None
         if self._has_adapters:
             from pronghorn.vlash.lerobot import lora
 
-            state_dict = lora.merged(self.base, state_dict or self.state_dict(), "base.")
+            state_dict, errors = lora.merged(self.base, state_dict or self.state_dict(), "base.")
             lora.save_adapters(self.base, save_directory / ADAPTERS)
         elif self.config.fuse_projections:
             state_dict = unfuse_state_dict(state_dict or self.state_dict())
         super()._save_pretrained(save_directory, state_dict)
         self.processors.save(save_directory / PROCESSORS)
         seal(save_directory, SEALED)
+        if errors is not None:
+            from pronghorn.vlash.lerobot.report import write_merge_report
+
+            source = self.config.base_path or self._checkpoint
+            write_merge_report(save_directory, self.base.peft_config[lora.ADAPTER], self.config, str(source), errors)
 
     def _prepare(self) -> None:
         if self._pi is not None:

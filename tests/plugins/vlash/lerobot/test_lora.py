@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -67,6 +68,34 @@ def test_a_checkpoint_has_the_adapters_merged_and_beside(start, samples, tmp_pat
     plain = VLASHPolicy.from_pretrained(tmp_path / "saved")
     assert not torch.equal(chunk(start()), chunk(plain))
     assert torch.allclose(chunk(policy), chunk(plain), rtol=1e-5)
+
+
+def test_a_card_says_what_was_merged_and_what_rounding_did(start, samples, tmp_path):
+    policy = trained(start().wrap_with_peft(peft_cli_overrides=OPTIONS).to(torch.bfloat16), samples, steps=0)
+    for name, parameter in policy.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    exact = {}
+    for name, layer in policy.base.named_modules():
+        if hasattr(layer, "lora_A"):
+            down, up = (getattr(layer, f"lora_{part}")["default"].weight.float() for part in "AB")
+            exact[f"base.{name}"] = (layer.base_layer.weight.float() + layer.scaling["default"] * (up @ down)).detach()
+    policy.save_pretrained(tmp_path / "saved")
+    weights = load_file(tmp_path / "saved" / "model.safetensors")
+    report = json.loads((tmp_path / "saved" / "quality.json").read_text())
+    layers = report["figures"]["layers"]
+    assert report["figures"]["merged layers"] == len(layers) == len(exact) > 0
+    for name, wanted in exact.items():
+        assert layers[name] == pytest.approx(float((weights[f"{name}.weight"].float() - wanted).norm() / wanted.norm()))
+    assert 0 < max(layers.values()) < 2**-8
+    assert (report["base_model"], report["recipe"]["r"]) == ("pi05", 4)
+    assert "Relative error of merged weights" in (tmp_path / "saved" / "README.md").read_text()
+    torch.nn.init.constant_(next(p for name, p in policy.named_parameters() if ".lora_" in name), torch.nan)
+    with pytest.raises(ValueError, match="with the adapter merged holds NaN or Inf"):
+        policy.save_pretrained(tmp_path / "broken")
+    start().save_pretrained(tmp_path / "plain")
+    for name in ("broken", "plain"):
+        assert not (tmp_path / name / "README.md").exists()
 
 
 def test_peft_reads_the_adapters(start, samples, tmp_path):

@@ -86,6 +86,16 @@ class AutoencoderTrainer:
         """Where it trains."""
         return self._loop.accelerator.device
 
+    def evaluate(self) -> ReconstructionMetrics | None:
+        """Metrics of the images that were held out, if there are some, by the autoencoder as it is."""
+        if not self._held_out:
+            return None
+        self.vae.eval()
+        stacks = batches(self._held_out, self.config.batch_size)
+        found = evaluate(self.vae, stacks, features=self.features, perceptual=self.perceptual)
+        select(self.vae, self._modules)
+        return found
+
     def fit(self, on_step: Callable[[int], None] | None = None) -> ReconstructionMetrics | None:
         """Train for the configuration's steps; the autoencoder then has the mean of its weights, and is in `output`.
 
@@ -111,8 +121,9 @@ class AutoencoderTrainer:
             if on_step is not None:
                 on_step(step)
         self._loop.finish(self.vae, self.output / MODEL)
+        metrics = self.evaluate()
         self.vae.eval().requires_grad_(True)
-        return self._metrics()
+        return metrics
 
     def _step(self, step: int, x: Tensor) -> dict[str, float]:
         config, loop = self.config, self._loop
@@ -152,18 +163,12 @@ class AutoencoderTrainer:
         drawn = torch.randint(len(self._channels), (self.config.channel_samples,), generator=self._random)
         return None, *(self._channels[place] for place in drawn.tolist())
 
-    def _metrics(self) -> ReconstructionMetrics | None:
-        if not self._held_out:
-            return None
-        stacks = batches(self._held_out, self.config.batch_size)
-        return evaluate(self.vae, stacks, features=self.features, perceptual=self.perceptual)
-
     def _evaluated(self, step: int) -> dict[str, float]:
         """Metrics of images that were held out, and a picture of some of them beside what is made of them."""
-        if not self._held_out:
+        metrics = self.evaluate()
+        if metrics is None:
             return {}
         self.vae.eval()
-        metrics = self._metrics()
         if self._loop.accelerator.is_main_process:
             x = torch.stack(self._held_out[:SHOWN]).to(self.vae.device)
             with torch.no_grad():
@@ -172,8 +177,7 @@ class AutoencoderTrainer:
             (self.output / SAMPLES).mkdir(exist_ok=True)
             to_image(grid).save(self.output / SAMPLES / f"{step:08d}.png")
         select(self.vae, self._modules)
-        found = metrics.to_dict() if metrics is not None else {}
-        return {f"held_out_{name}": value for name, value in found.items() if value is not None}
+        return {f"held_out_{name}": value for name, value in metrics.to_dict().items() if value is not None}
 
 
 class _Reconstruct(nn.Module):
