@@ -40,7 +40,7 @@ def in_turn(parts: Sequence[Estimate]) -> Estimate:
     """Of parts of a run that follow each other, estimated in this order: each peak is the highest up to there."""
     return Estimate(
         parts[-1].memory_bytes, sum(part.disk_bytes for part in parts), sum(part.seconds for part in parts),
-        ", ".join(part.basis for part in parts if part.basis),
+        ", ".join(part.basis for part in parts),
     )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ ROWS = (
         "Many requests at once",
         "Many requests at once, some aborted; several answers a prompt; prompts of no or too many tokens",
         "Each answer is that of its request alone; every block is given back",
-        GPU + "; beam search, time-outs of clients; LoRA beside none, which vLLM 0.32 gets wrong on a CPU by itself",
+        GPU + "; time-outs of clients; LoRA beside none, which vLLM 0.32 gets wrong on a CPU by itself",
     ),
     Row(
         15,

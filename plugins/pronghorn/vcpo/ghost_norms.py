@@ -11,10 +11,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pronghorn.kernels.ghost_norm_linear import ghost_norm_linear
+from pronghorn.vcpo.norm_slopes import NormSlopes, is_own_rms_norm
 
 KINDS = (nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm)
 AT_ONCE = 32  # layers whose squared norms are computed together: launches are few, and so are copies that wait
@@ -123,14 +123,7 @@ class GhostNorms:
             if module in self._learning and not _known(module):
                 raise TypeError(f"model: {name} is a {type(module).__name__}, accepted are linear layers, embeddings "
                                 "without max_norm or scale_grad_by_freq, layer norms and RMS norms")  # fmt: skip
-        own = [module for module in self._learning if _is_own_rms_norm(module)]
-        found: dict[Any, float | None] = {}  # one of each kind is looked at, for that waits for the device
-        kinds = {module: _kind(module) for module in own}
-        for module, kind in kinds.items():
-            if kind not in found:
-                found[kind] = _eps(module)
-        self._eps = {module: eps for module, kind in kinds.items() if (eps := found[kind]) is not None}
-        self._scales = {module for module in own if module not in self._eps and _scales(module)}
+        self._slopes = NormSlopes(self._learning)
         self._handles: list[Any] = []
         self._recording = self._taking = self._checked = False
         self._clear()
@@ -305,18 +298,6 @@ class GhostNorms:
             found = self._slopes(use.module, use.seen) * found  # rounded as the layer rounds
         return found.reshape(use.rows.trajectories.numel(), -1, parameter.numel())
 
-    def _slopes(self, module: Any, seen: Tensor) -> Tensor:
-        """By which the weight of a norm layer is multiplied, for each row that it normalises."""
-        if isinstance(module, nn.LayerNorm):
-            return F.layer_norm(seen, module.normalized_shape, eps=module.eps)
-        if isinstance(module, nn.RMSNorm):
-            return F.rms_norm(seen, module.normalized_shape, eps=module.eps)
-        if module in self._eps:
-            return F.rms_norm(seen, seen.shape[-1:], eps=self._eps[module])
-        # What a norm layer gives is affine in its weight, with the normalised input as the slope.
-        slope = _with_weight(module, seen, 1.0)
-        return slope if module in self._scales else slope - _with_weight(module, seen, 0.0)
-
     def _vector(self, parameter: nn.Parameter, sums: Tensor) -> None:
         self._vectors[parameter] = self._vectors[parameter] + sums if parameter in self._vectors else sums
 
@@ -397,55 +378,11 @@ def _known(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
         return False
-    return _is_own_rms_norm(module) or any(type(module).forward is kind.forward for kind in KINDS)
-
-
-def _is_own_rms_norm(module: nn.Module) -> bool:
-    """transformers has one for each model."""
-    return type(module).__name__.endswith("RMSNorm") and not isinstance(module, KINDS)
+    return is_own_rms_norm(module) or any(type(module).forward is kind.forward for kind in KINDS)
 
 
 def _precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _kind(module: nn.Module) -> Any:
-    """What tells norm layers apart that may compute differently: the class, the width and all settings."""
-    settings = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
-    return type(module), module.get_parameter("weight").shape, tuple(sorted(settings.items()))
-
-
-def _eps(module: nn.Module) -> float | None:
-    """Of a norm layer that normalises as PyTorch's own function does, and then multiplies; None of another one."""
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(eps, float):
-        return None
-    weight = module.get_parameter("weight")
-    # Rows so small that eps counts, and large ones.
-    probe = torch.linspace(-1, 2, 2 * weight.numel(), device=weight.device).reshape(2, -1) * weight.new_tensor(
-        [[eps**0.5], [1.0]], dtype=torch.float32
-    )
-    slope = _with_weight(module, probe, 1.0) - (0 if _scales(module) else _with_weight(module, probe, 0.0))
-    return eps if torch.allclose(slope, F.rms_norm(probe, probe.shape[-1:], eps=eps), rtol=1e-5, atol=1e-6) else None
-
-
-def _scales(module: nn.Module) -> bool:
-    """Whether a norm layer gives zeros where its weight is zero: then what it gives with ones is the slope."""
-    weight = module.get_parameter("weight")
-    return not _with_weight(module, torch.ones(1, weight.numel(), device=weight.device), 0.0).any()
-
-
-@torch.no_grad()
-def _with_weight(module: nn.Module, seen: Tensor, value: float) -> Tensor:
-    """What it gives with another weight; it is not called, for what hooks do, as FSDP's, is for its own."""
-    own = module.get_parameter("weight")
-    weight = torch.full((seen.shape[-1],), value, dtype=seen.dtype, device=seen.device)
-    module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    try:
-        result: Tensor = module.forward(seen)
-    finally:
-        module.register_parameter("weight", own)
-    return result
 
 
 def _inner(one: _Product, another: _Product) -> Tensor:
