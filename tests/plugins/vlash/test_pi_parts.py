@@ -79,7 +79,7 @@ def test_all_steps_of_all_norms_at_once():
     norms = adaptive_norms(network("pi05").action_expert["model"])
     conditions = torch.randn(3, 2, PI05_SIZES.width).double()
     assert len(norms) == 2 * PI05_SIZES.depth + 1
-    for made in (modulations(norms, conditions), StackedModulation(norms)(conditions)):
+    for made in (modulations(norms, conditions), StackedModulation(norms)(conditions, conditions.dtype)):
         assert len(made) == 3
         for step, condition in zip(made, conditions, strict=True):
             for norm, found in zip(norms, step, strict=True):

@@ -219,7 +219,7 @@ class PiModel:
         made = suffix_condition(self.suffix, spread[0], self._at(times, noise), spread[1], self.periods)
         if made is None:
             return [[None] * len(norms)] * len(times)
-        return modulations(norms, made) if stacked is None else stacked(made)
+        return modulations(norms, made) if stacked is None else stacked(made, self.dtype)
 
     def _at(self, times: list[float], noise: Tensor) -> Tensor:
         """[steps, batch]."""

@@ -58,9 +58,12 @@ class StackedModulation:
         self.weight = torch.cat([norm.dense.weight.detach() for norm in norms])
         self.bias = torch.cat([norm.dense.bias.detach() for norm in norms])
 
-    def __call__(self, conditions: Tensor) -> list[list[Modulation]]:
-        """[steps, rows, condition_width] to what `modulations` gives."""
-        made = F.linear(conditions.to(self.weight.dtype), self.weight, self.bias)
+    def __call__(self, conditions: Tensor, dtype: torch.dtype) -> list[list[Modulation]]:
+        """[steps, rows, condition_width] to what `modulations` gives, rounded to `dtype`, that of the layers.
+
+        The kernel `suffix_layers` takes it so: rounding here is one operation, and there it would be six a layer.
+        """
+        made = F.linear(conditions.to(self.weight.dtype), self.weight, self.bias).to(dtype)
         made = made.unflatten(-1, (self.count, 3, -1))
         return [[Modulation(*made[step, :, norm].unbind(1)) for norm in range(self.count)] for step in range(len(made))]
 
