@@ -104,15 +104,13 @@ def computation(policy: PI05Policy, **options: Any) -> PiComputation:
 def fast(policy: PI05Policy) -> Iterator[PiComputation]:
     """Ours in inference; afterwards LeRobot's policy is as it was."""
     seeing = policy.model.paligemma_with_expert.paligemma.model
-    parts = [seeing.vision_tower, seeing.multi_modal_projector]
-    kept = [deepcopy(part.state_dict()) for part in parts]
+    kept = deepcopy([seeing.vision_tower, seeing.multi_modal_projector])
     ours = computation(policy, fuse_projections=True, cuda_graphs=True, vision_dtype="bfloat16")
     ours.prepare()
     yield ours
     pi = pi_model(policy.model)
     unfuse([*pi.prefix_expert.layers, *pi.expert.layers])
-    for part, state in zip(parts, kept, strict=True):
-        part.float().load_state_dict(state)
+    seeing.vision_tower, seeing.multi_modal_projector = kept
 
 
 def stock(policy: PI05Policy, seen: dict[str, Tensor]) -> Tensor:

@@ -91,7 +91,7 @@ def test_keeps_everything_in_registers(variant):
 
 
 @pytest.mark.skipif(not _nvrtc.available(), reason="cuda-bindings is not installed")
-@pytest.mark.parametrize("prefix", [1, 600])
+@pytest.mark.parametrize("prefix", [1, 600, 800])
 def test_launches_fit_the_sources(monkeypatch, prefix):
     """Kernels get arguments of the sizes that they declare, and grids of whole clusters."""
     launches = []
@@ -130,7 +130,7 @@ def _parameter_bytes(cubin):
     return [sizes[at] for at in sorted(sizes)]
 
 
-@pytest.mark.parametrize(("length", "keys"), [(1, 96), (448, 96), (572, 96), (672, 96)])
+@pytest.mark.parametrize(("length", "keys"), [(1, 96), (572, 96), (672, 96), (673, 128), (896, 128)])
 def test_tiles_hold_the_prefix(length, keys):
     assert cuda.attention(length).keys == keys
 
@@ -138,7 +138,7 @@ def test_tiles_hold_the_prefix(length, keys):
 @on_hopper
 @pytest.mark.parametrize("knobs", [shape for shape in OPERATION.shapes if shape["width"] == PUBLISHED["width"]])
 @pytest.mark.parametrize("tokens", [1, 17, 50, 63])
-@pytest.mark.parametrize("prefix", [1, 448, 572, 672])
+@pytest.mark.parametrize("prefix", [1, 448, 572, 672, 673, 828, 896])
 def test_cuda_kernels(knobs, tokens, prefix):
     arguments = example(torch.bfloat16, **{**knobs, "tokens": tokens, "prefix": prefix})
     assert runs_fused(arguments["x"], arguments["layers"][0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.plugins.vlash.networks import PI05_SIZES, branches, network, of_branch, prefix
 
-from pronghorn.vlash.pi.adapt import embed_prefix, lay_out_patches, pi_model, without_padding
+from pronghorn.vlash.pi.adapt import embed_prefix, pi_model, without_padding
 from pronghorn.vlash.pi.fusion import fuse, fuse_state_dict, unfuse, unfuse_state_dict
 from pronghorn.vlash.pi.gemma import Residual, after_attention, before_attention, modulation
 from pronghorn.vlash.pi.keys import lerobot_name, vlash_name
@@ -187,21 +187,6 @@ def test_padding_at_the_end_is_left_out():
         assert torch.equal(found[0], tokens[:, :kept])
         assert torch.equal(found[1], mask[:, :kept])
     assert without_padding(tokens, torch.zeros_like(mask), 4)[0].shape == (2, 4)
-
-
-def test_patches_are_laid_out_once():
-    class Patches(torch.nn.Module):
-        def forward(self, x):
-            return x.transpose(1, 2)
-
-    tower = torch.nn.Module()
-    tower.embeddings, x = Patches(), torch.randn(2, 3, 4)
-    assert not tower.embeddings(x).is_contiguous()
-    for _ in range(2):
-        lay_out_patches(tower)
-        assert torch.equal(tower.embeddings(x), x.transpose(1, 2))
-        assert tower.embeddings(x).is_contiguous()
-    assert len(tower.embeddings._forward_hooks) == 1
 
 
 def test_a_layer_by_its_formulas():

@@ -13,11 +13,12 @@ from torch import Tensor
 from pronghorn.kernels._recording import Recorded
 from pronghorn.vlash import flow
 from pronghorn.vlash.lerobot.configuration_vlash import VLASHConfig
-from pronghorn.vlash.pi.adapt import embed_prefix, lay_out_patches, pi_model, without_padding
+from pronghorn.vlash.pi.adapt import embed_prefix, pi_model, without_padding
 from pronghorn.vlash.pi.fusion import fuse
 from pronghorn.vlash.pi.model import PiModel, Prefix
 from pronghorn.vlash.pi.modulation import StackedModulation, adaptive_norms
 from pronghorn.vlash.pi.suffix import PI0, add_delay_condition, add_state_condition, has_state_condition, kind_of
+from pronghorn.vlash.pi.vision import join_products
 
 TEXT_STEP = 32  # texts are as long as a multiple of it: each length has a recording of its own
 
@@ -43,6 +44,8 @@ class PiComputation:
             add_delay_condition(policy.model, config.max_delay_steps)
         self.added = set(policy.state_dict()) - before
         self._recorded = Recorded(self._chunk)
+        self._places: list[int] = []
+        self._moves = 0
         self._forget()
         policy.register_load_state_dict_post_hook(self._forget)
 
@@ -59,10 +62,11 @@ class PiComputation:
         if self._config.fuse_projections:
             fuse(seeing.language_model.layers)
             fuse(experts.gemma_expert.model.layers)
-            lay_out_patches(seeing.vision_tower)
         if self._config.vision_dtype is not None:
             for part in (seeing.vision_tower, seeing.multi_modal_projector):
                 part.to(getattr(torch, self._config.vision_dtype))
+        if self._config.fuse_projections:
+            join_products(seeing.vision_tower)  # after they were moved
         self._forget()
 
     def _forget(self, *_: Any) -> None:
@@ -146,8 +150,11 @@ class PiComputation:
         """Where the weights are: what a recording depends on besides what is seen."""
         if self._weights is None:
             self._weights = list(self._policy.parameters())
+        places = [part.data_ptr() for part in self._weights]
+        if places != self._places:  # a number in their place is compared and hashed in no time
+            self._places, self._moves = places, self._moves + 1
         stacked = None if self._stacked is None else self._stacked.weight.data_ptr()
-        return stacked, self._policy.config.num_inference_steps, tuple([part.data_ptr() for part in self._weights])
+        return stacked, self._policy.config.num_inference_steps, self._moves
 
     def _model(self) -> PiModel:
         # Quantized layers do not tell in which dtype they compute.

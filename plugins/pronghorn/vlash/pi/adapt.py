@@ -69,24 +69,6 @@ def embed_prefix(
     return Prefix.join(embedded, image_masks, experts.embed_language_tokens(tokens), token_mask)
 
 
-def lay_out_patches(tower: Any) -> None:
-    """Give a vision tower's layers patches whose channels lie side by side.
-
-    They come out of a convolution with channels apart, and so they stay through all residuals, of which every operation
-    then takes several times as long.
-
-    Args:
-        tower: SigLIP of transformers.
-    """
-    embeddings = getattr(tower, "vision_model", tower).embeddings
-    if _side_by_side not in embeddings._forward_hooks.values():
-        embeddings.register_forward_hook(_side_by_side)
-
-
-def _side_by_side(module: Any, given: Any, patches: Tensor) -> Tensor:
-    return patches.contiguous()
-
-
 def without_padding(tokens: Tensor, token_mask: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """A text without columns at its end that are padding in all rows, so far as a multiple of `step` remains.
 
