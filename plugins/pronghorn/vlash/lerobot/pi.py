@@ -110,19 +110,16 @@ class PiComputation:
             [batch, chunk_size, action_dim].
         """
         model, config = self._policy.model, self._policy.config
-        images, image_masks = self._policy._preprocess_images(prepared)
         tokens, token_mask = without_padding(
             prepared[OBS_LANGUAGE_TOKENS], prepared[OBS_LANGUAGE_ATTENTION_MASK], TEXT_STEP
         )
         rows, device = len(tokens), tokens.device
         noise = model.sample_noise((rows, config.chunk_size, config.max_action_dim), device)
         states = self._states(prepared, torch.Size((rows, 1)))
-        told = self._told(torch.full((rows,), delay, device=device))
+        told = torch.full((rows,), delay, device=device) if self._config.delay_conditioning else None
         self._stack()
-        given = (
-            torch.stack(images), torch.stack(image_masks), tokens, token_mask, noise,
-            None if states is None else states[:, 0], told,
-        )  # fmt: skip
+        images = [prepared[name].to(device) if name in prepared else None for name in config.image_features]
+        given = (tokens, token_mask, noise, None if states is None else states[:, 0], told, *images)
         if self._config.cuda_graphs and guide is None:
             chunk = self._recorded(*given, state=self._state())
         else:
@@ -130,11 +127,13 @@ class PiComputation:
         return chunk[..., : config.output_features[ACTION].shape[0]]
 
     def _chunk(
-        self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor, noise: Tensor,
-        state: Tensor | None, delay: Tensor | None, guide: flow.Guide | None = None,
+        self, tokens: Tensor, token_mask: Tensor, noise: Tensor, state: Tensor | None, delay: Tensor | None,
+        *images: Tensor | None, guide: flow.Guide | None = None,
     ) -> Tensor:  # fmt: skip
-        """[batch, chunk_size, max_action_dim], from images and masks with the cameras as their first dimension."""
-        prefix = embed_prefix(self._policy.model, images.unbind(), image_masks.unbind(), tokens, token_mask)
+        """[batch, chunk_size, max_action_dim], from what the policy's processors give, with an image of each camera."""
+        cameras = self._policy.config.image_features
+        seen = {name: image for name, image in zip(cameras, images, strict=True) if image is not None}
+        prefix = self._prefix({**seen, OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: token_mask})
         steps = self._policy.config.num_inference_steps
         return self._model().sample(prefix, state, noise, steps, delay=delay, stacked=self._stacked, guide=guide)
 
@@ -150,7 +149,7 @@ class PiComputation:
         """Where the weights are: what a recording depends on besides what is seen."""
         if self._weights is None:
             self._weights = list(self._policy.parameters())
-        places = [part.data_ptr() for part in self._weights]
+        places = list(map(Tensor.data_ptr, self._weights))
         if places != self._places:  # a number in their place is compared and hashed in no time
             self._places, self._moves = places, self._moves + 1
         stacked = None if self._stacked is None else self._stacked.weight.data_ptr()

@@ -82,8 +82,9 @@ def without_padding(tokens: Tensor, token_mask: Tensor, step: int) -> tuple[Tens
     Returns:
         Both, [batch, at least 1 step, or L].
     """
-    used = int((token_mask.any(0) * torch.arange(1, tokens.shape[1] + 1, device=tokens.device)).max())
-    kept = max(1, -(-used // step)) * step
+    words = token_mask.any(0).cpu().nonzero()  # one operation there: a GPU that waits for the host takes long for many
+    used = int(words[-1]) + 1 if len(words) else 1
+    kept = -(-used // step) * step
     return tokens[:, :kept], token_mask[:, :kept]
 
 
