@@ -27,6 +27,7 @@ SOURCES = [*(ROOT / name for name in ("kernels", "integrations", "plugins")), PR
 TORCH = {"main": "torch==2.13.0", "oldest": "torch==2.11.0", "lerobot": "torch==2.11.0"}
 ADVISORIES = "https://pypi.org/pypi/pip/24.0/json"  # of one release, as pip-audit asks for it
 SIDE_BY_SIDE = ["-n", "2", "--dist", "loadgroup"]  # of pytest: its tests on two cores
+KEEP = ["--reliability=benchmarks/results/reliability-cpu.json"]  # what docs/reliability.md is written from
 LEROBOT_TESTS = ["tests/integrations/lerobot", *map(str, sorted(Path("tests/plugins").glob("*/lerobot")))]
 
 nox.options.default_venv_backend = "none"
@@ -110,20 +111,27 @@ def nightly(session: nox.Session) -> None:
         # A browser is no Python package. Without one its tests are skipped, and say so.
         session.run("apt-get", "install", "-y", "-q", "chromium", external=True, silent=True, success_codes=[0, 100])
     env = {**environment(session, "main"), **one_thread(), "HYPOTHESIS_PROFILE": "nightly"}
-    keep = ["--reliability=benchmarks/results/reliability-cpu.json"]  # what docs/reliability.md is written from
-    session.notify("lerobot", posargs=[*SIDE_BY_SIDE, *keep])
-    run(session, env, "python", "-m", "pytest", "-q", *SIDE_BY_SIDE, *keep, *session.posargs)
+    session.notify("alone")
+    session.notify("lerobot", posargs=[*SIDE_BY_SIDE, *KEEP])
+    run(session, env, "python", "-m", "pytest", "-q", *SIDE_BY_SIDE, *KEEP, "-m", "not alone", *session.posargs)
+
+
+@nox.session
+def alone(session: nox.Session) -> None:
+    """The tests that compare times, one by one."""
+    env = {**environment(session, "main"), **one_thread()}
+    run(session, env, "python", "-m", "pytest", "-q", *KEEP, "-m", "alone", *session.posargs)
 
 
 @nox.session
 def oldest(session: nox.Session) -> None:
-    """The tests of kernels, plugins and adapters on the oldest libraries that are supported."""
+    """The tests of kernels, plugins and adapters, without slow ones, on the oldest libraries that are supported."""
     python = _python_312()
     if python is None:
         session.error("the oldest environment needs Python 3.12; none was found on PATH or under pyenv")
     env = {**environment(session, "oldest", python), **one_thread()}
     folders = ["tests/kernels", "tests/plugins", "tests/golden", "tests/integrations"]
-    run(session, env, "python", "-m", "pytest", "-q", *(session.posargs or [*SIDE_BY_SIDE, *folders]))
+    run(session, env, "python", "-m", "pytest", "-q", *(session.posargs or [*SIDE_BY_SIDE, "-m", "not slow", *folders]))
 
 
 @nox.session

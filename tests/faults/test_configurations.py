@@ -88,12 +88,9 @@ def test_hostile_values_are_refused_or_none(name, data):
 def test_each_field_against_the_worst(name, figure):
     kind = KINDS[name]
     clean, refused = usual(name).to_dict(), 0
-    for field in dataclasses.fields(kind):
-        if field.name not in clean:
-            continue
+    for name_of_field in clean:
         for worst in (math.nan, deep(), {"auto_map": "x.y"}, [{}]):
-            values = {**clean, field.name: worst}
-            assert read(kind, values) is None, (field.name, str(worst)[:20] if worst is not deep else "deep")
+            assert read(kind, {**clean, name_of_field: worst}) is None, (name_of_field, type(worst))
             refused += 1
     figure(f"{name}, refused", refused)
 

@@ -85,7 +85,7 @@ def amount(said, what):
 
 
 def assert_as_said(case, figure, time):
-    """Other processes on the same cores move times by more than what is allowed, so these have three tries."""
+    """What a machine does besides moves times by more than what is allowed, so these have three tries."""
     for last in (False, False, True):
         said, trial = run(case, "--dry-run")
         assert not any(output.exists() for output in case.outputs), "a dry run leaves nothing"
@@ -187,26 +187,31 @@ def test_memory_and_disk_of_a_training(tmp_path, figure):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_training_a_diffusion_model(tmp_path, figure):
     assert_as_said(train_diffusion(tmp_path), figure, time=True)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_training_an_autoencoder(autoencoder, photos, tmp_path, figure):
     assert_as_said(train_autoencoder(autoencoder, photos, tmp_path), figure, time=True)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_encoding_images(autoencoder, photos, tmp_path, figure):
     assert_as_said(encode(autoencoder, photos, tmp_path), figure, time=True)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_statistics_of_images(autoencoder, photos, tmp_path, figure):
     assert_as_said(statistics(autoencoder, photos, tmp_path), figure, time=True)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_finding_heads(language_model, tmp_path, figure):
     arguments = [
         "duoattention", "find", language_model, tmp_path / "pattern", "--steps", 16, "--context-min", 300,
@@ -218,6 +223,7 @@ def test_finding_heads(language_model, tmp_path, figure):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_quantizing(language_model, tmp_path, figure):
     arguments = ["awq", "quantize", language_model, tmp_path / "out", "--samples", 2, "--seq-len", 128]
     works = ["pronghorn.awq.search:AwqSearch.run", "pronghorn.awq.quantize:quantize_model",
@@ -226,6 +232,7 @@ def test_quantizing(language_model, tmp_path, figure):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_packing_what_was_searched(language_model, tmp_path, figure):
     how = ["--samples", 1, "--seq-len", 32, "--no-clip"]
     run(Case(["awq", "search", language_model, tmp_path / "found.pt", *how], [], []))
@@ -236,12 +243,14 @@ def test_packing_what_was_searched(language_model, tmp_path, figure):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_perplexity(language_model, figure):
     arguments = ["awq", "eval", language_model, "--window", 256, "--windows", 20]
     assert_as_said(Case(arguments, [], ["pronghorn.awq.evaluate:perplexity"]), figure, time=True)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_needles_in_haystacks(language_model, tmp_path, figure):
     arguments = [
         "duoattention", "niah", language_model, "--out", tmp_path / "out", "--lengths", "300,1500,4", "--depths", 4,
@@ -251,6 +260,7 @@ def test_needles_in_haystacks(language_model, tmp_path, figure):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_long_questions(language_model, tmp_path, figure):
     """Two data sets, whose answers are of different lengths."""
     drawn = np.random.default_rng(0)
@@ -270,6 +280,7 @@ def test_long_questions(language_model, tmp_path, figure):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_sweeping_a_task(tmp_path, figure):
     """Its memory is that of the libraries, and its files are small: time alone is compared."""
     arguments = [

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from hypothesis import example as always
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.kernels.harness import DEVICE, backend
@@ -98,6 +99,13 @@ def test_gradients_in_16_bits(dtype, tolerance, which):
         assert relative_error(ours, wanted) < tolerance
 
 
+# One token of the prefix sees itself alone, and one branch sees two.
+LONELY = {
+    "batch": 1, "length": 3, "branches": 2, "tokens": 1, "groups": 1, "group": 1, "size": 16, "state": 0, "scale": None,
+    "real": [False, True], "seed": 74,
+}  # fmt: skip
+
+
 @st.composite
 def problems(draw):
     batch, branches, tokens = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 18))
@@ -112,6 +120,7 @@ def problems(draw):
 
 
 @given(knobs=problems(), tile=st.sampled_from([(32, 16), (16, 32), (64, 64)]), parts=st.integers(1, 3))
+@always(knobs=LONELY, tile=(32, 16), parts=1)
 def test_triton_equals_the_definition_on_any_shape(knobs, tile, parts):
     arguments = example(knobs, seed=knobs["seed"])
     generator = torch.Generator().manual_seed(knobs["seed"])
@@ -121,8 +130,11 @@ def test_triton_equals_the_definition_on_any_shape(knobs, tile, parts):
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_tiles(monkeypatch, *tile, parts)
         ours = results(arguments, "triton")
+    # Gradients of queries and keys are differences, and next to nothing where a token sees little besides itself: they
+    # are rounded as what is subtracted was.
+    rounding = 1e-6 * sum(float(grad.norm()) for grad in grads_for(arguments))
     for mine, wanted in zip(ours, by_definition(arguments), strict=True):
-        assert relative_error(mine, wanted) < 1e-5
+        assert float((mine - wanted).norm()) <= 1e-5 * float(wanted.norm()) + rounding
 
 
 @pytest.mark.parametrize("which", BACKENDS)

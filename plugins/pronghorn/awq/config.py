@@ -145,7 +145,8 @@ class AwqConfig:
         given = {ALIASES.get(key, key): value for key, value in {**config_dict, **kwargs}.items()}
         method = given.pop("quant_method", METHOD)
         if method not in (METHOD, PUBLISHED_METHOD):
-            raise ValueError(f"quant_method: got {method!r}, accepted are {METHOD!r} and {PUBLISHED_METHOD!r}")
+            got = repr(method) if isinstance(method, str) else type(method).__name__
+            raise ValueError(f"quant_method: got {got}, accepted are {METHOD!r} and {PUBLISHED_METHOD!r}")
         if given.get("backend") == "llm-awq":
             given["version"] = "llm-awq"  # its converter writes "gemv" there, and means v2
         if "version" not in given and given.get("bits", 4) != 4:
