@@ -37,10 +37,14 @@ def pytest_collection_modifyitems(items):
 
 
 class Recorder:
-    """Collects the reports of tests that bear `fault`; writes them at the end, and before it, lest a run be killed."""
+    """Collects the reports of tests that bear `fault`, and writes them at the end.
+
+    Before it they go to a file beside it, lest a run be killed: tests of the run itself read the pages made from FILE.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.unfinished = path.with_suffix(".unfinished")
         self.run = run_of_now()
         self.written = time.monotonic()
         self.tests: dict[str, dict] = {}
@@ -58,15 +62,13 @@ class Recorder:
             if report.outcome == "skipped":
                 test["reason"] = skip_reason(report)
         if time.monotonic() - self.written > WRITE_SECONDS:
-            self.write()
+            self.written = time.monotonic()
+            merge(self.path, self.run, self.tests, self.unfinished)
 
     def pytest_sessionfinish(self):
         if self.tests:
-            self.write()
-
-    def write(self):
-        self.written = time.monotonic()
-        merge(self.path, self.run, self.tests)
+            merge(self.path, self.run, self.tests)
+        self.unfinished.unlink(missing_ok=True)
 
 
 def skip_reason(report) -> str:
@@ -89,8 +91,9 @@ def is_there(name: str) -> bool:
     return path.exists() and f"def {function}(" in path.read_text()
 
 
-def merge(path: Path, run: dict, tests: dict[str, dict]) -> None:
-    """Write tests of a run into a file that may hold those of others."""
+def merge(path: Path, run: dict, tests: dict[str, dict], into: Path | None = None) -> None:
+    """Write tests of a run, and those of others that a file holds, into that file or another."""
+    into = into or path
     content = json.loads(path.read_text()) if path.exists() else {"topic": "reliability", "runs": {}, "tests": {}}
     ran = {function_of(name) for name in tests}
     kept = {name: test for name, test in content["tests"].items() if function_of(name) not in ran and is_there(name)}
@@ -99,9 +102,9 @@ def merge(path: Path, run: dict, tests: dict[str, dict]) -> None:
     runs = {date: entry for date, entry in {**content["runs"], run["date"]: run}.items() if date in needed}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(test)}" for name, test in found.items())
     head = json.dumps({"topic": "reliability", "runs": runs}, indent=1)[:-2]
-    part = path.with_suffix(".part")
+    part = into.with_suffix(".part")
     part.write_text(f'{head},\n "tests": {{\n{lines}\n}}}}\n')
-    part.replace(path)
+    part.replace(into)
 
 
 def run_of_now() -> dict:

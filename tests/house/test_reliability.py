@@ -88,6 +88,22 @@ def test_runs_are_merged_by_tests(record, tmp_path):
     assert list(json.loads(path.read_text())["runs"]) == ["2", "3"]
 
 
+def test_a_run_leaves_the_file_alone_until_its_end(record, tmp_path, monkeypatch):
+    """Its own tests hold pages against what they were made from."""
+    monkeypatch.setattr(record, "WRITE_SECONDS", 0)
+    path, beside = tmp_path / "found.json", tmp_path / "found.unfinished"
+    recorder = record.Recorder(path)
+    name = "tests/house/test_reliability.py::test_a_run_leaves_the_file_alone_until_its_end"
+    recorder.pytest_runtest_logreport(
+        SimpleNamespace(nodeid=name, user_properties=[("fault rows", [9])], duration=0.5, outcome="passed")
+    )
+    assert not path.exists()
+    written = json.loads(beside.read_text())
+    recorder.pytest_sessionfinish()
+    assert json.loads(path.read_text()) == written
+    assert not beside.exists()
+
+
 def test_what_a_test_gives_is_recorded(record, tmp_path):
     recorder = record.Recorder(tmp_path / "found.json")
 
