@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from tests.faults.fake_distribution import fake_distribution
 
@@ -54,11 +54,11 @@ def ask(port, body, server, patience=240):
     return json.loads(call(port, "POST", "/v1/completions", json.dumps(body)))
 
 
-def call(port, method, path, body=None):
-    """What the server answers."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    connection.request(method, path, body, {"Content-Type": "application/json"})
-    return connection.getresponse().read()
+def call(port, method, path, body=None, timeout=120):
+    """What the server answers; a client that hears nothing for `timeout` seconds hangs up, and raises TimeoutError."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)) as connection:
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        return connection.getresponse().read()
 
 
 def stream(port, body):

@@ -128,9 +128,10 @@ ROWS = (
     Row(
         14,
         "Many requests at once",
-        "Many requests at once, some aborted; several answers a prompt; prompts of no or too many tokens",
+        "Many requests at once, some aborted, some whose clients run out of time; several answers a prompt; prompts of "
+        "no or too many tokens",
         "Each answer is that of its request alone; every block is given back",
-        GPU + "; time-outs of clients; LoRA beside none, which vLLM 0.32 gets wrong on a CPU by itself",
+        GPU + "; LoRA beside none, which vLLM 0.32 gets wrong on a CPU by itself",
     ),
     Row(
         15,
