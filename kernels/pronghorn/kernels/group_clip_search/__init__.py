@@ -25,7 +25,7 @@ def group_clip_search(
     """For every row and group the clip maximum with the smallest output error after quantization.
 
     Tried are `max|w| * (1 - i / grid)` for i = 0 … max_shrink * grid - 1; the first of equally good ones wins. The
-    error is mean_t (sum_g x * fakequant(clamp(w)) - sum_g x * w)^2 over the inputs given.
+    error is mean_t (sum_g x * fakequant(clamp(w)) - sum_g x * w)^2 over the inputs given. Nothing is differentiable.
 
     Args:
         weight: [N, K] in fp16, bf16, fp32 or fp64.
@@ -53,7 +53,9 @@ def group_clip_search(
     if grid < 1 or not 0 < max_shrink <= 1 or int(max_shrink * grid) < 1:
         raise ValueError(f"grid, max_shrink: got {grid}, {max_shrink}; wanted at least one step of shrinking")
     steps = int(max_shrink * grid)
-    maxima: Tensor = torch.ops.pronghorn.group_clip_search(weight, inputs, bits, group_size, symmetric, grid, steps)
+    maxima: Tensor = torch.ops.pronghorn.group_clip_search(
+        weight.detach(), inputs.detach(), bits, group_size, symmetric, grid, steps
+    )
     return maxima
 
 

@@ -154,7 +154,10 @@ class Loop:
             model.disable_gradient_checkpointing()
         if self.accelerator.is_main_process:
             model.save_pretrained(folder)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if self.accelerator.num_processes > 1:  # a process alone may be in a group of someone else, as vLLM's
+            self.accelerator.state.destroy_process_group()
 
     def _check_folder(self) -> None:
         path, wanted = self.output / CONFIG, self.config.to_dict()
