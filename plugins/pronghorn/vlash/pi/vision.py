@@ -14,7 +14,8 @@ def join_products(tower: Any) -> None:
     """Let a tower take its patches, and each layer's queries, keys and values, by one product, in place.
 
     Parameters keep their names. Queries, keys and values lie side by side in memory from then on, until they are moved;
-    then they take a product each again. Layers whose projections are no plain linear ones are left.
+    then they take a product each again, as they do where gradients are recorded. Attention is torch's, without dropout,
+    whatever the tower is configured for. Layers whose projections are no plain linear ones are left.
 
     Args:
         tower: SigLIP of transformers.
