@@ -15,7 +15,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -126,7 +126,11 @@ def exactness(
 
 
 def compiled_rows(size: Size, mode: str = "") -> list[dict[str, Any]]:
-    """One chunk by ours and by LeRobot's with its option `compile_model`, in its default mode if none is given."""
+    """One chunk by ours and by LeRobot's with its option `compile_model`, in its default mode if none is given.
+
+    All steps are one graph, so that compiling takes minutes for each of them.
+    """
+    torch.compiler.reset()  # of another number of steps
     policy, view = build(size), views(size)[0]
     seen = view.seen(policy, size)
     with fast(policy) as computed:
@@ -302,19 +306,28 @@ def control_rows(size: Size) -> list[dict[str, Any]]:
 PARTS = {"chunk": chunk_rows, "shared": shared_rows, "control": control_rows, "compiled": compiled_rows}
 
 
+def _parts(name: str, asked: argparse.Namespace) -> list[Callable[[], list[dict[str, Any]]]]:
+    """What to measure of a part, one after the other."""
+    if name != "compiled":
+        return [functools.partial(PARTS[name], Size())]
+    return [functools.partial(compiled_rows, replace(Size(), steps=steps), asked.mode) for steps in asked.steps]
+
+
 def main() -> None:
     """Measure, and write what there is after each part."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--mode", default="", help="of torch.compile, in place of LeRobot's default")
+    parser.add_argument("--steps", type=int, nargs="+", default=[Size.steps], help="of LeRobot's compiled chunks")
     parser.add_argument("--onto", type=Path, help="results of an earlier run, whose rows are kept")
     asked = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     rows: list[dict[str, Any]] = json.loads(asked.onto.read_text())["rows"] if asked.onto else []
     for name in asked.parts or PARTS:
         start = time.monotonic()
-        rows += compiled_rows(Size(), asked.mode) if name == "compiled" else PARTS[name](Size())
-        write("vlash_pi05", rows)
+        for part in _parts(name, asked):
+            rows += part()
+            write("vlash_pi05", rows)
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
