@@ -1,5 +1,6 @@
 """Environment of all tests; set before torch, triton or an ecosystem is imported."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -25,6 +26,8 @@ settings.register_profile("nightly", deadline=None, max_examples=100)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
+AT_START = gc.get_freeze_count()  # Python's own
+
 # By its path: LeRobot's requirements hold a package called tests.
 spec = importlib.util.spec_from_file_location("fault_record", Path(__file__).parent / "faults" / "record.py")
 record = importlib.util.module_from_spec(spec)
@@ -32,6 +35,13 @@ spec.loader.exec_module(record)
 pytest_addoption = record.pytest_addoption
 pytest_configure = record.pytest_configure
 pytest_collection_modifyitems = record.pytest_collection_modifyitems
+
+
+def pytest_runtest_logfinish():
+    """vLLM freezes all objects when an engine starts, so that an engine in a test's process, a GiB, is never freed."""
+    if gc.get_freeze_count() > AT_START:
+        gc.unfreeze()
+        gc.collect()
 
 
 @pytest.fixture
