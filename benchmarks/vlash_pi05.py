@@ -62,7 +62,11 @@ class View:
 
     def shape(self, size: Size) -> str:
         """In words."""
-        return f"{self.cameras} camera{'s' * (self.cameras > 1)}, {self.words} tokens of text, {size.steps} steps"
+        cameras, steps = (
+            f"{self.cameras} camera{'s' * (self.cameras > 1)}",
+            f"{size.steps} step{'s' * (size.steps > 1)}",
+        )
+        return f"{cameras}, {self.words} tokens of text, {steps}"
 
     def seen(self, policy: PI05Policy, size: Size) -> dict[str, Tensor]:
         """By a policy, which is told of its cameras."""
