@@ -15,11 +15,20 @@ class Observation:
 
     Attributes:
         content: images, text and whatever else the policy takes; only the policy looks at it.
-        state: [..., state_dim], what was measured of the robot then.
+        state: floating-point [..., state_dim], what was measured of the robot then.
+
+    Raises:
+        TypeError: `state` is something else.
     """
 
     content: Any
     state: Tensor
+
+    def __post_init__(self) -> None:
+        # Estimates and actions take its dtype: whole numbers would cut them off.
+        if not isinstance(self.state, Tensor) or not self.state.is_floating_point():
+            got = self.state.dtype if isinstance(self.state, Tensor) else type(self.state).__name__
+            raise TypeError(f"state: got {got}, wanted a Tensor of floating-point numbers")
 
 
 @dataclass(frozen=True)

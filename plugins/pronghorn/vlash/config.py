@@ -44,12 +44,13 @@ class VLASHSettings:
             "measured" (no estimate).
         state_from_action: for each coordinate of the state, the action's coordinate that moves it, or None where none
             does and it stays as measured.
-        action_low: the least value of each coordinate of a command that the robot gets; None for no limit.
+        action_low: the least value of each coordinate of a command that the robot gets, -inf for none; None for no
+            limits.
         action_high: the greatest value, likewise.
         late_chunk: what is done until a chunk arrives that is late: "hold" the last goal (no change, where actions are
             changes), or "continue" with the rest of the old chunk, then hold.
         stale_after_s: seconds a chunk may be late before `StaleCommandError`.
-        fps: control steps per second.
+        fps: control steps per second. Where it was left as it is, training with LeRobot takes the data set's.
         max_delay_steps: the largest delay trained for, in control steps (D).
         shared_observation: train all delays of a sample in one pass over its observation.
         use_state_ground_truth: train with the state that was recorded δ steps later, not the action before it.
@@ -139,6 +140,12 @@ class VLASHSettings:
                 isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value)
             ):
                 raise TypeError(f"{name}: got {value!r}, wanted a list of numbers, or None")
+            nowhere = -math.inf if name == "action_high" else math.inf
+            if any(math.isnan(item) or item == nowhere for item in value or ()):
+                raise ValueError(f"{name}: got {value!r}, which no command keeps to, wanted numbers")
+        low, high = self.action_low, self.action_high
+        if low is not None and high is not None and any(least > most for least, most in zip(low, high, strict=False)):
+            raise ValueError(f"action_low, action_high: got {low} and {high}, wanted none above the other's")
         if self.state_estimator == DELTA_MASKED and self.state_from_action is None:
             raise ValueError("state_from_action: got None, which state_estimator='delta_masked' needs")
         steps, ratio = self.n_action_steps, self.action_quant_ratio

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.vlash.chunks import Observation
+from pronghorn.vlash.config import AUTO
 from pronghorn.vlash.latency import percentile
 from pronghorn.vlash.metrics import ControlMetrics, boundary_jump, jerk, reaction_latencies, typical_step
 from pronghorn.vlash.runner import AsyncRunner
@@ -101,11 +102,18 @@ def control_loop(
         clock: for a loop in simulated time.
 
     Raises:
-        ValueError: `fps` is not positive, or `steps` not at least 1.
+        ValueError: `fps` is not positive, or another than the runner plans for where it chooses its overlap itself, or
+            `steps` is not at least 1.
         VLASHError: as of `AsyncRunner.step`; the record so far is lost, the robot keeps its last command.
     """
     if not 0 < fps < math.inf:
         raise ValueError(f"fps: got {fps}, wanted a positive number")
+    settings = runner.manager.settings
+    if settings.inference_overlap_steps == AUTO and not math.isclose(settings.fps, fps, rel_tol=0.01):
+        raise ValueError(
+            f"fps: got {fps}, but the runner's settings have fps={settings.fps:g}, by which inference_overlap_steps="
+            f"{AUTO!r} is chosen; wanted the same in both"
+        )
     if steps < 1:
         raise ValueError(f"steps: got {steps}, wanted at least 1")
     record, counts = ControlRecord(fps), runner.statistics()

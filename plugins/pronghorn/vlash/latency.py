@@ -22,6 +22,8 @@ def percentile(values: Iterable[float], percent: float) -> float | None:
 class LatencyTracker:
     """The latest latencies of a policy, in seconds.
 
+    The first of all, which loading and compiling lengthen, counts only until there is a second.
+
     Args:
         window: how many are kept.
 
@@ -33,6 +35,7 @@ class LatencyTracker:
         if window < 1:
             raise ValueError(f"window: got {window}, wanted at least 1")
         self._seconds: deque[float] = deque(maxlen=window)
+        self._cold = True
 
     def add(self, seconds: float) -> None:
         """One more.
@@ -42,6 +45,9 @@ class LatencyTracker:
         """
         if not 0 <= seconds < math.inf:
             raise ValueError(f"seconds: got {seconds}, wanted a finite number of at least 0")
+        if self._cold and self._seconds:
+            self._seconds.clear()
+            self._cold = False
         self._seconds.append(seconds)
 
     @property

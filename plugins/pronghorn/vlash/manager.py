@@ -16,7 +16,15 @@ from pronghorn.vlash.config import AUTO, CONTINUE, NAIVE, RTC, RTC_FULL, SYNC, V
 from pronghorn.vlash.estimators import StateEstimator, state_estimator
 from pronghorn.vlash.latency import LatencyTracker, overlap_for
 from pronghorn.vlash.quantization import clip, hold, is_sent, merge
-from pronghorn.vlash.watchdog import NeedsResetError, PolicyError, StaleWatchdog, VLASHError, check_chunk
+from pronghorn.vlash.watchdog import (
+    NeedsResetError,
+    PolicyError,
+    StaleWatchdog,
+    VLASHError,
+    check_chunk,
+    check_command,
+    check_state,
+)
 from pronghorn.vlash.worker import Executor, Immediate, Pending
 
 logger = logging.getLogger(__name__)
@@ -111,6 +119,7 @@ class _Eyes:
         if self.seen is None:
             self.seen = self.observe()
             self.counts.observations += 1
+            check_state(self.seen.state, "state")
         return self.seen
 
 
@@ -180,6 +189,7 @@ class RollForwardManager:
         Raises:
             PolicyError: the policy raised.
             InvalidChunkError: it gave no chunk that can be executed.
+            InvalidStateError: the state that was measured, or that the estimator gave, is not finite.
             StaleCommandError: a chunk is too late.
             WorkerDiedError: the executor's thread is gone.
             NeedsResetError: one of these was raised before.
@@ -260,6 +270,7 @@ class RollForwardManager:
                 raise ValueError(
                     f"estimator: got a state of {list(state.shape)} from it, wanted {list(observation.state.shape)}"
                 )
+            check_state(state, "estimator")
         leftover = running.actions[..., here:, :]
         self._asked = self._ask(ChunkRequest(observation, state, running.overlap, leftover))
 
@@ -309,5 +320,7 @@ class RollForwardManager:
             if len(self._group) > 1:
                 action = merge(torch.stack(self._group, -2), self.settings)
             action = clip(action, self.settings)
+            if len(self._group) > 1:
+                check_command(action)  # what is finite may add up to what is not
             self._group = []
         return action, send

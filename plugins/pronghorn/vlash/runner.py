@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from pronghorn.vlash.chunks import Observation, Policy
 from pronghorn.vlash.config import VLASHSettings
 from pronghorn.vlash.estimators import StateEstimator
 from pronghorn.vlash.manager import Counts, RollForwardManager, Tick
-from pronghorn.vlash.worker import Worker
+from pronghorn.vlash.worker import WAIT_SECONDS, Worker
 
 
 @dataclass
@@ -45,6 +46,13 @@ class AsyncRunner:
         estimator: (state, pending actions) -> state; by default the one that `settings` names.
         threaded: False computes each chunk at once in the caller's thread, which then waits for it.
         clock: seconds, monotonic.
+        wait_s: seconds that a chunk is waited for where nothing runs: at an episode's start, and with an overlap of 0;
+            then there is a `StaleCommandError`. Of no effect where it is not `threaded`.
+        stop: ends waiting too.
+
+    Raises:
+        TypeError: `settings` are none.
+        ValueError: `wait_s` is not positive.
     """
 
     def __init__(
@@ -54,9 +62,13 @@ class AsyncRunner:
         estimator: StateEstimator | None = None,
         threaded: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        wait_s: float = WAIT_SECONDS,
+        stop: threading.Event | None = None,
     ) -> None:
-        self._worker = Worker() if threaded else None
-        self.manager = RollForwardManager(settings, policy, estimator, self._worker, clock)
+        if not isinstance(settings, VLASHSettings):
+            raise TypeError(f"settings: got {type(settings).__name__}, wanted VLASHSettings")
+        self.worker = Worker(wait_s=wait_s, stop=stop) if threaded else None
+        self.manager = RollForwardManager(settings, policy, estimator, self.worker, clock)
 
     def step(self, observation: Observation | Callable[[], Observation]) -> Tensor:
         """The command of one control period; `action_quant_ratio` actions of the policy are used up.
@@ -71,9 +83,14 @@ class AsyncRunner:
 
         Raises:
             VLASHError, ValueError: as of `RollForwardManager.tick`.
+            TypeError: `observation` is neither.
         """
         if isinstance(observation, Observation):
             return self.tick(lambda: observation).action
+        if not callable(observation):
+            raise TypeError(
+                f"observation: got {type(observation).__name__}, wanted an Observation, or a function that gives one"
+            )
         return self.tick(observation).action
 
     def tick(self, observe: Callable[[], Observation]) -> Tick:
@@ -98,8 +115,8 @@ class AsyncRunner:
     def close(self) -> None:
         """End the policy's thread."""
         self.manager.reset()
-        if self._worker is not None:
-            self._worker.close()
+        if self.worker is not None:
+            self.worker.close()
 
     def __enter__(self) -> AsyncRunner:
         return self

@@ -24,6 +24,10 @@ class InvalidChunkError(VLASHError):
     """The policy gave something that cannot be executed."""
 
 
+class InvalidStateError(VLASHError):
+    """The state that was measured, or estimated, is not finite: nothing is asked for from there."""
+
+
 class StaleCommandError(VLASHError):
     """The next chunk is later than `stale_after_s` allows."""
 
@@ -45,17 +49,45 @@ def check_chunk(chunk: Tensor, batch: torch.Size, steps: int) -> Tensor:
     """
     if not isinstance(chunk, Tensor):
         raise InvalidChunkError(f"chunk: got {type(chunk).__name__}, wanted a Tensor")
+    if not chunk.is_floating_point():
+        raise InvalidChunkError(f"chunk: got {chunk.dtype}, wanted floating-point numbers")
     if chunk.dim() < 2 or chunk.shape[:-2] != batch or chunk.shape[-2] < steps or not chunk.shape[-1]:
         wanted = ", ".join([*map(str, batch), f"at least {steps}", "action_dim"])
         raise InvalidChunkError(f"chunk: got {list(chunk.shape)}, wanted [{wanted}]")
-    finite = chunk.isfinite()
+    return _finite(chunk, "chunk", InvalidChunkError)
+
+
+def check_command(action: Tensor) -> Tensor:
+    """Give back a command, [..., action_dim], merged of several actions.
+
+    Raises:
+        InvalidChunkError: their sum is NaN or infinity.
+    """
+    return _finite(action, "command", InvalidChunkError)
+
+
+def check_state(state: Tensor, source: str) -> Tensor:
+    """Give back a state, [..., state_dim], that a chunk can be asked for from.
+
+    Args:
+        state: measured or estimated.
+        source: where it comes from, for the error.
+
+    Raises:
+        InvalidStateError: it holds NaN or infinity.
+    """
+    return _finite(state, source, InvalidStateError)
+
+
+def _finite(values: Tensor, name: str, error: type[VLASHError]) -> Tensor:
+    finite = values.isfinite()
     if not finite.all():
         first = (~finite).nonzero()[0].tolist()
-        raise InvalidChunkError(
-            f"chunk: got {int((~finite).sum())} values of {chunk.numel()} that are NaN or infinity, the first at "
+        raise error(
+            f"{name}: got {int((~finite).sum())} values of {values.numel()} that are NaN or infinity, the first at "
             f"{first}, wanted finite numbers"
         )
-    return chunk
+    return values
 
 
 class StaleWatchdog:

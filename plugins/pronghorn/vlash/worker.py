@@ -14,12 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pronghorn.vlash.watchdog import PolicyError, VLASHError, WorkerDiedError
+from pronghorn.vlash.watchdog import PolicyError, StaleCommandError, VLASHError, WorkerDiedError
 
 logger = logging.getLogger(__name__)
 
 CLOSING_SECONDS = 5.0
-LOOKING_SECONDS = 0.1  # between looks whether the thread that is waited for still lives
+WAIT_SECONDS = 60.0
+LOOKING_SECONDS = 0.1  # between looks whether what is waited for can still come
 
 
 class Pending(Protocol):
@@ -35,7 +36,7 @@ class Pending(Protocol):
         ...
 
     def result(self) -> Tensor:
-        """The chunk, waited for. Raises what its computation raised."""
+        """The chunk, waited for, but not without end. Raises what its computation raised."""
         ...
 
     def cancel(self) -> None:
@@ -87,9 +88,22 @@ class Worker:
     Args:
         device: the CUDA device of that stream; by default the one that is current when the first chunk is asked for,
             if CUDA is in use by then.
+        wait_s: seconds that a chunk is waited for where nothing else can be done; a policy may hang.
+        stop: ends waiting too.
+
+    Raises:
+        ValueError: `wait_s` is not positive.
     """
 
-    def __init__(self, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        wait_s: float = WAIT_SECONDS,
+        stop: threading.Event | None = None,
+    ) -> None:
+        if not wait_s > 0:
+            raise ValueError(f"wait_s: got {wait_s}, wanted a positive number of seconds")
+        self.wait_s, self._stop = wait_s, stop
         self._device = None if device is None else torch.device(device)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -111,7 +125,7 @@ class Worker:
             self._jobs = queue.SimpleQueue()
             self._thread = threading.Thread(target=self._run, args=(self._jobs,), name="vlash-policy", daemon=True)
             self._thread.start()
-        self._latest = _Job(compute, self._thread, self._asking_stream())
+        self._latest = _Job(compute, self._thread, self._asking_stream(), self.wait_s, self._stop)
         self._jobs.put(self._latest)
         return self._latest
 
@@ -154,9 +168,15 @@ class _Job:
     """A request on its way through the thread."""
 
     def __init__(
-        self, compute: Callable[[], Tensor], thread: threading.Thread, asking: torch.cuda.Stream | None
+        self,
+        compute: Callable[[], Tensor],
+        thread: threading.Thread,
+        asking: torch.cuda.Stream | None,
+        wait_s: float,
+        stop: threading.Event | None,
     ) -> None:
         self._compute, self._asking = compute, asking
+        self._wait_s, self._stop = wait_s, stop
         self._asked = None if asking is None else asking.record_event()
         self._thread, self._finished = thread, threading.Event()
         self._outcome: Tensor | BaseException | None = None
@@ -167,8 +187,12 @@ class _Job:
         return self._finished.is_set() or not self._thread.is_alive()
 
     def result(self) -> Tensor:
-        while not self._finished.wait(LOOKING_SECONDS) and self._thread.is_alive():
-            pass
+        end = time.monotonic() + self._wait_s
+        while not self._finished.wait(min(LOOKING_SECONDS, max(end - time.monotonic(), 0))) and self._thread.is_alive():
+            if self._stop is not None and self._stop.is_set():
+                raise VLASHError("the program is to end, so the chunk is not waited for any more")
+            if time.monotonic() >= end:
+                raise StaleCommandError(f"no chunk came within wait_s, {self._wait_s} s: nothing is sent now")
         self._taken = True
         if isinstance(self._outcome, Tensor):
             return self._outcome

@@ -12,7 +12,10 @@ from pronghorn.vlash.manager import RollForwardManager
 from pronghorn.vlash.watchdog import VLASHError
 
 PERIOD, STEPS = 1 / 30, 10_000
-FAULTS = ("late", "dropped", "doubled", "out of order", "nan", "slow", "out of range", "clock ahead", "clock back")
+FAULTS = (
+    "late", "dropped", "doubled", "out of order", "nan", "slow", "nan chunk", "out of range", "clock ahead",
+    "clock back",
+)  # fmt: skip
 
 
 class Time(FakeClock):
@@ -60,7 +63,7 @@ class Robot:
 
 
 class Policy:
-    """Goes on from what was seen, NaN and all, to and fro within the limits."""
+    """Goes on from what was seen, to and fro within the limits."""
 
     def __init__(self, faults):
         self.faults = faults
@@ -68,6 +71,8 @@ class Policy:
     def __call__(self, request):
         ramp = torch.sin(torch.arange(24.0))[:, None] * 0.1
         goals = 0.9 * request.observation.state + ramp
+        if self.faults("nan chunk"):
+            goals[3] = torch.nan
         return goals * 1000 if self.faults("out of range") else goals
 
 
@@ -151,7 +156,7 @@ def test_whatever_happens_every_period_has_a_command_within_limits(how, figure):
     assert sent.isfinite().all()
     assert (sent.abs() <= torch.tensor([1.0, 0.5])).all()
     assert undeclared <= 1
-    assert errors.keys() == {"OSError", "InvalidChunkError", "StaleCommandError"}
+    assert errors.keys() == {"OSError", "InvalidStateError", "InvalidChunkError", "StaleCommandError"}
     assert counts.late_ticks > 0
     assert counts.stall_seconds >= 0
     figure("control periods", len(sent))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,15 @@ from pronghorn.vlash.chunks import Observation
 from pronghorn.vlash.config import VLASHSettings
 from pronghorn.vlash.manager import RollForwardManager
 from pronghorn.vlash.traces import replay_traces
-from pronghorn.vlash.watchdog import InvalidChunkError, NeedsResetError, PolicyError, StaleCommandError, VLASHError
+from pronghorn.vlash.watchdog import (
+    InvalidChunkError,
+    InvalidStateError,
+    NeedsResetError,
+    PolicyError,
+    StaleCommandError,
+    VLASHError,
+)
+from pronghorn.vlash.worker import Immediate
 
 TRACES = Path(__file__).parents[2] / "golden/data/vlash/async_manager_traces.json"
 SKIPPING = ("naive", "rtc", "rtc_full")
@@ -128,6 +137,54 @@ def test_any_estimator():
     assert policy.requests[1].state.item() == 2.0 - (102 + 103)
     with pytest.raises(ValueError, match=r"estimator: got a state of \[1, 1\] from it, wanted \[1\]"):
         run(settings_of(4, 2), policy, 3, estimator=lambda state, pending: state[None])
+
+
+@pytest.mark.fault(26)
+@pytest.mark.parametrize("mode", ["vlash", "naive", "sync"])
+def test_no_chunk_is_asked_for_from_a_state_that_is_not_finite(mode):
+    policy = CountingPolicy(6)
+    manager = RollForwardManager(settings_of(4, 2, mode=mode, extra=2), policy)
+    with pytest.raises(InvalidStateError, match=r"state: got 1 values of 2 .* first at \[1\]"):
+        manager.tick(lambda: Observation(None, torch.tensor([0.0, torch.nan])))
+    assert not policy.requests
+    with pytest.raises(NeedsResetError):
+        manager.tick(lambda: Observation(None, torch.zeros(2)))
+
+
+@pytest.mark.fault(26)
+def test_an_estimate_that_is_not_finite():
+    with pytest.raises(InvalidStateError, match="estimator: got 1 values"):
+        run(settings_of(4, 2), CountingPolicy(4), 3, estimator=lambda state, pending: state * torch.nan)
+
+
+@pytest.mark.fault(26)
+def test_changes_that_add_up_to_infinity_are_not_sent():
+    settings = settings_of(4, 1, ratio=2, state_estimator="sum_delta")
+    with pytest.raises(InvalidChunkError, match="command: got 1 values"):
+        run(settings, lambda request: torch.full((4, 1), 3e38), 2)
+    limited = settings_of(4, 1, ratio=2, state_estimator="sum_delta", action_high=[1.0])
+    assert values(run(limited, lambda request: torch.full((4, 1), 3e38), 2))[1] == 1
+
+
+@pytest.mark.parametrize("state", [[0.0], torch.zeros(1, dtype=torch.int64), None])
+def test_a_state_is_a_tensor_of_floating_point_numbers(state):
+    with pytest.raises(TypeError, match=r"state: got (list|torch.int64|NoneType), wanted a Tensor of floating-point"):
+        Observation(None, state)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"action_low": [math.nan]}, "action_low: got"),
+        ({"action_low": [math.inf]}, "action_low: got"),
+        ({"action_high": [-math.inf]}, "action_high: got"),
+        ({"action_low": [1.0, 0.0], "action_high": [0.0, 1.0]}, "action_low, action_high: got"),
+    ],
+)
+def test_limits_that_no_command_keeps_to(limits, message):
+    with pytest.raises(ValueError, match=message):
+        VLASHSettings(**limits)
+    VLASHSettings(action_low=[-math.inf, 0.0], action_high=[0.5, math.inf])
 
 
 def test_state_and_actions_of_other_sizes():
@@ -314,6 +371,22 @@ def test_automatic_overlap_counts_control_periods_and_keeps_to_the_chunk(mode, o
     manager = RollForwardManager(settings, CountingPolicy(11), executor=LateExecutor(0))
     run(None, None, 30, manager=manager)
     assert manager.overlap == overlap
+
+
+def test_the_first_chunk_does_not_decide_the_overlap_for_long():
+    clock, policy = FakeClock(), CountingPolicy(8)
+
+    class Executor(Immediate):
+        def submit(self, compute):
+            pending = super().submit(compute)
+            pending.seconds = 5.0 if len(policy.requests) == 1 else 0.1  # the first one is compiled
+            return pending
+
+    manager = RollForwardManager(settings_of(8, "auto", fps=20), policy, executor=Executor(), clock=clock)
+    run(None, None, 1, manager=manager)
+    assert manager.overlap == 8
+    run(None, None, 8, manager=manager)
+    assert manager.overlap == 2
 
 
 def test_counts():

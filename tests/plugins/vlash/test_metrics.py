@@ -62,6 +62,11 @@ def test_latency_tracker():
     tracker = LatencyTracker(window=20)
     assert (tracker.p50, tracker.p95, tracker.max, len(tracker)) == (None, None, None, 0)
     tracker.add(99.0)
+    assert (tracker.p95, len(tracker)) == (99.0, 1)
+    tracker.add(98.0)
+    assert (tracker.max, len(tracker)) == (98.0, 1), "the first one counts only until there is a second"
+    tracker.add(1.0)
+    assert (tracker.max, len(tracker)) == (98.0, 2)
     for value in range(1, 21):
         tracker.add(value / 10)
     assert (tracker.p50, tracker.p95, tracker.max, len(tracker)) == (1.0, 1.9, 2.0, 20)

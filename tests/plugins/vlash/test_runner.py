@@ -13,7 +13,14 @@ from pronghorn.vlash.chunks import Observation
 from pronghorn.vlash.config import VLASHSettings
 from pronghorn.vlash.control import control_loop
 from pronghorn.vlash.runner import AsyncRunner
-from pronghorn.vlash.watchdog import InvalidChunkError, NeedsResetError, PolicyError, VLASHError, WorkerDiedError
+from pronghorn.vlash.watchdog import (
+    InvalidChunkError,
+    NeedsResetError,
+    PolicyError,
+    StaleCommandError,
+    VLASHError,
+    WorkerDiedError,
+)
 from pronghorn.vlash.worker import Worker, _Job
 
 SEEN = Observation("image", torch.zeros(1))
@@ -304,6 +311,59 @@ def test_small_delays_do_not_add_up():
     record = control_loop(runner, observe, lambda action: None, fps=10, steps=20, clock=clock)
     assert record.times == pytest.approx([n / 10 + 0.01 for n in range(20)])
     assert record.overruns == 0
+
+
+def test_a_loop_of_another_rate_than_the_overlap_is_chosen_by():
+    runner = AsyncRunner(CountingPolicy(4), settings_of(4, "auto", fps=30), threaded=False)
+    with pytest.raises(ValueError, match=r"fps: got 60, but the runner's settings have fps=30"):
+        control_loop(runner, lambda: SEEN, print, fps=60, steps=2, clock=FakeClock())
+    assert control_loop(runner, lambda: SEEN, lambda action: None, 30, 2, clock=FakeClock()).times
+
+
+def test_what_a_runner_takes():
+    with pytest.raises(TypeError, match="settings: got dict, wanted VLASHSettings"):
+        AsyncRunner(CountingPolicy(4), {"n_action_steps": 4})
+    runner = AsyncRunner(CountingPolicy(4), settings_of(4, 1), threaded=False)
+    with pytest.raises(TypeError, match="observation: got dict, wanted an Observation, or a function"):
+        runner.step({"state": 1})
+    with pytest.raises(ValueError, match="wait_s: got 0, wanted a positive"):
+        AsyncRunner(CountingPolicy(4), settings_of(4, 1), wait_s=0)
+
+
+@pytest.mark.fault(26)
+@pytest.mark.parametrize("mode", ["vlash", "sync"])
+def test_a_policy_that_hangs_is_not_waited_for_without_end(mode):
+    release, policy = threading.Event(), CountingPolicy(2)
+    hanging = [1 if mode == "sync" else 0]  # the number of the chunk
+
+    def compute(request):
+        if len(policy.requests) == hanging[0]:
+            release.wait(30)
+        return policy(request)
+
+    with AsyncRunner(compute, settings_of(2, 0, async_mode=mode), wait_s=0.1) as runner:
+        steps_of(runner, 2 * hanging[0])
+        start = time.monotonic()
+        with pytest.raises(StaleCommandError, match=r"within wait_s, 0\.1 s"):
+            runner.step(SEEN)
+        runner.reset()
+        with pytest.raises(StaleCommandError):  # its thread still hangs
+            runner.step(SEEN)
+        assert time.monotonic() - start < 5
+        release.set()
+        hanging[0] = -1
+        runner.reset()
+        runner.worker.wait_s = 30
+        assert runner.step(SEEN).item() % 100 == 0
+
+
+def test_waiting_ends_with_the_program():
+    stop, release = threading.Event(), threading.Event()
+    with AsyncRunner(lambda request: release.wait(30), settings_of(2, 1), stop=stop) as runner:
+        threading.Timer(0.1, stop.set).start()
+        with pytest.raises(VLASHError, match="the program is to end"):
+            runner.step(SEEN)
+        release.set()
 
 
 def test_a_loop_may_go_on_where_another_ended():

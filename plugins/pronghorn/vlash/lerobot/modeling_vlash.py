@@ -16,7 +16,7 @@ from torch import Tensor
 from pronghorn.files.sealed import check_seal, seal
 from pronghorn.files.tensor_files import read_tensors
 from pronghorn.vlash.chunks import ChunkRequest, Observation
-from pronghorn.vlash.config import AUTO, RTC, RTC_FULL, VLASH
+from pronghorn.vlash.config import AUTO, RTC, RTC_FULL, VLASH, VLASHSettings
 from pronghorn.vlash.estimators import state_estimator
 from pronghorn.vlash.lerobot.checkpoint import ADAPTERS, PROCESSORS, checkpoint_folder
 from pronghorn.vlash.lerobot.configuration_vlash import PI0, PI05, VLASHConfig
@@ -35,6 +35,10 @@ from pronghorn.vlash.pi.fusion import unfuse_state_dict
 logger = logging.getLogger(__name__)
 
 MEAN = "mean"
+DELAY_BEYOND = (
+    "inference_overlap_steps x action_quant_ratio is a delay of %d control steps, and the policy is trained for at "
+    "most max_delay_steps, %d."
+)
 SEALED = ("*.safetensors", "config.json", f"{PROCESSORS}/*", f"{ADAPTERS}/*")
 
 
@@ -69,8 +73,10 @@ class VLASHPolicy(PreTrainedPolicy):
         config.validate_features()
         self.config = config
         self._checkpoint, self._has_adapters = checkpoint, False
-        _check_estimator(config)
-        _check_delay(config)
+        _check_estimator(config, dataset_meta is not None)
+        self._told_of_delay = _told_of_delay(config)
+        if dataset_meta is not None:
+            _tell_of_training(config, dataset_meta.fps)
         self._build(dataset_stats, dataset_meta, checkpoint)
         recorded = None
         if config.use_state_ground_truth and dataset_meta is not None:
@@ -315,6 +321,9 @@ class VLASHPolicy(PreTrainedPolicy):
         """
         batch = with_latest_state(request.observation.content, request.state)
         delay = request.delay if self.config.async_mode == VLASH else 0
+        if delay > self.config.max_delay_steps and not self._told_of_delay:
+            self._told_of_delay = True
+            logger.warning(DELAY_BEYOND, delay, self.config.max_delay_steps)
         if self.config.async_mode not in (RTC, RTC_FULL) or request.leftover is None:
             return self.processors.after(self._chunk(self.processors.before(batch), delay))
         # Guidance takes gradients, which simulators run without.
@@ -356,20 +365,34 @@ def _observation(history: ObservationHistory) -> Observation:
     return Observation(seen, latest_state(seen))
 
 
-def _check_estimator(config: VLASHConfig) -> None:
+def _check_estimator(config: VLASHConfig, trained: bool) -> None:
     """Raise ValueError where the estimator cannot work, before anything is trained or moved."""
-    if config.async_mode == VLASH and config.inference_overlap_steps != 0:
+    moves = config.async_mode == VLASH and config.inference_overlap_steps != 0
+    if moves or (trained and config.max_delay_steps and not config.use_state_ground_truth):
         state, action = torch.zeros(config.robot_state_feature.shape), torch.zeros(config.action_feature.shape)
         state_estimator(config.settings())(state, action.expand(config.action_quant_ratio, -1))
 
 
-def _check_delay(config: VLASHConfig) -> None:
+def _told_of_delay(config: VLASHConfig) -> bool:
+    """Whether it had to be told that the delay, known beforehand, is beyond training."""
     overlap = config.inference_overlap_steps
     if config.async_mode != VLASH or overlap == AUTO:
-        return
+        return False
     delay = min(int(overlap) * config.action_quant_ratio, config.n_action_steps)
     if delay > config.max_delay_steps:
+        logger.warning(DELAY_BEYOND, delay, config.max_delay_steps)
+    return delay > config.max_delay_steps
+
+
+def _tell_of_training(config: VLASHConfig, fps: float) -> None:
+    """What training on a data set of so many frames a second does that nobody may have asked for."""
+    if config.fps != fps:
+        if config.fps == VLASHSettings.fps:
+            config.fps = fps
+        else:
+            logger.warning("fps is %g, and the data set has %g frames a second.", config.fps, fps)
+    if config.async_mode != VLASH and config.max_delay_steps:
         logger.warning(
-            "inference_overlap_steps x action_quant_ratio is a delay of %d control steps, and the policy is trained "
-            "for at most max_delay_steps, %d.", delay, config.max_delay_steps,
+            "async_mode=%r is trained with delays of up to max_delay_steps, %d, though it is asked for the state that "
+            "was measured; max_delay_steps=0 trains without.", config.async_mode, config.max_delay_steps,
         )  # fmt: skip

@@ -20,7 +20,6 @@ from torch import Tensor
 from pronghorn.lerobot.inference_engines import let_configurations_create
 from pronghorn.vlash.config import LAST_ACTION, VLASH, VLASHSettings
 from pronghorn.vlash.latency import LatencyTracker
-from pronghorn.vlash.lerobot.bounded_wait import BoundedExecutor
 from pronghorn.vlash.lerobot.modeling_vlash import VLASHPolicy
 from pronghorn.vlash.lerobot.policy_chunks import PolicyChunks
 from pronghorn.vlash.lerobot.runner import PolicyRunner, check_estimator, settings_for
@@ -84,8 +83,9 @@ class VLASHInferenceEngine(InferenceEngine):
     """Gives a rollout its actions, from a policy that computes in a thread of its own.
 
     It waits for the policy only where nothing runs. When something goes wrong (the policy raises or its thread dies, a
-    chunk is not finite or too late) it tells so in the log, sets `failed` and the event that ends the rollout, and
-    gives nothing any more.
+    chunk or the measured state is not finite, a chunk is too late) it sets `failed` and the event that ends the
+    rollout, raises, and gives nothing any more. What LeRobot does then is to save what it has recorded, to drive the
+    robot to where it began (unless `--return_to_initial_position=false`), to disconnect it, and to fail.
 
     Args:
         config: its options.
@@ -140,7 +140,6 @@ class VLASHInferenceEngine(InferenceEngine):
             logger.warning("use_torch_compile does not reach into a policy of type vlash: nothing is compiled by it.")
         self._warm_ups = max(compile_warmup_inferences, 1) if use_torch_compile else 0
         self._runner: PolicyRunner | None = None
-        self._executor: BoundedExecutor | None = None
         self._active = self._failed = False
 
     @property
@@ -166,9 +165,7 @@ class VLASHInferenceEngine(InferenceEngine):
     def start(self) -> None:
         """Begin; actions are given from now on."""
         self.stop()
-        self._runner = PolicyRunner(self._chunks, self._settings)
-        manager = self._runner.manager
-        manager.executor = self._executor = BoundedExecutor(manager.executor, self._config.wait_s, self._shutdown)
+        self._runner = PolicyRunner(self._chunks, self._settings, wait_s=self._config.wait_s, stop=self._shutdown)
         self._active, self._failed = True, False
 
     def stop(self) -> None:
@@ -206,15 +203,24 @@ class VLASHInferenceEngine(InferenceEngine):
             obs_frame: what is seen now, as LeRobot's `build_dataset_frame` gives it.
 
         Returns:
-            [action_dim], in the robot's units and the policy's order; None while it is paused, or has failed.
+            [action_dim], in the robot's units and the policy's order; None while it is paused, has failed before, or
+            the program ends.
+
+        Raises:
+            VLASHError: something went wrong, as of `RollForwardManager.tick`.
         """
         if self._runner is None or obs_frame is None or not self._active or self._failed:
             return None
         try:
             return self._runner.step(obs_frame)
         except VLASHError as error:
-            self._fail(error)
-            return None
+            self._failed = True
+            if self._shutdown is not None:
+                if self._shutdown.is_set():  # nobody wants an action any more
+                    return None
+                self._shutdown.set()
+            logger.error("No command is given any more, and the rollout ends: %s", error)
+            raise
 
     def notify_observation(self, obs: dict[str, Any]) -> None:
         """Warm up a compiled policy, in the thread that it will run in; else of no effect.
@@ -222,20 +228,14 @@ class VLASHInferenceEngine(InferenceEngine):
         Args:
             obs: what the robot's processor gave.
         """
-        if self.ready or self._runner is None or self._executor is None:
+        if self.ready or self._runner is None or self._runner.worker is None:
             return
         self._warm_ups -= 1
-        self._executor.seconds = math.inf
+        self._runner.worker.wait_s = math.inf
         self.get_action(build_dataset_frame(self._features, obs, prefix=OBS_STR))
-        self._executor.seconds = self._config.wait_s
+        self._runner.worker.wait_s = self._config.wait_s
         self._runner.reset()
         self._runner.manager.latency = LatencyTracker()  # compilation says nothing about what chunks take later
-
-    def _fail(self, error: VLASHError) -> None:
-        self._failed = True
-        logger.error("The rollout ends, and the robot gets no further command: %s", error, exc_info=error)
-        if self._shutdown is not None:
-            self._shutdown.set()
 
     def _check_state(self, actions: list[str]) -> None:
         """There has to be one, and the last action stands for it only where both have the same order."""

@@ -30,6 +30,7 @@ class PolicyRunner(AsyncRunner):
         settings: how chunks follow each other.
         estimator: (state, pending actions) -> state; by default the one that `settings` names.
         threaded: False computes each chunk at once in the caller's thread.
+        waiting: `wait_s` and `stop`, as of `AsyncRunner`.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class PolicyRunner(AsyncRunner):
         settings: VLASHSettings,
         estimator: StateEstimator | None = None,
         threaded: bool = True,
+        **waiting: Any,
     ) -> None:
-        super().__init__(chunks, settings, estimator, threaded)
+        super().__init__(chunks, settings, estimator, threaded, **waiting)
         self._frames: deque[dict[str, Any]] = deque(maxlen=max(chunks.history_steps, 1))
         self._episode = object()
 

@@ -8,6 +8,7 @@ import torch
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from tiny_lerobot import ACT, CAMERA, DIFFUSION, PI, STATE, observation, perturbed, smolvla
 
+from pronghorn.vlash.chunks import ChunkRequest
 from pronghorn.vlash.lerobot.configuration_vlash import VLASHConfig
 from pronghorn.vlash.lerobot.modeling_vlash import VLASHPolicy
 from pronghorn.vlash.watchdog import InvalidChunkError
@@ -301,9 +302,16 @@ def test_a_tokenizer_for_a_policy_that_reads_no_text_is_refused(make):
 
 
 def test_a_delay_beyond_those_of_training_is_told_of(make, caplog):
-    with caplog.at_level(logging.WARNING):
-        make("act", max_delay_steps=1)
+    caplog.set_level(logging.WARNING)
+    make("act", max_delay_steps=1)
     assert "a delay of 2 control steps" in caplog.text
+    caplog.clear()
+    policy = make("act", max_delay_steps=2)
+    assert not caplog.text
+    for delay, told in ((2, 0), (3, 1), (4, 1)):
+        seen = policy.observe(observation())
+        policy.predict(ChunkRequest(seen, seen.state, delay))
+        assert caplog.text.count("at most max_delay_steps, 2") == told
 
 
 def test_predict_action_chunk_gives_a_whole_chunk(make):

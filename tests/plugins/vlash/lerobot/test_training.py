@@ -1,6 +1,7 @@
 """The policy in training."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -47,6 +48,33 @@ def drawn(delays, batch, seed=3):
     result = delays.draw(batch)
     assert torch.equal(result.delay, expected)
     return result
+
+
+def test_the_rate_is_the_data_sets(make, meta, caplog):
+    caplog.set_level(logging.WARNING)
+    assert meta.fps != VLASHConfig.fps
+    assert make("act").config.fps == meta.fps
+    assert not caplog.text
+    assert make("act", fps=50.0).config.fps == 50
+    assert f"fps is 50, and the data set has {meta.fps:g} frames a second" in caplog.text
+
+
+def test_delays_that_a_mode_does_not_use_are_told_of(make, caplog):
+    caplog.set_level(logging.WARNING)
+    make("act", async_mode="naive", max_delay_steps=0, n_action_steps=4)
+    assert not caplog.text
+    make("act", async_mode="naive", n_action_steps=4)
+    assert "async_mode='naive' is trained with delays of up to max_delay_steps, 3" in caplog.text
+
+
+def test_an_estimator_that_training_needs_is_checked_first(make, meta):
+    config = VLASHConfig(
+        base="act", base_config=ACT, **STEPS, async_mode="sync", state_estimator="delta_masked", state_from_action=[5]
+    )
+    with pytest.raises(ValueError, match="state_from_action"):
+        make_policy(config, ds_meta=meta)
+    config.use_state_ground_truth = True
+    make_policy(config, ds_meta=meta)
 
 
 def test_delays_are_those_of_the_core(samples, recorded):
