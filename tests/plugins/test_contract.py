@@ -129,7 +129,8 @@ def test_the_users_switch(ecosystem):
     )
     env = {**os.environ, "PRONGHORN_DISABLE": ",".join(PACKAGES)}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-    assert found.strip() == str([(method, "disabled") for method in sorted(ships)])
+    # What is imported may write before it: vLLM tells of a Triton without a GPU.
+    assert found.strip().splitlines()[-1] == str([(method, "disabled") for method in sorted(ships)])
 
 
 @pytest.mark.fault(17)
