@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,10 +68,7 @@ def sweep(
     device: Device = None,
 ) -> None:
     """Run a task under growing delays: success, stalls, reaction latency, jumps and jerk of each method."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from pronghorn.vlash.sweep import draw, over_delays, read_rows, write_rows
+    from pronghorn.vlash.sweep import draw, read_rows, write_rows
     from pronghorn.vlash.sweep import sweep as run
 
     if png is not None and importlib.util.find_spec("matplotlib") is None:
@@ -100,19 +98,12 @@ def sweep(
         asked.check(names, waits)
     earlier = read_rows(out, asked) if out is not None else []
     rows = []
-    for row in run(asked, names, waits, range(seeds), earlier):
-        rows.append(row)
-        if out is not None:
-            write_rows(out, asked, [*rows, *(old for old in earlier if old.key not in {new.key for new in rows})])
-    columns = {"success": "success", "largest reward": "reward_largest"}
-    for title, column in columns.items():
-        if any(getattr(row, column) is None for row in rows):
-            continue
-        table = Table(f"{title} at delay", *map(str, waits))
-        for mode in names:
-            over = over_delays(rows, mode, column)
-            table.add_row(mode, *(_spread(over[delay]) for delay in waits))
-        Console().print(table)
+    with nullcontext() if env is None else closing(asked):
+        for row in run(asked, names, waits, range(seeds), earlier):
+            rows.append(row)
+            if out is not None:
+                write_rows(out, asked, [*rows, *(old for old in earlier if old.key not in {new.key for new in rows})])
+    _print_tables(rows, names, waits)
     if png is not None:
         draw(rows, png, f"{asked.name}, {seeds} seeds")
     for path in (out, png):
@@ -187,6 +178,23 @@ def _task(name: str, train_steps: int, environments: int, policies: Path | None)
     from pronghorn.vlash.tracking import TrackingTask
 
     return TrackingTask(train_steps=train_steps, environments=environments, folder=policies)
+
+
+def _print_tables(rows: list[Any], modes: list[str], delays: list[int]) -> None:
+    """Success, and the largest reward where there are some."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pronghorn.vlash.sweep import over_delays
+
+    for title, column in (("success", "success"), ("largest reward", "reward_largest")):
+        if any(getattr(row, column) is None for row in rows):
+            continue
+        table = Table(f"{title} at delay", *map(str, delays))
+        for mode in modes:
+            over = over_delays(rows, mode, column)
+            table.add_row(mode, *(_spread(over[delay]) for delay in delays))
+        Console().print(table)
 
 
 def _environment_task(

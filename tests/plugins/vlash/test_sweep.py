@@ -159,6 +159,19 @@ def test_expected_reactions(mode, delay):
     assert row.reaction_paper * FPS == pytest.approx(delay + (4 if mode == "sync" else 0))
 
 
+class Paying(Countdown):
+    def rewards(self):
+        return torch.tensor([3.0, 1.0]), torch.tensor([5.0, 4.0])
+
+
+def test_rewards_of_those_that_pay_some():
+    method = Method(settings(), CountingPolicy(8, batch=(2,)))
+    row = rollout(Paying(), method, "vlash", 2, 0)
+    assert (row.reward_largest, row.reward_sum) == (2, 4.5)
+    row = rollout(Countdown(), method, "vlash", 2, 0)
+    assert row.reward_largest is row.reward_sum is None
+
+
 def test_every_case_once():
     task = CountdownTask()
     rows = list(sweep(task, ["vlash", "sync"], [0, 2], [0, 1]))
@@ -185,6 +198,11 @@ def test_rows_of_something_else(tmp_path):
     write_rows(path, CountdownTask(2), [])
     with pytest.raises(ValueError, match=r"holds a sweep of countdown with \{'size': 2\}"):
         read_rows(path, CountdownTask())
+    written = json.loads(path.read_text())
+    row = next(sweep(CountdownTask(2), ["sync"], [0], [0])).to_dict()
+    before = {name: value for name, value in row.items() if not name.startswith("reward_l") and name != "reward_sum"}
+    path.write_text(json.dumps({name: written[name] for name in ("task", "about")} | {"rows": [before]}))
+    assert [row.to_dict() for row in read_rows(path, CountdownTask(2))] == [row], "of before there were rewards"
     for content in ("{", "[]", '{"rows": [{"mode": 1}]}', '{"rows": []}'):
         path.write_text(content)
         with pytest.raises(ValueError, match="wanted what a sweep wrote"):
@@ -216,6 +234,8 @@ def test_a_picture(tmp_path):
     picture = matplotlib.image.imread(tmp_path / "rows.png")
     assert picture.shape[:2] == (600, 1200)
     assert picture[..., :3].std() > 0.05
+    draw([dataclasses.replace(row, reward_largest=1, reward_sum=2) for row in rows], tmp_path / "rows.png", "more")
+    assert matplotlib.image.imread(tmp_path / "rows.png").shape[:2] == (600, 1600)
 
 
 def test_the_toy_through_the_sweep():

@@ -13,6 +13,7 @@ from lerobot.envs import EnvConfig
 from lerobot.policies import PreTrainedPolicy, get_policy_class, make_pre_post_processors
 from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.utils.import_utils import register_third_party_plugins
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pronghorn.vlash.chunks import Observation
@@ -81,6 +82,10 @@ class EnvironmentTask:
     def environment(self) -> LeRobotEnvironment:
         """One for all methods, since some take long to make."""
         return self._environment
+
+    def close(self) -> None:
+        """End the simulator."""
+        self._environment.close()
 
     def check(self, modes: Sequence[str], delays: Sequence[int]) -> None:
         """Raise ValueError, before anything is run, where the policy cannot do a mode or bear a delay."""
@@ -167,8 +172,8 @@ def _loaded(path: str, config: PreTrainedConfig) -> tuple[PreTrainedPolicy, Any,
     try:
         policy = get_policy_class(config.type).from_pretrained(path, config=config).to(config.device).eval()
         return policy, *make_pre_post_processors(config, pretrained_path=path, preprocessor_overrides=overrides)
-    except OSError as error:
-        raise ValueError(f"policy: got {path}, which lacks weights or processors: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"policy: got {path}, whose weights or processors cannot be loaded: {error}") from error
 
 
 def _digest(policy: PreTrainedPolicy) -> str:

@@ -11,9 +11,7 @@ from tiny_lerobot import ACT, DIFFUSION
 from typer.testing import CliRunner
 
 from pronghorn.vlash.cli import app
-from pronghorn.vlash.lerobot.configuration_vlash import VLASHConfig
 from pronghorn.vlash.lerobot.environment_task import EnvironmentTask
-from pronghorn.vlash.lerobot.modeling_vlash import VLASHPolicy
 from pronghorn.vlash.sweep import rollout
 
 STATE, BLOCK, ACTION = "observation.state", "observation.environment_state", "action"
@@ -137,25 +135,24 @@ def test_a_policy_with_a_memory_gives_all_that_it_predicts(tmp_path):
     assert rows[0] == rows[1]
     assert rows[0].jerk != rows[2].jerk
     assert len(environment._frames) == 2
-    with pytest.raises(ValueError, match="naive at a delay of 8: .*leaves out 8 actions"):
+    with pytest.raises(ValueError, match=r"naive at a delay of 8: .*leaves out 8 actions"):
         task.check(["naive"], [8])
 
 
 def test_success_is_kept_and_nothing_counts_after_it(act):
-    task = EnvironmentTask("pusht", str(act), options=OPTIONS, episodes=2)
-    environment = task.environment()
+    environment = EnvironmentTask("pusht", str(act), options=OPTIONS, episodes=2).environment()
     environment.reset(0)
-    core = environment._env.envs[0].unwrapped
-    core.success_threshold = 0.0  # what lies anywhere on the goal is there
-    reached = core._get_coverage() > 0
-    if not reached:
-        core._set_state([100, 100, 256, 256, 0.7853981])
-    for _ in range(3):
+    shares = [0.0, 0.0]
+    for number, each in enumerate(environment._env.envs):
+        each.unwrapped._get_coverage = lambda number=number: shares[number]
+    for shares[:] in ([0.19, 0.0], [0.96, 0.38], [0.57, 0.19]):
         environment.step(torch.full((2, 2), 100.0))
     assert environment.success().tolist() == [1, 0]
     assert environment.finished.tolist() == [True, False]
-    largest, total = environment.rewards()
-    assert largest[0] == total[0] == 1
+    torch.testing.assert_close(environment.rewards(), (torch.tensor([1.0, 0.4]), torch.tensor([1.2, 0.6])))
+    environment.reset(0)
+    assert environment.success().tolist() == [0, 0]
+    assert not environment.finished.any()
 
 
 def test_another_training_is_another_sweep(act, tmp_path):
@@ -199,6 +196,10 @@ def test_another_training_is_another_sweep(act, tmp_path):
         (["--env", "pusht", "--modes", "sync,rtc"], "modes: rtc at a delay of 0: .*'act'.*cannot guide"),
         (["--env", "pusht", "--modes", "vlash", "--delays", "4,5"], "vlash at a delay of 5: .*got 5, wanted 0 to"),
         (["--env", "pusht", "--modes", "naive", "--setting", "n_action_steps=8"], "leaves out 1 actions of a chunk"),
+        (
+            ["--env", "pusht", "--modes", "vlash", "--delays", "3", "--setting", "action_quant_ratio=2"],
+            "at most 2 comm",
+        ),
         (["--env", "pusht", "--setting", "fps=3"], "setting: got fps, which the sweep sets itself"),
         (["--env", "pusht", "--setting", "horizon=3"], "horizon"),
         (["--env", "pusht", "--dry-run"], "env: got 'pusht' beside task, dry_run or policies"),
@@ -213,7 +214,7 @@ def test_mistakes(act, words, said, monkeypatch):
 
 
 def test_an_environment_that_is_not_installed(act):
-    with pytest.raises(ImportError, match="env: aloha needs what is not installed, .*gym_aloha"):
+    with pytest.raises(ImportError, match=r"env: aloha needs what is not installed, .*gym_aloha"):
         run("--env", "aloha", "--policy", act)
 
 
@@ -225,13 +226,16 @@ def test_a_checkpoint_that_is_none(tmp_path, act):
         with pytest.raises(ValueError, match=f"policy: got '{path}', wanted a checkpoint of a LeRobot policy"):
             run(*pusht, "--policy", path)
     (tmp_path / "config.json").write_text((act / "config.json").read_text())
-    with pytest.raises(ValueError, match="lacks weights or processors"):
-        run(*pusht, "--policy", tmp_path)
+    for content in (None, b"none"):
+        if content is not None:
+            (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"policy: got .*, whose weights or processors cannot be loaded"):
+            run(*pusht, "--policy", tmp_path)
 
 
 def test_a_policy_of_another_robot(tmp_path, act):
     with pytest.raises(ValueError, match=r"looks at observation.environment_state; pusht gives .*observation.image"):
         run("--env", "pusht", "--policy", act)
-    other = saved(tmp_path, "act", (2, 3), **ACT, chunk_size=8)
+    other = saved(tmp_path, "act", (2, 3), **ACT, chunk_size=8, n_action_steps=4)
     with pytest.raises(ValueError, match="whose action has 3 coordinates; that of pusht has 2"):
         run("--env", "pusht", *WORDS, "--policy", other)
