@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
-from lerobot.policies import get_policy_class, make_pre_post_processors
+from lerobot.policies import get_policy_class, make_policy, make_pre_post_processors
 from lerobot.scripts import lerobot_eval
-from tiny_lerobot import ACT, DIFFUSION
+from tiny_lerobot import ACT, DIFFUSION, PI, perturbed
 from typer.testing import CliRunner
 
 from pronghorn.vlash.cli import app
+from pronghorn.vlash.lerobot.configuration_vlash import VLASHConfig
 from pronghorn.vlash.lerobot.environment_task import EnvironmentTask
-from pronghorn.vlash.sweep import rollout
+from pronghorn.vlash.sweep import rollout, sweep
 
 STATE, BLOCK, ACTION = "observation.state", "observation.environment_state", "action"
 OPTIONS = {"obs_type": "environment_state_agent_pos", "episode_length": 14}
@@ -137,6 +138,24 @@ def test_a_policy_with_a_memory_gives_all_that_it_predicts(tmp_path):
     assert len(environment._frames) == 2
     with pytest.raises(ValueError, match=r"naive at a delay of 8: .*leaves out 8 actions"):
         task.check(["naive"], [8])
+
+
+@pytest.mark.usefixtures("tiny_pi")
+def test_real_time_chunking_leaves_other_modes_as_they_are(tmp_path, tokenizer, meta):
+    """From pixels, with words; each mode does the same before and after the others."""
+    config = VLASHConfig(
+        base="pi05", base_config=PI, tokenizer=str(tokenizer), device="cpu", chunk_size=8, n_action_steps=4
+    )
+    perturbed(make_policy(config, ds_meta=meta)).save_pretrained(tmp_path)
+    for processor in make_pre_post_processors(config):
+        processor.save_pretrained(tmp_path)
+    task = EnvironmentTask("pusht", str(tmp_path), options={"episode_length": 8})
+    modes = ["sync", "naive", "rtc", "rtc_full", "vlash"]
+    task.check(modes, [2])
+    once = {row.mode: row for row in sweep(task, modes, [2], [0])}
+    again = {row.mode: row for row in sweep(task, modes[::-1], [2], [0])}
+    assert once == again
+    assert len({row.boundary_jump for row in once.values()}) == 5
 
 
 def test_success_is_kept_and_nothing_counts_after_it(act):
