@@ -158,8 +158,8 @@ class SweepRow:
         return self.mode, self.delay, self.seed
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON; without rewards where there are none."""
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in REWARDS}
 
 
 def sweep(
@@ -284,7 +284,7 @@ def read_rows(path: Path, task: Task) -> list[SweepRow]:
     return rows
 
 
-FORMAT = 3  # of the file of rows
+FORMAT = 2  # of the file of rows
 PANELS = {
     "success": "success", "seconds": "seconds an episode", "stall_seconds": "seconds standing still",
     "reaction_worst": "reaction latency, s", "boundary_jump": "jump between chunks", "jerk": "jerk, 1/s³",
