@@ -7,11 +7,13 @@ import json
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pronghorn.versions import require
 from pronghorn.vlash.lookup import named_function
 from pronghorn.vlash.serve import serve
 
@@ -44,17 +46,29 @@ def sweep(
     out: Annotated[Path | None, typer.Option("--json", help="Rows; what it already holds is not run again.")] = None,
     png: Annotated[Path | None, typer.Option(help="Picture to draw.")] = None,
     train_steps: Annotated[int, typer.Option(help="tracking: updates of each policy.")] = 6000,
-    environments: Annotated[int, typer.Option(help="tracking: robots at a time.")] = 512,
+    environments: Annotated[
+        int | None,
+        typer.Option(min=1, help="Robots at a time: 512 of tracking; with --env 1, an episode each of a seed."),
+    ] = None,
     policies: Annotated[Path | None, typer.Option(help="tracking: folder that keeps trained policies.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="tracking: try a part, print peak memory, time and disk, and stop.")
     ] = False,
+    env: Annotated[
+        str | None, typer.Option(help="A LeRobot environment in place of a task: pusht, metaworld …; needs --policy.")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="env: a LeRobot checkpoint, folder or hub repository.")] = None,
+    env_option: Annotated[
+        list[str] | None, typer.Option(help="env: name=value of its configuration, such as task=…; may be repeated.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(help="env: name=value of VLASHSettings, such as n_action_steps=8; may be repeated."),
+    ] = None,
+    device: Device = None,
 ) -> None:
     """Run a task under growing delays: success, stalls, reaction latency, jumps and jerk of each method."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from pronghorn.vlash.sweep import draw, over_delays, read_rows, write_rows
+    from pronghorn.vlash.sweep import draw, read_rows, write_rows
     from pronghorn.vlash.sweep import sweep as run
 
     if png is not None and importlib.util.find_spec("matplotlib") is None:
@@ -62,6 +76,12 @@ def sweep(
     if seeds < 1:
         raise ValueError(f"seeds: got {seeds}, wanted at least 1")
     names, waits = modes.split(","), _delays(delays)
+    own = {"policy": policy, "env_option": env_option, "setting": setting, "device": device}
+    if env is None and (stray := [name for name, value in own.items() if value]):
+        raise ValueError(f"{stray[0]}: got {own[stray[0]]!r} without env, wanted both, or neither")
+    if env is not None and (task not in TASKS or dry_run or policies is not None):
+        raise ValueError(f"env: got {env!r} beside task, dry_run or policies, which are for other tasks")
+    robots = 512 if environments is None else environments
     if dry_run:
         from pronghorn.vlash.tracking import rehearse
 
@@ -69,20 +89,21 @@ def sweep(
             raise ValueError(
                 f"dry_run: got task={task!r}, wanted {', '.join(TASKS)}: how long others take is not known"
             )
-        typer.echo(rehearse(names, waits, seeds, train_steps=train_steps, environments=environments, folder=policies))
+        typer.echo(rehearse(names, waits, seeds, train_steps=train_steps, environments=robots, folder=policies))
         return
-    asked = _task(task, train_steps, environments, policies)
+    if env is None:
+        asked = _task(task, train_steps, robots, policies)
+    else:
+        asked = _environment_task(env, policy, environments or 1, device, env_option or [], setting or [])
+        asked.check(names, waits)
     earlier = read_rows(out, asked) if out is not None else []
     rows = []
-    for row in run(asked, names, waits, range(seeds), earlier):
-        rows.append(row)
-        if out is not None:
-            write_rows(out, asked, [*rows, *(old for old in earlier if old.key not in {new.key for new in rows})])
-    table = Table("success at delay", *map(str, waits))
-    for mode in names:
-        over = over_delays(rows, mode, "success")
-        table.add_row(mode, *(_spread(over[delay]) for delay in waits))
-    Console().print(table)
+    with nullcontext() if env is None else closing(asked):
+        for row in run(asked, names, waits, range(seeds), earlier):
+            rows.append(row)
+            if out is not None:
+                write_rows(out, asked, [*rows, *(old for old in earlier if old.key not in {new.key for new in rows})])
+    _print_tables(rows, names, waits)
     if png is not None:
         draw(rows, png, f"{asked.name}, {seeds} seeds")
     for path in (out, png):
@@ -157,6 +178,54 @@ def _task(name: str, train_steps: int, environments: int, policies: Path | None)
     from pronghorn.vlash.tracking import TrackingTask
 
     return TrackingTask(train_steps=train_steps, environments=environments, folder=policies)
+
+
+def _print_tables(rows: list[Any], modes: list[str], delays: list[int]) -> None:
+    """Success, and the largest reward where there are some."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pronghorn.vlash.sweep import over_delays
+
+    for title, column in (("success", "success"), ("largest reward", "reward_largest")):
+        if any(getattr(row, column) is None for row in rows):
+            continue
+        table = Table(f"{title} at delay", *map(str, delays))
+        for mode in modes:
+            over = over_delays(rows, mode, column)
+            table.add_row(mode, *(_spread(over[delay]) for delay in delays))
+        Console().print(table)
+
+
+def _environment_task(
+    env: str, policy: str | None, episodes: int, device: str | None, options: list[str], settings: list[str]
+) -> Any:
+    if policy is None:
+        raise ValueError(f"policy: got none with env={env!r}, wanted a LeRobot checkpoint")
+    require("lerobot")
+    import torch
+
+    from pronghorn.vlash.lerobot.environment_task import EnvironmentTask
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return EnvironmentTask(
+        env, policy, episodes=episodes, device=where, options=_named("env_option", options),
+        settings=_named("setting", settings),
+    )  # fmt: skip
+
+
+def _named(option: str, pairs: list[str]) -> dict[str, Any]:
+    """Of ["name=value", …]; values are JSON, or else text."""
+    found = {}
+    for pair in pairs:
+        name, is_there, text = pair.partition("=")
+        if not (name and is_there):
+            raise ValueError(f"{option}: got {pair!r}, wanted name=value")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
 
 
 def _load(policy: str, device: str | None) -> tuple[Callable[[], Any], Any]:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +42,15 @@ class Environment(Protocol):
 
     def success(self) -> Tensor:
         """[count], from 0 to 1, of the episodes so far."""
+        ...
+
+
+@runtime_checkable
+class Rewarding(Protocol):
+    """What an `Environment` that pays rewards has too."""
+
+    def rewards(self) -> tuple[Tensor, Tensor]:
+        """[count] each, of the episodes so far: the largest reward, and the sum."""
         ...
 
 
@@ -120,6 +129,8 @@ class SweepRow:
         boundary_jump: distance from the last command of a chunk to the first of the next, in the commands' unit.
         typical_step: the same for other commands that follow each other.
         jerk: of the goals, per second³; changes are summed up to goals.
+        reward_largest: of an episode; None where there are no rewards.
+        reward_sum: likewise.
     """
 
     mode: str
@@ -138,6 +149,8 @@ class SweepRow:
     boundary_jump: float | None
     typical_step: float | None
     jerk: float | None
+    reward_largest: float | None = None
+    reward_sum: float | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -145,8 +158,8 @@ class SweepRow:
         return self.mode, self.delay, self.seed
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON; without rewards where there are none."""
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in REWARDS}
 
 
 def sweep(
@@ -212,6 +225,7 @@ def rollout(environment: Environment, method: Method, mode: str, delay: int, see
     cycle = settings.n_action_steps / (settings.action_quant_ratio * settings.fps)
     if settings.async_mode == SYNC:
         cycle += latency
+    rewards = [float(part.mean()) for part in environment.rewards()] if isinstance(environment, Rewarding) else []
     stalls_mean = float(torch.stack([steps > wait for wait in waits]).float().sum(0).mean())
     return SweepRow(
         mode, delay, seed, len(steps), settings.n_action_steps, float(environment.success().mean()),
@@ -220,6 +234,7 @@ def rollout(environment: Environment, method: Method, mode: str, delay: int, see
         reaction_mean=latency + cycle / 2, reaction_worst=latency + cycle,
         reaction_paper=paper_reaction_latency(settings, latency),
         **_smoothness(torch.stack(actions), begins, steps.long(), settings),
+        **dict(zip(("reward_largest", "reward_sum"), rewards, strict=False)),
     )  # fmt: skip
 
 
@@ -274,17 +289,23 @@ PANELS = {
     "success": "success", "seconds": "seconds an episode", "stall_seconds": "seconds standing still",
     "reaction_worst": "reaction latency, s", "boundary_jump": "jump between chunks", "jerk": "jerk, 1/s³",
 }  # fmt: skip
+REWARDS = {"reward_largest": "largest reward of an episode", "reward_sum": "its sum of rewards"}
 
 
 def draw(rows: Sequence[SweepRow], path: Path, title: str) -> None:
-    """A picture: each of `PANELS` over the delay, a line a method, means and ranges over seeds."""
+    """A picture: each of `PANELS`, and of `REWARDS` if there are some, over the delay.
+
+    A line is a method, through means, with ranges over seeds.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, layout="constrained")
-    for axis, (name, label) in zip(axes.flat, PANELS.items(), strict=True):
+    panels = PANELS | (REWARDS if any(row.reward_largest is not None for row in rows) else {})
+    columns = len(panels) // 2
+    figure, axes = plt.subplots(2, columns, figsize=(4 * columns, 6), sharex=True, layout="constrained")
+    for axis, (name, label) in zip(axes.flat, panels.items(), strict=True):
         for number, mode in enumerate(dict.fromkeys(row.mode for row in rows)):
             over = over_delays(rows, mode, name)
             places = list(over)

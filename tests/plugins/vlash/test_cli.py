@@ -53,6 +53,12 @@ def test_sweep_of_the_toy(tmp_path):
     assert len(list((tmp_path / "policies").iterdir())) == 3
 
 
+def test_sweep_in_an_environment_without_lerobot(monkeypatch):
+    monkeypatch.setattr("pronghorn.versions.installed", lambda library: None)
+    with pytest.raises(ImportError, match=r"needs lerobot .*: pip install 'pronghorn\[lerobot\]'"):
+        run("sweep", "--env", "pusht", "--policy", "anything")
+
+
 def test_bench(tmp_path):
     out = tmp_path / "bench.json"
     said = run("bench", f"{HERE}:slow", "--samples", 3, "--warm-up", 1, "--fps", 50, "--json", out)
@@ -90,6 +96,9 @@ def test_bad_delays(delays):
         (["sweep", "--task", "no.such:thing"], "task: got 'no.such:thing', wanted package.module:function"),
         (["sweep", "--modes", "bid"], "modes: got bid, accepted for tracking are sync, .*vlash"),
         (["sweep", "--seeds", 0], "seeds: got 0"),
+        (["sweep", "--env", "pusht"], "policy: got none with env='pusht', wanted a LeRobot checkpoint"),
+        (["sweep", "--policy", "here"], "policy: got 'here' without env"),
+        (["sweep", "--env", "pusht", "--task", "a:b"], "env: got 'pusht' beside task"),
         (["bench", f"{HERE}:nothing"], "policy: got .*:nothing.*no attribute"),
         (["bench", f"{HERE}:HERE"], "wanted a function, not str"),
         (["bench", f"{HERE}:slow", "--fps", 0], "fps, n_action_steps: got 0"),

@@ -159,6 +159,21 @@ def test_expected_reactions(mode, delay):
     assert row.reaction_paper * FPS == pytest.approx(delay + (4 if mode == "sync" else 0))
 
 
+class Paying(Countdown):
+    def rewards(self):
+        return torch.tensor([3.0, 1.0]), torch.tensor([5.0, 4.0])
+
+
+def test_rewards_of_those_that_pay_some():
+    method = Method(settings(), CountingPolicy(8, batch=(2,)))
+    row = rollout(Paying(), method, "vlash", 2, 0)
+    assert (row.reward_largest, row.reward_sum) == (2, 4.5)
+    assert SweepRow(**row.to_dict()) == row
+    row = rollout(Countdown(), method, "vlash", 2, 0)
+    assert row.reward_largest is row.reward_sum is None
+    assert "reward_sum" not in row.to_dict(), "files are those of before there were rewards"
+
+
 def test_every_case_once():
     task = CountdownTask()
     rows = list(sweep(task, ["vlash", "sync"], [0, 2], [0, 1]))
@@ -216,6 +231,8 @@ def test_a_picture(tmp_path):
     picture = matplotlib.image.imread(tmp_path / "rows.png")
     assert picture.shape[:2] == (600, 1200)
     assert picture[..., :3].std() > 0.05
+    draw([dataclasses.replace(row, reward_largest=1, reward_sum=2) for row in rows], tmp_path / "rows.png", "more")
+    assert matplotlib.image.imread(tmp_path / "rows.png").shape[:2] == (600, 1600)
 
 
 def test_the_toy_through_the_sweep():
