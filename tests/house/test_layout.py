@@ -103,7 +103,7 @@ def test_no_forbidden_file_names():
 def test_supported_versions_equal_the_extras():
     from packaging.requirements import Requirement
 
-    from pronghorn.versions import SUPPORTED
+    from pronghorn.versions import PYTHON, SUPPORTED
 
     extras = {
         extra: {
@@ -115,3 +115,11 @@ def test_supported_versions_equal_the_extras():
     from packaging.specifiers import SpecifierSet
 
     assert {name: extras[name][name] for name in SUPPORTED} == {n: SpecifierSet(s) for n, s in SUPPORTED.items()}
+    markers = {
+        requirement.name: str(requirement.marker)
+        for extra in SUPPORTED
+        for requirement in map(Requirement, PYPROJECT["project"]["optional-dependencies"][extra])
+        if requirement.name == extra and requirement.marker is not None
+    }
+    pythons = {name: f'python_version >= "{python.removeprefix(">=")}"' for name, python in PYTHON.items()}
+    assert markers == pythons

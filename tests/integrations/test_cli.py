@@ -11,6 +11,8 @@ import pytest
 from tests.faults.fake_distribution import fake_distribution
 from tests.integrations.test_methods import FAULTS, run
 
+from pronghorn import versions
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -58,7 +60,7 @@ def test_info_says_what_is_wrong_and_what_mends_it(tmp_path):
     wanted = {
         ("awq", "transformers"): ("disabled", "unset PRONGHORN_DISABLE"),
         ("badluck", "transformers"): ("failed", "pip install bad-luck"),
-        ("badluck", "lerobot"): ("unavailable", "pip install 'pronghorn[lerobot]'"),
+        ("badluck", "lerobot"): ("unavailable", versions.remedy("lerobot")),
     }
     for key, (state, remedy) in wanted.items():
         assert (found[key]["state"], found[key]["remedy"]) == (state, remedy)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -188,6 +189,7 @@ def test_two_plugins_of_one_name(tmp_path):
 def test_what_is_needed_what_is_there_and_what_to_do(ecosystem, version, monkeypatch):
     monkeypatch.setattr(versions, "installed", lambda name: version if name == ecosystem else "1.0")
     state = "it is not installed" if version is None else f"found {version}"
+    monkeypatch.setattr(versions.platform, "python_version", lambda: "3.12.1")
     wanted = (
         f"pronghorn needs {ecosystem} {versions.SUPPORTED[ecosystem]}, {state}: pip install 'pronghorn[{ecosystem}]'"
     )
@@ -198,13 +200,28 @@ def test_what_is_needed_what_is_there_and_what_to_do(ecosystem, version, monkeyp
 
 
 @pytest.mark.fault(18)
+@pytest.mark.parametrize("version", [None, "0.5.0"])
+def test_a_python_that_is_too_old_for_a_library_is_said(version, monkeypatch):
+    """Its marker would let `pip install 'pronghorn[lerobot]'` succeed there, and install no LeRobot."""
+    monkeypatch.setattr(versions, "installed", lambda name: version)
+    monkeypatch.setattr(versions.platform, "python_version", lambda: "3.11.7")
+    said = versions.obstacle("lerobot")
+    assert "it wants Python >=3.12, this is 3.11.7: python3.12 -m pip install 'pronghorn[lerobot]'" in said
+    assert said.endswith(versions.remedy("lerobot"))
+    assert versions.remedy("transformers") == "pip install 'pronghorn[transformers]'"
+
+
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("ecosystem", ["transformers", "trl", "lerobot"])
 def test_an_unsupported_library_says_what_to_do(tmp_path, ecosystem):
     """Before anything of it is imported: in its place stands what would fail."""
     fake_distribution(tmp_path, ecosystem, {}, {f"{ecosystem}.py": "raise RuntimeError('imported')"})  # found first
     found = run(f"import pronghorn.{ecosystem}", tmp_path)
     supported = versions.SUPPORTED[ecosystem]
-    message = f"pronghorn needs {ecosystem} {supported}, found 1.0: pip install 'pronghorn[{ecosystem}]'"
+    message = f"pronghorn needs {ecosystem} {supported}, found 1.0"
+    if ecosystem == "lerobot" and sys.version_info < (3, 12):
+        message += f", and it wants Python >=3.12, this is {platform.python_version()}"
+    message += f": {versions.remedy(ecosystem)}"
     assert found.returncode != 0
     assert found.stderr.strip().endswith(f"ImportError: {message}")
 

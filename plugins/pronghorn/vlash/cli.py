@@ -13,13 +13,18 @@ from typing import Annotated, Any
 
 import typer
 
-from pronghorn.versions import require
-from pronghorn.vlash.lookup import named_function
+from pronghorn.files.outputs import check_output
+from pronghorn.vlash.lookup import check_checkpoint, is_function, named_function, named_pair
 from pronghorn.vlash.serve import serve
 
 app = typer.Typer(no_args_is_help=True)
 
 TASKS = ("tracking",)
+BENCH_FORMAT = 2  # of the file that `bench --json` writes
+MODES = (  # of the toy; a test compares: it imports torch, and help is to be quick
+    "Methods, with commas; of tracking: sync, sync_real_time, naive, rtc, rtc_full, roll_forward, vlash, vlash+delay, "
+    "vlash+truth, expert."
+)
 ROWS = 12  # of the tables of a profile
 
 Policy = Annotated[
@@ -40,7 +45,7 @@ def vlash() -> None:
 @app.command()
 def sweep(
     task: Annotated[str, typer.Option(help="tracking, or package.module:function, which gives a Task.")] = "tracking",
-    modes: Annotated[str, typer.Option(help="Methods, with commas.")] = "sync,naive,rtc,vlash",
+    modes: Annotated[str, typer.Option(help=MODES)] = "sync,naive,rtc,vlash",
     delays: Annotated[str, typer.Option(help="Control periods that the policy takes: 0:4, or with commas.")] = "0:4",
     seeds: Annotated[int, typer.Option(help="How many: episodes, and a policy where one is trained.")] = 3,
     out: Annotated[Path | None, typer.Option("--json", help="Rows; what it already holds is not run again.")] = None,
@@ -48,7 +53,7 @@ def sweep(
     train_steps: Annotated[int, typer.Option(help="tracking: updates of each policy.")] = 6000,
     environments: Annotated[
         int | None,
-        typer.Option(min=1, help="Robots at a time: 512 of tracking; with --env 1, an episode each of a seed."),
+        typer.Option(help="Robots at a time: 512 of tracking; with --env 1, an episode each of a seed."),
     ] = None,
     policies: Annotated[Path | None, typer.Option(help="tracking: folder that keeps trained policies.")] = None,
     dry_run: Annotated[
@@ -68,13 +73,16 @@ def sweep(
     device: Device = None,
 ) -> None:
     """Run a task under growing delays: success, stalls, reaction latency, jumps and jerk of each method."""
-    from pronghorn.vlash.sweep import draw, read_rows, write_rows
+    from pronghorn.vlash.sweep import PICTURES, draw, read_rows, write_rows
     from pronghorn.vlash.sweep import sweep as run
 
     if png is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--png needs matplotlib: pip install matplotlib")
-    if seeds < 1:
-        raise ValueError(f"seeds: got {seeds}, wanted at least 1")
+    for name, count in (("seeds", seeds), ("train_steps", train_steps), ("environments", environments)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name}: got {count}, wanted at least 1")
+    check_output("json", out)
+    check_output("png", png, PICTURES)
     names, waits = modes.split(","), _delays(delays)
     own = {"policy": policy, "env_option": env_option, "setting": setting, "device": device}
     if env is None and (stray := [name for name, value in own.items() if value]):
@@ -122,8 +130,10 @@ def bench(
     device: Device = None,
 ) -> None:
     """Time a policy, and say how far ahead its chunks are to be asked for."""
+    from pronghorn.files.json_files import save_json
     from pronghorn.vlash.bench import measure
 
+    check_output("json", out)
     if not 0 < fps < math.inf or n_action_steps < 1:
         raise ValueError(f"fps, n_action_steps: got {fps} and {n_action_steps}, wanted positive numbers")
     call, _ = _load(policy, device)
@@ -136,7 +146,7 @@ def bench(
     typer.echo(f"{chunk}: " + (f"inference_overlap_steps {overlap}" if overlap else "too short, the robot would wait"))
     if out is not None:
         figures = {"seconds": found.seconds, "mean": found.mean, "fps": fps, "n_action_steps": n_action_steps}
-        out.write_text(json.dumps({**figures, "inference_overlap_steps": overlap}, indent=1) + "\n")
+        save_json(out, {**figures, "inference_overlap_steps": overlap}, format=BENCH_FORMAT)
 
 
 @app.command()
@@ -202,7 +212,6 @@ def _environment_task(
 ) -> Any:
     if policy is None:
         raise ValueError(f"policy: got none with env={env!r}, wanted a LeRobot checkpoint")
-    require("lerobot")
     import torch
 
     from pronghorn.vlash.lerobot.environment_task import EnvironmentTask
@@ -234,9 +243,10 @@ def _load(policy: str, device: str | None) -> tuple[Callable[[], Any], Any]:
     from torch import nn
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if ":" in policy and not Path(policy).exists():
-        call, example = named_function("policy", policy)(where)
+    if is_function(policy):
+        call, example = named_pair("policy", policy, where, "(callable, what it is called with)")
     else:
+        check_checkpoint("policy", policy)
         from pronghorn.vlash.lerobot.example import policy_with_example
 
         call, example = policy_with_example(policy, where)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pronghorn.vlash.lookup import named_function
+from pronghorn.files.json_files import parse_json
+from pronghorn.vlash.config import CHOICES
+from pronghorn.vlash.lookup import check_checkpoint, is_function, named_pair
 
 
 def serve(
@@ -33,20 +33,39 @@ def serve(
     largest_message: Annotated[int, typer.Option(min=1, help="MiB that a request may have.")] = 64,
 ) -> None:
     """Compute chunks for robots that ask over the network; stop with Ctrl-C."""
+    names = None if rename_map is None else _names(rename_map)
+    if mode is not None and mode not in CHOICES["async_mode"]:
+        raise ValueError(f"mode: got {mode!r}, accepted are {', '.join(CHOICES['async_mode'])}")
+    named = is_function(policy)
+    for option, given in (("mode", mode), ("rename_map", rename_map)):
+        if named and given is not None:
+            raise ValueError(f"{option}: got {given!r} with policy={policy!r}, whose Description says it; wanted none")
     import torch
 
-    from pronghorn.vlash.remote import PolicyServer
+    from pronghorn.vlash.remote import Description, PolicyServer
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if ":" in policy and not Path(policy).exists():
-        computes, description = named_function("policy", policy)(where)
+    if named:
+        computes, description = named_pair("policy", policy, where, "(policy, Description)", Description)
     else:
+        check_checkpoint("policy", policy)
         from pronghorn.vlash.lerobot.remote import load_served
 
-        computes, description = load_served(policy, where, mode, json.loads(rename_map) if rename_map else None)
+        computes, description = load_served(policy, where, mode, names)
     with PolicyServer(computes, description, host, port, token, largest_message * 2**20) as server:
         typer.echo(f"{description.policy} on {where}, for {description.settings.async_mode}: {server.address}")
         try:
             server.wait()
         except KeyboardInterrupt:
             typer.echo("stopped")
+
+
+def _names(text: str) -> dict[str, str]:
+    wanted = f'rename_map: got {text!r}, wanted a JSON object of names, {{"observation.images.a": "…"}}'
+    try:
+        found = parse_json(text, "rename_map")
+    except ValueError as error:
+        raise ValueError(f"{wanted}; {error.__cause__ or error}") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(wanted)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from pronghorn.files.atomic import write_atomically
 from pronghorn.files.json_files import load_json, save_json
 from pronghorn.vlash.chunks import Observation, Policy
 from pronghorn.vlash.config import SYNC, VLASHSettings
@@ -285,6 +287,7 @@ def read_rows(path: Path, task: Task) -> list[SweepRow]:
 
 
 FORMAT = 2  # of the file of rows
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".webp")
 PANELS = {
     "success": "success", "seconds": "seconds an episode", "stall_seconds": "seconds standing still",
     "reaction_worst": "reaction latency, s", "boundary_jump": "jump between chunks", "jerk": "jerk, 1/s³",
@@ -296,6 +299,11 @@ def draw(rows: Sequence[SweepRow], path: Path, title: str) -> None:
     """A picture: each of `PANELS`, and of `REWARDS` if there are some, over the delay.
 
     A line is a method, through means, with ranges over seeds.
+
+    Args:
+        rows: of a sweep.
+        path: of the file, of the kind that its ending says, one of `PICTURES`.
+        title: above it.
     """
     import matplotlib as mpl
 
@@ -319,8 +327,10 @@ def draw(rows: Sequence[SweepRow], path: Path, title: str) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=10, frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=100)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100, format=path.suffix[1:].lower())
     plt.close(figure)
+    write_atomically(path, drawn.getvalue())
 
 
 def over_delays(rows: Sequence[SweepRow], mode: str, name: str) -> dict[int, list[float]]:

@@ -235,8 +235,14 @@ def train(
         steps: of AdamW, whose learning rate falls from 1e-3 on a cosine.
         batch: demonstrations in a step.
         seed: of weights, noise and demonstrations.
+
+    Raises:
+        ValueError: there is no step.
     """
     from tqdm import trange
+
+    if steps < 1:
+        raise ValueError(f"steps: got {steps}, wanted at least 1")
 
     torch.manual_seed(seed)
     policy = FlowPolicy(delay_conditioning=delay_conditioning)

@@ -1,14 +1,17 @@
 """The commands, as users type them."""
 
+import importlib.util
 import json
 import time
 
 import pytest
+from tests.plugins.vlash.remote_calls import DESCRIPTION, ramp
 from tests.plugins.vlash.test_bench import Chunker
 from tests.plugins.vlash.test_sweep import CountdownTask
 from typer.testing import CliRunner
 
-from pronghorn.vlash.cli import app
+from pronghorn.vlash.cli import MODES, app
+from pronghorn.vlash.sweep import PICTURES
 
 HERE = "tests.plugins.vlash.test_cli"
 
@@ -28,6 +31,30 @@ def network(device):
 
 def slow(device):
     return lambda seconds: time.sleep(seconds), 0.03
+
+
+def nothing_at_all(device):
+    return None
+
+
+def a_number(device):
+    return 3
+
+
+def the_wrong_way_round(device):
+    return 0.03, slow
+
+
+def served(device):
+    return ramp, DESCRIPTION
+
+
+def no_description(device):
+    return ramp, "ramp"
+
+
+def must_not_run(device):
+    raise AssertionError("an option that is wrong is found before the work")
 
 
 def test_sweep(tmp_path):
@@ -55,7 +82,7 @@ def test_sweep_of_the_toy(tmp_path):
 
 def test_sweep_in_an_environment_without_lerobot(monkeypatch):
     monkeypatch.setattr("pronghorn.versions.installed", lambda library: None)
-    with pytest.raises(ImportError, match=r"needs lerobot .*: pip install 'pronghorn\[lerobot\]'"):
+    with pytest.raises(ImportError, match=r"needs lerobot .*pip install 'pronghorn\[lerobot\]'"):
         run("sweep", "--env", "pusht", "--policy", "anything")
 
 
@@ -108,3 +135,112 @@ def test_bad_delays(delays):
 def test_mistakes(words, said):
     with pytest.raises(ValueError, match=said):
         run(*words)
+
+
+FUNCTION_MISTAKES = [
+    (["bench", f"{HERE}:nothing_at_all"], r"policy: got .*, which gives NoneType; wanted \(callable, what it is"),
+    (["profile", f"{HERE}:a_number"], r"policy: got .*, which gives int; wanted \(callable, "),
+    (["bench", f"{HERE}:the_wrong_way_round"], r"which gives \(float, function\); wanted \(callable, "),
+    (["serve", "--policy", f"{HERE}:nothing_at_all"], r"which gives NoneType; wanted \(policy, Description\)"),
+    (["serve", "--policy", f"{HERE}:a_number"], r"which gives int; wanted \(policy, Description\)"),
+    (["serve", "--policy", f"{HERE}:no_description"], r"which gives \(function, str\); wanted \(policy, Description\)"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), FUNCTION_MISTAKES)
+def test_a_function_that_gives_something_else(words, said):
+    with pytest.raises(ValueError, match=said):
+        run(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--mode", "bogus"], "mode: got 'bogus', accepted are sync, naive, rtc, rtc_full, vlash"),
+        (["--mode", "sync"], "mode: got 'sync' with policy=.*:served', whose Description says it; wanted none"),
+        (["--rename-map", "notjson"], "rename_map: got 'notjson', wanted a JSON object of names"),
+        (["--rename-map", "[1]"], r"rename_map: got '\[1\]', wanted a JSON object of names"),
+        (["--rename-map", '{"a": 1}'], "rename_map: got .* wanted a JSON object of names"),
+        (["--rename-map", '{"a": "b"}'], "rename_map: got .* whose Description says it; wanted none"),
+    ],
+)
+def test_options_that_a_served_function_would_not_see(words, said):
+    with pytest.raises(ValueError, match=said):
+        run("serve", "--policy", f"{HERE}:served", *words)
+
+
+@pytest.mark.parametrize("command", [["bench"], ["profile"], ["serve", "--policy"]])
+@pytest.mark.parametrize("path", ["./nonexist", "/nonexist", "outputs/train/checkpoints/last/pretrained_model"])
+def test_a_checkpoint_that_is_not_there(command, path):
+    with pytest.raises(ValueError, match=f"policy: got '{path}', wanted a folder .*; there is no such folder"):
+        run(*command, path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lerobot") is not None, reason="LeRobot is here")
+@pytest.mark.parametrize("command", [["bench"], ["profile"], ["serve", "--policy"]])
+def test_a_checkpoint_without_lerobot(command, tmp_path):
+    with pytest.raises(ImportError, match=r"pronghorn needs lerobot .*, it is not installed.*pip install"):
+        run(*command, tmp_path)
+
+
+SWEEP, BENCH = ["sweep", "--task", f"{HERE}:must_not_run"], ["bench", f"{HERE}:must_not_run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "said"),
+    [
+        ([*SWEEP, "--json"], "nodir/x.json", "json: got .*nodir/x.json', wanted a file in a folder that is there"),
+        ([*SWEEP, "--json"], "", "json: got .*, which is a folder"),
+        ([*SWEEP, "--png"], "nodir/x.png", "png: got .*nodir/x.png', wanted a file in a folder that is there"),
+        ([*SWEEP, "--png"], "x.bmpx", "png: got .*x.bmpx', wanted a name that ends with .png, "),
+        ([*SWEEP, "--png"], "x", "png: got .*x', wanted a name that ends with .png, "),
+        ([*BENCH, "--json"], "nodir/b.json", "json: got .*nodir/b.json', wanted a file in a folder that is there"),
+        ([*BENCH, "--json"], "", "json: got .*, which is a folder"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_before_the_work(words, path, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        run(*words, tmp_path / path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--train-steps", "--environments", "--seeds"])
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_counts_of_nothing(option, dry_run):
+    with pytest.raises(ValueError, match=f"{option[2:].replace('-', '_')}: got 0, wanted at least 1"):
+        run("sweep", option, 0, *dry_run)
+
+
+def test_results_are_whole_or_not_there(tmp_path, monkeypatch):
+    """A write that fails leaves what was there."""
+    from pronghorn.files import atomic
+
+    out, picture = tmp_path / "b.json", tmp_path / "p.png"
+    words = ("sweep", "--task", "tests.plugins.vlash.test_sweep:CountdownTask", "--modes", "sync", "--seeds", 1)
+    for path, command in (
+        (out, ("bench", f"{HERE}:slow", "--samples", 1, "--json", out)),
+        (picture, (*words, "--png", picture)),
+    ):
+        path.write_text("earlier")
+        with monkeypatch.context() as patch:
+            patch.setattr(atomic.os, "fsync", no_room)
+            with pytest.raises(OSError, match="no room"):
+                run(*command)
+        assert path.read_text() == "earlier"
+    assert {path.name for path in tmp_path.iterdir()} == {"b.json", "p.png"}
+
+
+def no_room(descriptor):
+    raise OSError(28, "no room")
+
+
+def test_help_names_the_modes():
+    from pronghorn.vlash.tracking import TrackingTask
+
+    assert f"Methods, with commas; of tracking: {', '.join(TrackingTask.modes)}." == MODES
+
+
+def test_pictures_can_be_drawn():
+    from matplotlib.figure import Figure
+
+    assert {suffix[1:] for suffix in PICTURES} <= set(Figure().canvas.get_supported_filetypes())

@@ -9,7 +9,7 @@ from tests.plugins.vlash.networks import PI05_SIZES, branches, network, of_branc
 from pronghorn.vlash.pi.adapt import embed_prefix, pi_model, without_padding
 from pronghorn.vlash.pi.fusion import fuse, fuse_state_dict, unfuse, unfuse_state_dict
 from pronghorn.vlash.pi.gemma import Residual, after_attention, before_attention, modulation
-from pronghorn.vlash.pi.keys import lerobot_name, vlash_name
+from pronghorn.vlash.pi.keys import is_authors, lerobot_name, lerobot_weights, vlash_name
 from pronghorn.vlash.pi.layers import PiNetwork
 from pronghorn.vlash.pi.modulation import StackedModulation, adaptive_norms, modulations
 from pronghorn.vlash.pi.normalization import STATISTICS, normalize, unnormalize
@@ -101,6 +101,17 @@ def test_names_go_there_and_back():
         ours = [lerobot_name(name, prefixed=prefixed) for name in theirs]
         assert all(name.startswith("model.") == prefixed for name in ours)
         assert [vlash_name(name) for name in ours] == theirs
+    assert is_authors(theirs)
+    assert not is_authors(ours)
+    for alias, plain in {
+        "layers.3.self_attn.vlm_attention.qkv_proj": "vlm.model.language_model.layers.3.self_attn.qkv_proj",
+        "layers.12.mlp.action_expert_mlp.up_proj": "action_expert.model.layers.12.mlp.up_proj",
+        "prefix_embedder.lang_embedder": "vlm.model.language_model.embed_tokens",
+    }.items():
+        assert lerobot_name(f"model.{alias}.weight") == lerobot_name(f"model.{plain}.weight")
+    twice = {f"model.{name}.weight": torch.zeros(1) for name in (alias, plain)}
+    with pytest.raises(ValueError, match="the same weight under another name"):
+        lerobot_weights(twice)
     beginning = "paligemma_with_expert.gemma_expert.model.norm.dense.weight"
     assert lerobot_name("model.action_expert.model.norm.dense.weight") == f"model.{beginning}"
     assert lerobot_name("model.suffix_embedder.state_mlp_in.bias", prefixed=False) == "state_mlp_in.bias"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pronghorn.versions import require
+
+require("lerobot")
+
 
 def register() -> None:
     """Make `--policy.type=vlash` known; LeRobot finds its policy and processors by the names of these modules.

@@ -15,6 +15,7 @@ from lerobot.optim import LRSchedulerConfig, OptimizerConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from pronghorn.vlash.config import RTC, RTC_FULL, VLASHSettings
+from pronghorn.vlash.lerobot.authors_checkpoint import base_configuration
 from pronghorn.vlash.lerobot.chunk_length import predicted_actions, with_chunk_size
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class VLASHConfig(PreTrainedConfig, VLASHSettings):
             configuration has a `chunk_size` and that looks at one observation.
         base_config: options of that policy, as JSON: `--policy.base_config='{"num_inference_steps": 5}'`; others are as
             in `base_path`, or that policy's defaults. Once read, it is complete.
-        base_path: a folder, or repository of the Hub, with a checkpoint of that policy to start from.
+        base_path: a folder, or repository of the Hub, with a checkpoint of that policy to start from, by
+            LeRobot or by VLASH's authors.
         tokenizer: a folder or repository of the tokenizer that is used in place of the policy's own.
         lora_quantization: how `--peft` stores the weights that it freezes: "nf4" or "fp4", in 4 bits by bitsandbytes;
             None as they are.
@@ -196,7 +198,10 @@ class VLASHConfig(PreTrainedConfig, VLASHSettings):
         if self.base_path is None:
             start = PreTrainedConfig.get_choice_class(self.base)(device=self.device)
         else:
-            start = PreTrainedConfig.from_pretrained(self.base_path)
+            start, state_cond = base_configuration(self.base_path)
+            if state_cond and not self.state_cond:
+                logger.warning("%s was trained with a projected state: state_cond is set to True.", self.base_path)
+                self.state_cond = True
         if start.type != self.base:
             raise ValueError(f"base: got {self.base!r}, but {self.base_path} holds a policy of type {start.type!r}")
         complete = {

@@ -33,12 +33,17 @@ class PiComputation:
 
     Attributes:
         added: names, in `policy`, of the weights of those layers.
+
+    Raises:
+        ValueError: the policy sees a projected state, without `state_cond`.
     """
 
     def __init__(self, policy: Any, config: VLASHConfig) -> None:
         self._policy, self._config = policy, config
         before = set(policy.state_dict())
-        if config.state_cond:
+        if has_state_condition(policy.model) and not config.state_cond:
+            raise ValueError("state_cond: got False, but the checkpoint has layers for a projected state; wanted True")
+        if config.state_cond and not has_state_condition(policy.model):
             add_state_condition(policy.model, policy.config.max_state_dim)
         if config.delay_conditioning:
             add_delay_condition(policy.model, config.max_delay_steps)

@@ -13,9 +13,13 @@ from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from pronghorn.files.tensor_files import read_tensors
+from pronghorn.vlash.pi.keys import is_authors, lerobot_weights
+from pronghorn.vlash.pi.suffix import add_state_condition, has_state_condition
 
 WEIGHTS = "model.safetensors"
 PREFIX = "model."
+# pi0.5's way in for a projected state; a pi0 has the first of them for its token.
+STATE_CONDITION = ("state_proj.", "state_mlp_in.", "state_mlp_out.")
 
 
 def tell_of_dataset(config: Any, meta: Any) -> None:
@@ -50,7 +54,10 @@ def build_policy(
 
 
 def load_weights(policy: PreTrainedPolicy, path: str) -> None:
-    """Load a checkpoint, whose names may begin with "model." (as LeRobot saves) or not (as pi0's and pi0.5's authors).
+    """Load a checkpoint.
+
+    Its names may begin with "model." (as LeRobot saves) or not (as pi0's and pi0.5's authors), or be those of VLASH's
+    authors, with projections joined or not. A pi0.5 whose checkpoint has a projected state gets the layers for it.
 
     LeRobot's own loader of pi0 and pi0.5 leaves random weights where something goes wrong; this one raises.
 
@@ -99,8 +106,17 @@ def load_state(policy: PreTrainedPolicy, given: dict[str, Tensor], path: str, op
 def _named_alike(policy: PreTrainedPolicy, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if not hasattr(policy, "_fix_pytorch_state_dict_keys"):
         return weights
-    bare = {name.removeprefix(PREFIX): value for name, value in weights.items()}
-    fixed = policy._fix_pytorch_state_dict_keys(bare, policy.config)
+    if is_authors(weights):
+        bare = lerobot_weights(weights)
+    else:
+        bare = {name.removeprefix(PREFIX): value for name, value in weights.items()}
+    # LeRobot's pi0.5 knows of no projected state, and would leave it out.
+    condition: dict[str, Tensor] = {}
+    if "state_mlp_in.weight" in bare:
+        condition = {name: bare.pop(name) for name in list(bare) if name.startswith(STATE_CONDITION)}
+        if not has_state_condition(policy.model):
+            add_state_condition(policy.model, policy.config.max_state_dim)
+    fixed = {**policy._fix_pytorch_state_dict_keys(bare, policy.config), **condition}
     return {name if name.startswith(PREFIX) else PREFIX + name: value for name, value in fixed.items()}
 
 

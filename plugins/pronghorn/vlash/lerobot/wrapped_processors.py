@@ -16,6 +16,8 @@ from lerobot.processor import (
     TokenizerProcessorStep,
 )
 
+from pronghorn.vlash.lerobot.authors_checkpoint import own_statistics
+
 NORMALIZER, UNNORMALIZER, TOKENIZER, DEVICE = (
     "normalizer_processor", "unnormalizer_processor", "tokenizer_processor", "device_processor",
 )  # fmt: skip
@@ -54,7 +56,8 @@ def load_processors(
     """A policy's own processors, as they were saved.
 
     Args:
-        path: a folder, or a repository of the Hub.
+        path: a folder, or a repository of the Hub; where it has none, as checkpoints of VLASH's authors, they are new,
+            with the statistics among its weights.
         config: of the policy; its device, features and kinds of normalisation are those that count.
         stats: of the data set; where None those that were saved.
         tokenizer: a folder or repository, in place of the policy's own.
@@ -63,6 +66,11 @@ def load_processors(
         ValueError: there are no statistics of something that is to be normalised, or there is a tokenizer for a policy
             that reads no text.
     """
+    own = own_statistics(path)
+    if own is not None:
+        made = make_processors(config, own if stats is None else stats, tokenizer)
+        _check_all_statistics(made, {**config.input_features, **config.output_features}, path)
+        return made
     normalization: dict[str, Any] = {"norm_map": config.normalization_mapping}
     if stats is not None:
         normalization["stats"] = stats
@@ -80,10 +88,14 @@ def load_processors(
             config, pretrained_path=str(path), preprocessor_overrides=before, postprocessor_overrides=after
         )
     )
+    _check_all_statistics(processors, features, path)
+    return processors
+
+
+def _check_all_statistics(processors: Processors, features: dict[str, PolicyFeature], path: str | Path) -> None:
     for step in processors.before.steps:
         if isinstance(step, NormalizerProcessorStep):
             _check_statistics(step, features, path)
-    return processors
 
 
 def _check_statistics(step: NormalizerProcessorStep, features: dict[str, PolicyFeature], path: str | Path) -> None:
