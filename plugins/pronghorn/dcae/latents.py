@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pronghorn.dcae.folders import targets
 from pronghorn.dcae.images import find_images, load_image
 from pronghorn.estimate import Estimate, StepClock, folder_bytes, peak_bytes
 from pronghorn.files.json_files import damaged
@@ -162,11 +163,8 @@ def dump_latents(
     if scaling_factor is None and scale == 1:
         raise ValueError("scaling_factor: got None, and the autoencoder has none; estimate it by latent_statistics")
     first = next(vae.parameters())
-    targets = {path: (folder / path.relative_to(images)).with_suffix(".npy") for path in find_images(images)}
-    doubled = len(targets) - len(set(targets.values()))
-    if doubled:
-        raise ValueError(f"images: {doubled} have the name of another one with another suffix")
-    todo = [path for path, target in targets.items() if not target.exists()]
+    files = targets(find_images(images), images, folder, suffix=".npy", flat=False)
+    todo = [path for path, target in files.items() if not target.exists()]
     for start in tqdm(range(0, len(todo), batch_size), desc="latents", disable=not verbose):
         paths = todo[start : start + batch_size]
         batch = torch.stack([load_image(path, size=size) for path in paths]).to(first.device, first.dtype)
@@ -175,7 +173,7 @@ def dump_latents(
                 raise ValueError(
                     f"{path}: its latent holds NaN or Inf; are the autoencoder's weights finite? Try bfloat16"
                 )
-            _write(targets[path], latent.cpu().numpy())
+            _write(files[path], latent.cpu().numpy())
     return len(todo)
 
 

@@ -47,8 +47,6 @@ def test_images_in_and_out(photos, tmp_path):
         load_image(photos / "bad.png")
     with pytest.raises(ValueError, match="wanted at least 32"):
         load_image(photos / "b/three.png", multiple=32)
-    with pytest.raises(ValueError, match="has no images"):
-        find_images(tmp_path / "nothing")
 
 
 @pytest.mark.fault(8)
