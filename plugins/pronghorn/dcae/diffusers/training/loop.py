@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from pronghorn.files.json_files import parse_json
+from pronghorn.dcae.diffusers.training.record import check_record, write_record
+from pronghorn.files.atomic import write_atomically
 from pronghorn.files.sealed import check_seal, seal
 
-CHECKPOINTS, LOG, CONFIG, MODEL = "checkpoints", "log.jsonl", "config.json", "model"
+CHECKPOINTS, LOG, MODEL = "checkpoints", "log.jsonl", "model"
 KEPT = 2  # checkpoints
-# Settings that may differ when training goes on.
-FREE = ("steps", "evaluate_every", "save_every", "workers", "mixed_precision", "gradient_checkpointing")
 
 
 class Loop:
@@ -36,16 +35,18 @@ class Loop:
         config: `PhaseConfig` or `DiffusionConfig`.
         module: what is trained: its parameters that want gradients.
         data: examples, as many as are asked for: that of a number is always the same.
+        origin: what it is made from, see `made_from`.
         log_with: trackers of accelerate's, as "tensorboard".
 
     Raises:
-        ValueError: the folder holds another training, with other settings.
+        ValueError: the folder holds another training, with other settings, weights or data, or more steps.
     """
 
     def __init__(
-        self, output: str | Path, config: Any, module: nn.Module, data: Dataset[Any], *, log_with: str | None
-    ) -> None:
-        self.output, self.config = Path(output), config
+        self, output: str | Path, config: Any, module: nn.Module, data: Dataset[Any], *, origin: dict[str, Any],
+        log_with: str | None,
+    ) -> None:  # fmt: skip
+        self.output, self.config, self.origin = Path(output), config, origin
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision, log_with=log_with, project_dir=self.output,
             # The batches of the last step are read before they are used: their end must not end it halfway.
@@ -125,6 +126,8 @@ class Loop:
         """Write numbers of a step to the log and to the trackers."""
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
+            # Not before the first step: what fails until then may be started with other settings.
+            write_record(self.output, self.config.to_dict(), self.origin)
             with (self.output / LOG).open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
@@ -160,20 +163,12 @@ class Loop:
             self.accelerator.state.destroy_process_group()
 
     def _check_folder(self) -> None:
-        path, wanted = self.output / CONFIG, self.config.to_dict()
-        if not path.exists():
-            if self.accelerator.is_main_process:
-                self.output.mkdir(parents=True, exist_ok=True)
-                _write(path, json.dumps(wanted, indent=1) + "\n")
-            return
-        found = parse_json(path.read_bytes(), path)
-        if not isinstance(found, dict):
-            raise ValueError(f"{path}: got {type(found).__name__}, wanted the settings of a training")
-        here = json.loads(json.dumps(wanted))
-        other = [f"{name} was {found.get(name)!r} and is {here.get(name)!r}"
-                 for name in sorted({*found, *here} - {*FREE}) if found.get(name) != here.get(name)]  # fmt: skip
-        if other:
-            raise ValueError(f"output: {self.output} holds a training with other settings: {'; '.join(other)}")
+        check_record(self.output, self.config.to_dict(), self.origin)
+        done = max((int(path.name) for path in self._checkpoints()), default=0)
+        if done > self.config.steps:
+            raise ValueError(
+                f"steps: got {self.config.steps}, the training in {self.output} has done {done}; wanted at least these"
+            )
 
     def _save(self, step: int) -> None:
         folder = self.output / CHECKPOINTS
@@ -195,7 +190,28 @@ class Loop:
         found = self._checkpoints()
         if found:
             check_seal(found[-1])
-            self.accelerator.load_state(str(found[-1]))
+            try:
+                self.accelerator.load_state(str(found[-1]))
+            except RuntimeError as error:
+                if "loading state_dict" not in str(error):  # not enough memory, say
+                    raise
+                told = " ".join(str(error).split())
+                raise ValueError(f"{found[-1]}: is a checkpoint of another architecture: {told}") from error
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self._cut_log()
+
+    def _cut_log(self) -> None:
+        """Leave what is known of the steps that are done: those after the checkpoint are done again."""
+        path = self.output / LOG
+        if not path.exists():
+            return
+        lines: dict[int, str] = {}
+        for line in path.read_text().splitlines():
+            with suppress(ValueError):  # the last one may have been broken off
+                lines[json.loads(line)["step"]] = line
+        kept = [lines[step] for step in sorted(lines) if step <= self.progress.step]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
     def _checkpoints(self) -> list[Path]:
         folder = self.output / CHECKPOINTS
@@ -215,9 +231,3 @@ class _Progress:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Back from there."""
         self.step = state["step"]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".part")
-    partial.write_text(text)
-    partial.replace(path)
