@@ -22,8 +22,10 @@ from tqdm import tqdm
 from pronghorn.dcae.diffusers.training.record import check_record, write_record
 from pronghorn.files.atomic import write_atomically
 from pronghorn.files.sealed import check_seal, seal
+from pronghorn.files.tensor_files import load_tensors, save_tensors
 
 CHECKPOINTS, LOG, MODEL = "checkpoints", "log.jsonl", "model"
+MEAN, MEAN_FORMAT = "mean.safetensors", 1
 KEPT = 2  # checkpoints
 
 
@@ -62,8 +64,7 @@ class Loop:
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.ema = EMAModel(self.trained, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1, power=3 / 4)
         self.ema.to(self.accelerator.device)
-        self.progress = _Progress()
-        self.accelerator.register_for_checkpointing(self.ema, self.progress)
+        self.step = 0  # that is done
         self._data = data
 
     def optimizer(self, parameters: list[nn.Parameter], learning_rate: float | None = None) -> tuple[Any, Any]:
@@ -84,7 +85,7 @@ class Loop:
         self._resume()
         config, accelerator = self.config, self.accelerator
         per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        left = range(self.progress.step * per_step, config.steps * per_step)
+        left = range(self.step * per_step, config.steps * per_step)
         loader = accelerator.prepare(
             DataLoader(
                 Subset(self._data, left), batch_size=config.batch_size, num_workers=config.workers,
@@ -93,11 +94,11 @@ class Loop:
             )
         )  # fmt: skip
         batches = iter(loader)
-        bar = tqdm(range(self.progress.step + 1, config.steps + 1), initial=self.progress.step, total=config.steps,
+        bar = tqdm(range(self.step + 1, config.steps + 1), initial=self.step, total=config.steps,
                    desc="training", disable=not accelerator.is_main_process)  # fmt: skip
         for step in bar:
             yield step, [next(batches) for _ in range(config.gradient_accumulation_steps)]
-            self.progress.step = step
+            self.step = step
             if config.save_every and step % config.save_every == 0:
                 self._save(step)
 
@@ -109,7 +110,7 @@ class Loop:
         """
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
-                f"loss: got {loss.item()} in step {self.progress.step + 1}; the weights are those of the step before. "
+                f"loss: got {loss.item()} in step {self.step + 1}; the weights are those of the step before. "
                 "Lower learning_rate, or set max_grad_norm"
             )
         self.accelerator.backward(loss)
@@ -179,6 +180,7 @@ class Loop:
         self.accelerator.save_state(str(unfinished))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            self._save_mean(unfinished / MEAN)
             seal(unfinished, ("**/*",))
             if finished.exists():
                 shutil.rmtree(finished)
@@ -190,6 +192,7 @@ class Loop:
         found = self._checkpoints()
         if found:
             check_seal(found[-1])
+            self._load_mean(found[-1] / MEAN)
             try:
                 self.accelerator.load_state(str(found[-1]))
             except RuntimeError as error:
@@ -201,6 +204,29 @@ class Loop:
             self.output.mkdir(parents=True, exist_ok=True)
             self._cut_log()
 
+    # Not by accelerate, which unpickles whatever objects of ours it is given to keep.
+    def _save_mean(self, path: Path) -> None:
+        """The mean of the weights, and how many steps are done."""
+        state = self.ema.state_dict()
+        mean = {str(number): tensor for number, tensor in enumerate(state.pop("shadow_params"))}
+        save_tensors(
+            path, mean if self.config.ema_decay else {}, format=MEAN_FORMAT, notes={**state, "step": self.step}
+        )
+
+    def _load_mean(self, path: Path) -> None:
+        if not path.exists():
+            raise ValueError(
+                f"{path.parent}: holds no {MEAN}, so an earlier Pronghorn made it; begin in another folder"
+            )
+        tensors, notes = load_tensors(path, newest=MEAN_FORMAT)
+        shapes = [tuple(parameter.shape) for parameter in self.trained] if self.config.ema_decay else []
+        mean = [tensors[key] for key in sorted(tensors, key=int)]
+        if notes is None or [tuple(tensor.shape) for tensor in mean] != shapes:
+            raise ValueError(f"{path.parent}: is a checkpoint of another architecture")
+        self.step = notes.pop("step")
+        self.ema.load_state_dict(notes | ({"shadow_params": mean} if mean else {}))
+        self.ema.to(self.accelerator.device)
+
     def _cut_log(self) -> None:
         """Leave what is known of the steps that are done: those after the checkpoint are done again."""
         path = self.output / LOG
@@ -210,24 +236,9 @@ class Loop:
         for line in path.read_text().splitlines():
             with suppress(ValueError):  # the last one may have been broken off
                 lines[json.loads(line)["step"]] = line
-        kept = [lines[step] for step in sorted(lines) if step <= self.progress.step]
+        kept = [lines[step] for step in sorted(lines) if step <= self.step]
         write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
     def _checkpoints(self) -> list[Path]:
         folder = self.output / CHECKPOINTS
         return sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
-
-
-class _Progress:
-    """How many steps are done, as accelerate keeps it."""
-
-    def __init__(self) -> None:
-        self.step = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """What is kept."""
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Back from there."""
-        self.step = state["step"]
