@@ -10,6 +10,7 @@ SHIPPED = sorted(path for folder in ("kernels", "integrations", "plugins") for p
 BARRED = {
     "torch.load": r"\btorch\.load\(",
     "pickle": r"\bpickle\b|\bdill\b|\bjoblib\b|\bmarshal\b|allow_pickle\s*=\s*True",
+    "accelerate's unpickling": r"register_for_checkpointing\(",
     "eval": r"(?<![\w.])eval\(",
     "exec": r"(?<![\w.])exec\(",
     "trust_remote_code": r"trust_remote_code\s*=\s*True",
@@ -62,6 +63,7 @@ def test_no_source_does_it(what):
         ("torch.load", "state = torch.load(path)"),
         ("pickle", "import pickle"),
         ("pickle", "np.load(path, allow_pickle=True)"),
+        ("accelerate's unpickling", "accelerator.register_for_checkpointing(ema)"),
         ("eval", "value = eval(text)"),
         ("exec", "exec(code)"),
         ("trust_remote_code", "from_pretrained(name, trust_remote_code=True)"),

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+from pronghorn.dcae.folders import targets
 from pronghorn.dcae.images import find_images, load_image, to_image
 from pronghorn.dcae.metrics import Features, Reconstruction, ReconstructionMetrics, encoded, reconstructed
 
@@ -116,13 +117,11 @@ def compare(
         verbose: show progress.
 
     Raises:
-        ValueError: see `budgets` and `Reconstruction`; there are no images, or two would have the same picture.
+        ValueError: see `budgets` and `Reconstruction`; there are no images, two would have the same picture, or
+            a picture would replace an image.
     """
     paths, images, output = find_images(images), Path(images), Path(output)
-    targets = {path: output / "-".join(path.relative_to(images).with_suffix(".png").parts) for path in paths}
-    doubled = len(paths) - len(set(targets.values()))
-    if doubled:
-        raise ValueError(f"images: {doubled} have the name of another one with another suffix or folder")
+    pictures = targets(paths, images, output, suffix=".png", flat=True)
     shapes = {name: _latent_shape(name, vae, size) for name, vae in vaes.items()}
     allowed = budgets(shapes, size, tokens)
     found = {name: Reconstruction(features=features, perceptual=perceptual) for name in vaes}
@@ -137,7 +136,7 @@ def compare(
             for row, decibels, picture in zip(shown, found[name].update(on, y).tolist(), y, strict=True):
                 row.append((name, f"{_called(allowed[name])}, {decibels:.2f} dB", picture))
         for path, row in zip(part, shown, strict=True):
-            _side_by_side(row).save(targets[path])
+            _side_by_side(row).save(pictures[path])
     compared = [Compared(name, allowed[name], found[name].compute()) for name in vaes]
     partial = output / "metrics.json.part"
     partial.write_text(json.dumps({"size": size, "models": [one.to_dict() for one in compared]}, indent=1) + "\n")

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pronghorn.dcae.digests import digest, digest_of_files
 from pronghorn.dcae.images import find_images, open_image, to_tensor
 
 COLUMN = "image"
@@ -34,6 +35,7 @@ class Crops(Dataset[Tensor]):
     def __init__(self, images: Any, *, size: int, seed: int = 0, zoom: float = 2.0) -> None:
         if size < 1 or not zoom >= 1:
             raise ValueError(f"size, zoom: got {size} and {zoom}, wanted at least 1 for both")
+        self.folder = Path(images) if isinstance(images, str | Path) else None
         self.images = find_images(images) if isinstance(images, str | Path) else images
         if len(self.images) == 0:
             raise ValueError("images: there are none")
@@ -59,6 +61,14 @@ class Crops(Dataset[Tensor]):
         pixels = to_tensor(crop)
         return pixels.flip(2) if random.integers(2) else pixels
 
+    def digest(self) -> str:
+        """Of what the images are, as far as that is known without decoding them."""
+        if self.folder is not None:
+            return digest_of_files(self.images, self.folder)
+        if hasattr(self.images, "column_names"):
+            return digest([len(self.images), self.images.column_names])
+        return digest([_described(self.images[which]) for which in range(len(self.images))])
+
 
 def squares(images: Any, *, size: int) -> list[Tensor]:
     """The middle square of every image, [3, size, size] from -1 to 1, for evaluation."""
@@ -81,6 +91,12 @@ def _opened(images: Any, which: int) -> Image.Image:
     if found.dim() != 3 or found.shape[0] != 3 or not found.isfinite().all() or found.abs().max() > 1:
         raise ValueError(f"image {which}: got {tuple(found.shape)}, wanted [3, height, width] of numbers from -1 to 1")
     return Image.fromarray(((found + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def _described(image: Any) -> Any:
+    if isinstance(image, str | Path):
+        return str(image), Path(image).stat().st_size
+    return list(image.shape) if isinstance(image, Tensor) else list(getattr(image, "size", ()))
 
 
 def _name(images: Any, which: int) -> str:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pronghorn.dcae.folders import files_in
+
 # What Pillow raises of damaged files, beside what it documents.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, Image.DecompressionBombError)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -19,10 +21,9 @@ def find_images(folder: str | Path) -> list[Path]:
     """Image files of a folder and of those in it, in order.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or the folder is none.
     """
-    folder = Path(folder)
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = files_in(folder, SUFFIXES, argument="images")
     if not found:
         raise ValueError(f"{folder}: has no images; accepted are {', '.join(SUFFIXES)}")
     return found

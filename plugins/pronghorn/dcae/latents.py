@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pronghorn.dcae.dump_record import NAME, check_dump, check_scaling_factor, dump_record, write_dump_record
+from pronghorn.dcae.folders import targets
 from pronghorn.dcae.images import find_images, load_image
 from pronghorn.estimate import Estimate, StepClock, folder_bytes, peak_bytes
 from pronghorn.files.json_files import damaged
@@ -136,7 +138,8 @@ def dump_latents(
 ) -> int:  # fmt: skip
     """Write each image's latent, times the scaling factor, as `.npy` in the same folders as the images.
 
-    What is there already is passed over, and files appear whole: a run that was broken off goes on where it was.
+    What is there already is passed over, and files appear whole: a run that was broken off goes on where it was, if
+    `latents.json` says that the same encoder made what is there, at the same size, factor and classes.
 
     Args:
         vae: an `AutoencoderDC` in evaluation mode.
@@ -152,8 +155,10 @@ def dump_latents(
 
     Raises:
         ValueError: there are no images, one cannot be read or has no finite latent, the autoencoder's ratio does not
-            divide the size, or it has no scaling factor and none is given.
+            divide the size, it has no scaling factor and none is given, or the folder's latents were made otherwise.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, wanted at least 1")
     ratio = int(vae.spatial_compression_ratio)
     if size < 1 or size % ratio:
         raise ValueError(f"size: got {size}, wanted a multiple of {ratio}")
@@ -161,12 +166,12 @@ def dump_latents(
     scale = vae.config.scaling_factor if scaling_factor is None else scaling_factor
     if scaling_factor is None and scale == 1:
         raise ValueError("scaling_factor: got None, and the autoencoder has none; estimate it by latent_statistics")
+    check_scaling_factor(scale)
     first = next(vae.parameters())
-    targets = {path: (folder / path.relative_to(images)).with_suffix(".npy") for path in find_images(images)}
-    doubled = len(targets) - len(set(targets.values()))
-    if doubled:
-        raise ValueError(f"images: {doubled} have the name of another one with another suffix")
-    todo = [path for path, target in targets.items() if not target.exists()]
+    files = targets(find_images(images), images, folder, suffix=".npy", flat=False)
+    todo = [path for path, target in files.items() if not target.exists()]
+    record = dump_record(vae, images, list(files), size, scale)
+    check_dump(folder, record, begun=len(todo) < len(files))
     for start in tqdm(range(0, len(todo), batch_size), desc="latents", disable=not verbose):
         paths = todo[start : start + batch_size]
         batch = torch.stack([load_image(path, size=size) for path in paths]).to(first.device, first.dtype)
@@ -175,7 +180,8 @@ def dump_latents(
                 raise ValueError(
                     f"{path}: its latent holds NaN or Inf; are the autoencoder's weights finite? Try bfloat16"
                 )
-            _write(targets[path], latent.cpu().numpy())
+            write_dump_record(folder, record)  # not before there is a latent: a first run may fail of its settings
+            _write(files[path], latent.cpu().numpy())
     return len(todo)
 
 
@@ -200,7 +206,7 @@ def rehearse_dump(vae: Any, images: str | Path, *, batch_size: int = 8, **option
             started = time.perf_counter()
             dump_latents(vae, chosen, latents, batch_size=batch_size, verbose=False, **options)
             times[turn] = time.perf_counter() - started
-        written = folder_bytes(latents)
+        written = folder_bytes(latents) - (latents / NAME).stat().st_size
     later = len(tried) - batch_size  # the first batch starts things
     seconds = times[0] + (len(paths) - batch_size) * times[1] / later if later > 0 else times[0]
     peak = peak_bytes(next(vae.parameters()).device)

@@ -171,10 +171,10 @@ def test_another_training_in_the_folder_is_refused(tmp_path):
 @pytest.mark.fault(7)
 def test_bad_latents_are_named(tmp_path):
     latents = dumped(tmp_path / "latents")
-    for folder in (tmp_path / "nothing", tmp_path / "empty"):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(ValueError, match=r"has no latents; wanted \.npy files"):
-            Latents(folder)
+    (tmp_path / "empty").mkdir()
+    for name, message in (("nothing", "is not there; wanted a folder"), ("empty", r"no latents; wanted \.npy files")):
+        with pytest.raises(ValueError, match=message):
+            Latents(tmp_path / name)
     for model, message in (
         (uvit(num_classes=1), "latents: got 2 classes, the model knows 1"),
         (uvit(sample_size=8), r"latents: got \(8, 4, 4\), wanted \(8, 8, 8\)"),

@@ -47,8 +47,6 @@ def test_images_in_and_out(photos, tmp_path):
         load_image(photos / "bad.png")
     with pytest.raises(ValueError, match="wanted at least 32"):
         load_image(photos / "b/three.png", multiple=32)
-    with pytest.raises(ValueError, match="has no images"):
-        find_images(tmp_path / "nothing")
 
 
 @pytest.mark.fault(8)
@@ -56,7 +54,7 @@ def test_a_dump_goes_on(photos, tmp_path):
     vae, out = small(), tmp_path / "latents"
     assert dump_latents(vae, photos, out, size=16, scaling_factor=0.5, batch_size=2, verbose=False) == 3
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    assert names == ["a/one.npy", "a/two.npy", "b/three.npy"]
+    assert names == ["a/one.npy", "a/two.npy", "b/three.npy", "latents.json"]
     with torch.no_grad():
         wanted = vae.encode(load_image(photos / "a/one.png", size=16)[None]).latent[0] * 0.5
     torch.testing.assert_close(torch.from_numpy(np.load(out / "a/one.npy")), wanted)
@@ -91,3 +89,58 @@ def test_a_latent_that_is_no_number_is_not_written(photos, tmp_path, value):
     with pytest.raises(ValueError, match=r"one\.png: its latent holds NaN or Inf"):
         dump_latents(vae, photos, out, size=16, scaling_factor=1.0, verbose=False)
     assert not list(out.rglob("*.npy"))
+
+
+def dump(photos, out, vae=None, **changed):
+    given = {"size": 16, "scaling_factor": 0.5, "verbose": False, **changed}
+    return dump_latents(vae or small(), photos, out, **given)
+
+
+@pytest.mark.fault(9)
+def test_latents_that_were_made_otherwise_never_mix(photos, tmp_path):
+    out, other = tmp_path / "latents", small()
+    next(other.encoder.parameters()).data.view(-1)[0] += 1
+    dump(photos, out)
+    (out / "b/three.npy").unlink()
+    for changed, message in (
+        ({"vae": other}, r"encoder was '\w+' and is '\w+'; wanted another folder"),
+        ({"size": 8}, "size was 16 and is 8"), ({"scaling_factor": 0.25}, r"scaling_factor was 0\.5 and is 0\.25"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            dump(photos, out, **changed)
+    (photos / "b").rename(photos / "c")
+    with pytest.raises(ValueError, match=r"classes was \['a', 'b'\] and is \['a', 'c'\]"):
+        dump(photos, out)
+    (photos / "c").rename(photos / "b")
+    assert not (out / "b/three.npy").exists()
+    decoder = small()
+    next(decoder.decoder.parameters()).data.view(-1)[0] += 1
+    assert dump(photos, out, decoder) == 1  # the decoder makes no latents: after phase 3 they stay right
+
+
+@pytest.mark.fault(19)
+def test_an_older_folder_says_how_to_go_on(photos, tmp_path):
+    out = tmp_path / "latents"
+    dump(photos, out)
+    (out / "b/three.npy").unlink()
+    (out / "latents.json").unlink()
+    with pytest.raises(ValueError, match=r"no latents\.json says what made them") as told:
+        dump(photos, out)
+    (out / "latents.json").write_text(str(told.value).split("latents.json: ")[1])
+    assert dump(photos, out) == 1
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scaling_factor_is_a_number_above_0(photos, tmp_path, factor):
+    with pytest.raises(ValueError, match=r"scaling_factor: got .*, wanted a finite number above 0"):
+        dump(photos, tmp_path / "latents", scaling_factor=factor)
+    assert not (tmp_path / "latents").exists()
+
+
+@pytest.mark.fault(9)
+def test_a_dump_that_fails_at_once_may_be_started_otherwise(photos, tmp_path):
+    broken = small()
+    next(broken.encoder.parameters()).data.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        dump(photos, tmp_path / "latents", broken)
+    assert dump(photos, tmp_path / "latents") == 3

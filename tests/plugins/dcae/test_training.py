@@ -1,9 +1,13 @@
 """The three phases: what they train, that they go on as if nothing had happened, and that they make images better."""
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from pronghorn.dcae.diffusers.training import AutoencoderTrainer
 from pronghorn.dcae.diffusers.training import autoencoder as room
 from pronghorn.dcae.diffusers.training import loop as loop_room
 from pronghorn.dcae.phases import PhaseConfig
+from pronghorn.files.sealed import seal
 
 SMALL = {
     "attention_head_dim": 8, "latent_channels": 8, "encoder_block_out_channels": (8, 16, 16),
@@ -175,6 +180,46 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path, monkeypatch
     train(second, settings, tmp_path / "parts")
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in whole.state_dict().items())
     assert sorted(path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()) == ["00000002", "00000004"]
+
+
+@pytest.mark.fault(3)
+def test_nothing_in_a_checkpoint_is_unpickled(tmp_path):
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(canary),)
+
+    train(model(), config(steps=4), tmp_path / "run")
+    checkpoint = tmp_path / "run/checkpoints/00000004"
+    for path in [*checkpoint.glob("*.bin"), *checkpoint.glob("*.pkl"), checkpoint / "custom_checkpoint_0.pkl"]:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "run"
+            shutil.copytree(tmp_path / "run", copy)
+            inside = copy / path.relative_to(tmp_path / "run")
+            torch.save(Evil(), inside)
+            seal(inside.parent, ("**/*",))  # whoever writes a folder can seal it
+            with suppress(Exception):
+                train(model(), config(steps=6), copy)
+        assert not canary.exists(), path.name
+    torch.load(io.BytesIO(saved(Evil())), weights_only=False)
+    assert canary.exists(), "it would have worked"
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+@pytest.mark.fault(9)
+def test_a_checkpoint_without_the_mean_of_weights_is_of_an_earlier_pronghorn(tmp_path):
+    train(model(), config(steps=4), tmp_path)
+    folder = tmp_path / "checkpoints/00000004"
+    (folder / "mean.safetensors").unlink()
+    seal(folder, ("**/*",))
+    with pytest.raises(ValueError, match="an earlier Pronghorn made it; begin in another folder"):
+        train(model(), config(steps=6), tmp_path)
 
 
 @pytest.mark.fault(9)

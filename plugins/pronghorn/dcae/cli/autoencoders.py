@@ -51,17 +51,18 @@ def reconstruct(
     import torch
 
     from pronghorn.dcae.diffusers import accelerate_dcae, tiled_decode, tiled_encode
+    from pronghorn.dcae.folders import targets
     from pronghorn.dcae.images import find_images, load_image, to_image
 
+    pictures = targets(find_images(images), images, output, suffix=".png", flat=True)
     vae = on(_load(model, config), device)
     output.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), accelerate_dcae(vae):
-        for path in find_images(images):
+        for path, target in pictures.items():
             x = load_image(path, multiple=vae.spatial_compression_ratio)[None].to(vae.device)
             z = tiled_encode(vae, x, tile=tile) if tile else vae.encode(x).latent
             y = tiled_decode(vae, z, tile=tile) if tile else vae.decode(z).sample
             error = (y.clamp(-1, 1) - x).square().mean() / 4
-            target = output / "-".join(path.relative_to(images).with_suffix(".png").parts)
             to_image(torch.cat([x[0], y[0]], dim=2)).save(target)
             typer.echo(f"{path.name}: {tuple(z.shape[1:])}, PSNR {-10 * error.log10().item():.2f} dB -> {target}")
 

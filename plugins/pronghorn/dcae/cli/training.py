@@ -160,10 +160,13 @@ def sample(
 
     from pronghorn.dcae.diffusers import DCAEDiTPipeline, DiT2DModel, USiTPipeline, UViT2DModel, UViTPipeline
     from pronghorn.dcae.diffusers.loading import load_dcae
+    from pronghorn.dcae.dump_record import check_scaling_factor
 
     kinds: dict[str, tuple[Any, Any]] = {
         "uvit": (UViTPipeline, UViT2DModel), "usit": (USiTPipeline, UViT2DModel), "dit": (DCAEDiTPipeline, DiT2DModel),
     }  # fmt: skip
+    if scaling_factor is not None:
+        check_scaling_factor(scaling_factor)
     pipeline, kind = kinds[json.loads((training / "config.json").read_text())["method"]]
     vae = load_dcae(model, config=config)
     if scaling_factor is not None:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from pronghorn.dcae.crops import Crops, batches, squares
 from pronghorn.dcae.diffusers.training.loop import MODEL, Loop
+from pronghorn.dcae.diffusers.training.record import made_from
 from pronghorn.dcae.diffusers.training.selection import select, trained_modules
 from pronghorn.dcae.discriminator import PatchDiscriminator
 from pronghorn.dcae.images import to_image
@@ -28,7 +29,7 @@ class AutoencoderTrainer:
 
     What a phase does not train is the same afterwards, bit for bit. Several GPUs (`accelerate launch`), mixed precision
     and trackers are accelerate's. A training that was broken off goes on from the last checkpoint in its folder when it
-    is started again, as if nothing had happened.
+    is started again with the same weights and images, as if nothing had happened.
 
     Args:
         vae: an `AutoencoderDC`.
@@ -63,7 +64,7 @@ class AutoencoderTrainer:
         self._modules = trained_modules(vae, config)
         select(vae, self._modules)
         crops = Crops(images, size=size, seed=config.seed, zoom=config.zoom)
-        self._loop = Loop(output, config, vae, crops, log_with=log_with)
+        self._loop = Loop(output, config, vae, crops, origin=made_from(vae, crops.digest()), log_with=log_with)
         accelerator = self._loop.accelerator
         vae.to(accelerator.device)
         if config.gradient_checkpointing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,10 @@ from torch.utils.data import Dataset
 
 from pronghorn.dcae.crops import ENDLESS
 from pronghorn.dcae.diffusers.training.loop import MODEL, Loop
+from pronghorn.dcae.diffusers.training.record import made_from
 from pronghorn.dcae.diffusion import DiffusionConfig
+from pronghorn.dcae.digests import digest, digest_of_files
+from pronghorn.dcae.folders import files_in
 from pronghorn.dcae.latents import read_latent
 
 
@@ -26,16 +30,19 @@ class Latents(Dataset[tuple[Tensor, int]]):
         seed: of the order.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or some lie beside the folders of classes.
     """
 
     def __init__(self, folder: str | Path, *, seed: int = 0) -> None:
-        folder = Path(folder)
-        self.paths, self.seed = sorted(folder.rglob("*.npy")), seed
+        self.folder = folder = Path(folder)
+        self.paths, self.seed = files_in(folder, (".npy",), argument="latents"), seed
         if not self.paths:
             raise ValueError(f"{folder}: has no latents; wanted .npy files, as `pronghorn dcae dump` writes them")
         names = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in self.paths]
         self.classes = sorted(set(names))
+        if "" in names and len(self.classes) > 1:
+            stray = self.paths[names.index("")]
+            raise ValueError(f"latents: {stray} lies beside the folders of classes; wanted all latents in such folders")
         self.labels = [self.classes.index(name) for name in names]
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
@@ -47,8 +54,20 @@ class Latents(Dataset[tuple[Tensor, int]]):
         which = int(self._order(turn)[place])
         return read_latent(self.paths[which]), self.labels[which]
 
+    def digest(self) -> str:
+        """Of names and sizes, and of how a file of each class ends: which tells of folders that changed their names."""
+        firsts = [self.paths[self.labels.index(label)] for label in range(len(self.classes))]
+        return digest([digest_of_files(self.paths, self.folder), *(_end(path).hex() for path in firsts)])
+
     def _shuffled(self, turn: int) -> np.ndarray:
         return np.random.default_rng([self.seed, turn]).permutation(len(self.paths))
+
+
+def _end(path: Path) -> bytes:
+    """The digest of a latent of ours, numbers of any other."""
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, 64), os.SEEK_END)
+        return file.read()
 
 
 class DiffusionTrainer:
@@ -79,7 +98,8 @@ class DiffusionTrainer:
             raise ValueError(f"latents: got {got}, wanted {wanted}, as the model has it")
         self.model, self.config, self.output = model, config, Path(output)
         model.requires_grad_(True).train()
-        self._loop = Loop(output, config, model, data, log_with=log_with)
+        origin = made_from(model, data.digest(), data.classes)
+        self._loop = Loop(output, config, model, data, origin=origin, log_with=log_with)
         model.to(self._loop.accelerator.device)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()

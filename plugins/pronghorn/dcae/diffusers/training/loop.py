@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from pronghorn.files.json_files import parse_json
+from pronghorn.dcae.diffusers.training.record import check_record, write_record
+from pronghorn.files.atomic import write_atomically
 from pronghorn.files.sealed import check_seal, seal
+from pronghorn.files.tensor_files import load_tensors, save_tensors
 
-CHECKPOINTS, LOG, CONFIG, MODEL = "checkpoints", "log.jsonl", "config.json", "model"
+CHECKPOINTS, LOG, MODEL = "checkpoints", "log.jsonl", "model"
+MEAN, MEAN_FORMAT = "mean.safetensors", 1
 KEPT = 2  # checkpoints
-# Settings that may differ when training goes on.
-FREE = ("steps", "evaluate_every", "save_every", "workers", "mixed_precision", "gradient_checkpointing")
 
 
 class Loop:
@@ -36,16 +37,18 @@ class Loop:
         config: `PhaseConfig` or `DiffusionConfig`.
         module: what is trained: its parameters that want gradients.
         data: examples, as many as are asked for: that of a number is always the same.
+        origin: what it is made from, see `made_from`.
         log_with: trackers of accelerate's, as "tensorboard".
 
     Raises:
-        ValueError: the folder holds another training, with other settings.
+        ValueError: the folder holds another training, with other settings, weights or data, or more steps.
     """
 
     def __init__(
-        self, output: str | Path, config: Any, module: nn.Module, data: Dataset[Any], *, log_with: str | None
-    ) -> None:
-        self.output, self.config = Path(output), config
+        self, output: str | Path, config: Any, module: nn.Module, data: Dataset[Any], *, origin: dict[str, Any],
+        log_with: str | None,
+    ) -> None:  # fmt: skip
+        self.output, self.config, self.origin = Path(output), config, origin
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision, log_with=log_with, project_dir=self.output,
             # The batches of the last step are read before they are used: their end must not end it halfway.
@@ -61,8 +64,7 @@ class Loop:
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.ema = EMAModel(self.trained, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1, power=3 / 4)
         self.ema.to(self.accelerator.device)
-        self.progress = _Progress()
-        self.accelerator.register_for_checkpointing(self.ema, self.progress)
+        self.step = 0  # that is done
         self._data = data
 
     def optimizer(self, parameters: list[nn.Parameter], learning_rate: float | None = None) -> tuple[Any, Any]:
@@ -83,7 +85,7 @@ class Loop:
         self._resume()
         config, accelerator = self.config, self.accelerator
         per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        left = range(self.progress.step * per_step, config.steps * per_step)
+        left = range(self.step * per_step, config.steps * per_step)
         loader = accelerator.prepare(
             DataLoader(
                 Subset(self._data, left), batch_size=config.batch_size, num_workers=config.workers,
@@ -92,11 +94,11 @@ class Loop:
             )
         )  # fmt: skip
         batches = iter(loader)
-        bar = tqdm(range(self.progress.step + 1, config.steps + 1), initial=self.progress.step, total=config.steps,
+        bar = tqdm(range(self.step + 1, config.steps + 1), initial=self.step, total=config.steps,
                    desc="training", disable=not accelerator.is_main_process)  # fmt: skip
         for step in bar:
             yield step, [next(batches) for _ in range(config.gradient_accumulation_steps)]
-            self.progress.step = step
+            self.step = step
             if config.save_every and step % config.save_every == 0:
                 self._save(step)
 
@@ -108,7 +110,7 @@ class Loop:
         """
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
-                f"loss: got {loss.item()} in step {self.progress.step + 1}; the weights are those of the step before. "
+                f"loss: got {loss.item()} in step {self.step + 1}; the weights are those of the step before. "
                 "Lower learning_rate, or set max_grad_norm"
             )
         self.accelerator.backward(loss)
@@ -125,6 +127,8 @@ class Loop:
         """Write numbers of a step to the log and to the trackers."""
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
+            # Not before the first step: what fails until then may be started with other settings.
+            write_record(self.output, self.config.to_dict(), self.origin)
             with (self.output / LOG).open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
@@ -160,20 +164,12 @@ class Loop:
             self.accelerator.state.destroy_process_group()
 
     def _check_folder(self) -> None:
-        path, wanted = self.output / CONFIG, self.config.to_dict()
-        if not path.exists():
-            if self.accelerator.is_main_process:
-                self.output.mkdir(parents=True, exist_ok=True)
-                _write(path, json.dumps(wanted, indent=1) + "\n")
-            return
-        found = parse_json(path.read_bytes(), path)
-        if not isinstance(found, dict):
-            raise ValueError(f"{path}: got {type(found).__name__}, wanted the settings of a training")
-        here = json.loads(json.dumps(wanted))
-        other = [f"{name} was {found.get(name)!r} and is {here.get(name)!r}"
-                 for name in sorted({*found, *here} - {*FREE}) if found.get(name) != here.get(name)]  # fmt: skip
-        if other:
-            raise ValueError(f"output: {self.output} holds a training with other settings: {'; '.join(other)}")
+        check_record(self.output, self.config.to_dict(), self.origin)
+        done = max((int(path.name) for path in self._checkpoints()), default=0)
+        if done > self.config.steps:
+            raise ValueError(
+                f"steps: got {self.config.steps}, the training in {self.output} has done {done}; wanted at least these"
+            )
 
     def _save(self, step: int) -> None:
         folder = self.output / CHECKPOINTS
@@ -184,6 +180,7 @@ class Loop:
         self.accelerator.save_state(str(unfinished))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            self._save_mean(unfinished / MEAN)
             seal(unfinished, ("**/*",))
             if finished.exists():
                 shutil.rmtree(finished)
@@ -195,29 +192,53 @@ class Loop:
         found = self._checkpoints()
         if found:
             check_seal(found[-1])
-            self.accelerator.load_state(str(found[-1]))
+            self._load_mean(found[-1] / MEAN)
+            try:
+                self.accelerator.load_state(str(found[-1]))
+            except RuntimeError as error:
+                if "loading state_dict" not in str(error):  # not enough memory, say
+                    raise
+                told = " ".join(str(error).split())
+                raise ValueError(f"{found[-1]}: is a checkpoint of another architecture: {told}") from error
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self._cut_log()
+
+    # Not by accelerate, which unpickles whatever objects of ours it is given to keep.
+    def _save_mean(self, path: Path) -> None:
+        """The mean of the weights, and how many steps are done."""
+        state = self.ema.state_dict()
+        mean = {str(number): tensor for number, tensor in enumerate(state.pop("shadow_params"))}
+        save_tensors(
+            path, mean if self.config.ema_decay else {}, format=MEAN_FORMAT, notes={**state, "step": self.step}
+        )
+
+    def _load_mean(self, path: Path) -> None:
+        if not path.exists():
+            raise ValueError(
+                f"{path.parent}: holds no {MEAN}, so an earlier Pronghorn made it; begin in another folder"
+            )
+        tensors, notes = load_tensors(path, newest=MEAN_FORMAT)
+        shapes = [tuple(parameter.shape) for parameter in self.trained] if self.config.ema_decay else []
+        mean = [tensors[key] for key in sorted(tensors, key=int)]
+        if notes is None or [tuple(tensor.shape) for tensor in mean] != shapes:
+            raise ValueError(f"{path.parent}: is a checkpoint of another architecture")
+        self.step = notes.pop("step")
+        self.ema.load_state_dict(notes | ({"shadow_params": mean} if mean else {}))
+        self.ema.to(self.accelerator.device)
+
+    def _cut_log(self) -> None:
+        """Leave what is known of the steps that are done: those after the checkpoint are done again."""
+        path = self.output / LOG
+        if not path.exists():
+            return
+        lines: dict[int, str] = {}
+        for line in path.read_text().splitlines():
+            with suppress(ValueError):  # the last one may have been broken off
+                lines[json.loads(line)["step"]] = line
+        kept = [lines[step] for step in sorted(lines) if step <= self.step]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
     def _checkpoints(self) -> list[Path]:
         folder = self.output / CHECKPOINTS
         return sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
-
-
-class _Progress:
-    """How many steps are done, as accelerate keeps it."""
-
-    def __init__(self) -> None:
-        self.step = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """What is kept."""
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Back from there."""
-        self.step = state["step"]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".part")
-    partial.write_text(text)
-    partial.replace(path)

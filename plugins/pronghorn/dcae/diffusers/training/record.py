@@ -1,0 +1,78 @@
+"""What a training was given, kept in its folder: so that it does not go on with something else."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from pronghorn.dcae.digests import digest_of_weights
+from pronghorn.files.atomic import write_atomically
+from pronghorn.files.json_files import parse_json
+
+CONFIG = "config.json"
+MADE_FROM = "made_from"  # beside the settings; trainings of before have none
+# Settings that may differ when training goes on.
+FREE = ("steps", "evaluate_every", "save_every", "workers", "mixed_precision", "gradient_checkpointing")
+
+
+def made_from(model: Any, data: str, classes: list[str] | None = None) -> dict[str, Any]:
+    """What a training is made from, beside its settings.
+
+    Args:
+        model: a model of diffusers, before its first step.
+        data: digest of what it is trained on.
+        classes: names of what it is trained to tell apart, in the order of their numbers.
+    """
+    architecture = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    found = {"architecture": architecture, "weights": digest_of_weights(model), "data": data}
+    return found if classes is None else {**found, "classes": classes}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `write_record` wrote, and nothing if it did not.
+
+    Raises:
+        ValueError: there is something else.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        return {}
+    found = parse_json(path.read_bytes(), path)
+    if not isinstance(found, dict) or not isinstance(found.get(MADE_FROM, {}), dict):
+        raise ValueError(f"{path}: got {type(found).__name__}, wanted the settings of a training")
+    return found
+
+
+def write_record(folder: Path, settings: dict[str, Any], origin: dict[str, Any]) -> None:
+    """Keep what a training was given, unless that was done before."""
+    if not (folder / CONFIG).exists():
+        write_atomically(folder / CONFIG, (json.dumps({**settings, MADE_FROM: origin}, indent=1) + "\n").encode())
+
+
+def check_record(folder: Path, settings: dict[str, Any], origin: dict[str, Any]) -> None:
+    """Raise ValueError, with the names of what differs, if a folder holds a training that was given something else."""
+    found = read_record(folder)
+    if not found:
+        return
+    # What the record lacks is not compared: older ones do, and users take out what they change on purpose.
+    before = found.pop(MADE_FROM, {})
+    names = sorted({*found, *settings} - {*FREE})
+    other = _differing({name: found.get(name) for name in names}, {name: settings.get(name) for name in names})
+    changed = _differing(_flat(before), _flat(origin))
+    if other or changed:
+        remedy = f". To go on nevertheless, take it out of {MADE_FROM!r} in {folder / CONFIG}" if changed else ""
+        raise ValueError(f"output: {folder} holds a training with other settings: {'; '.join(other + changed)}{remedy}")
+
+
+def _flat(origin: dict[str, Any]) -> dict[str, Any]:
+    architecture = origin.get("architecture", {})
+    inside = {f"architecture.{name}": value for name, value in architecture.items()}
+    return {name: value for name, value in origin.items() if name != "architecture"} | inside
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    here = json.loads(json.dumps(now))  # which makes lists of tuples
+    return [f"{name} was {reprlib.repr(before[name])} and is {reprlib.repr(here[name])}"
+            for name in sorted(before.keys() & here.keys()) if before[name] != here[name]]  # fmt: skip
