@@ -17,12 +17,13 @@ from tests.plugins.dcae.test_diffusion_training import dumped
 from tests.plugins.dcae.test_training import BrokenOffError
 
 from pronghorn.dcae import CONFIGURATIONS, DiT2DModel, UViT2DModel
-from pronghorn.dcae.crops import batches, squares
+from pronghorn.dcae.crops import batches
 from pronghorn.dcae.diffusers.loading import load_dcae, start_dcae
 from pronghorn.dcae.diffusers.training import autoencoder as room
 from pronghorn.dcae.diffusers.training import new_model
 from pronghorn.dcae.losses import pyramid_distance
 from pronghorn.dcae.metrics import evaluate
+from pronghorn.dcae.sources import squares
 
 SHORT = ("--steps", 2, "--batch-size", 2, "--save-every", 1)
 OWN = ("--hidden-size", 16, "--depth", 2, "--heads", 2)
