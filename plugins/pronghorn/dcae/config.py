@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -241,3 +241,25 @@ def published(name: str) -> DCAEConfig:
     if found is None:
         raise ValueError(f"name: got {name!r}, known are {', '.join((*CONFIGURATIONS, *ALIASES))}")
     return found
+
+
+def official_name(config: DCAEConfig, name: str | None = None) -> str:
+    """What the official code knows an architecture as.
+
+    Args:
+        config: the architecture; scaling factors are no part of it.
+        name: that is to be used; by default that of the published one that is equal.
+
+    Raises:
+        ValueError: none is equal and no name is given, or the name is that of another architecture.
+    """
+    plain = replace(config, scaling_factor=1.0)
+    equal = [known for known, other in CONFIGURATIONS.items() if replace(other, scaling_factor=1.0) == plain]
+    if name is None:
+        if not equal:
+            raise ValueError("model_name: got None, wanted one, as no published architecture is equal to this one")
+        return next((known for known in equal if CONFIGURATIONS[known] == config), equal[0])
+    if ALIASES.get(name, name) in CONFIGURATIONS and ALIASES.get(name, name) not in equal:
+        wanted = f"one of {', '.join(equal)}" if equal else "a name that is not published"
+        raise ValueError(f"model_name: got {name}, which is another architecture; wanted {wanted}")
+    return name

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import struct
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from pronghorn.dcae.folders import files_in
 
 # What Pillow raises of damaged files, beside what it documents.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, Image.DecompressionBombError)
+Found = TypeVar("Found")
+logger = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -52,18 +58,50 @@ def load_image(path: str | Path, *, size: int | None = None, multiple: int = 1) 
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An image file in RGB, as Pillow converts it: what is transparent has its colour, an animation its first picture.
+    """An image file as `in_rgb` has it, of an animation its first picture.
 
     Raises:
         ValueError: it cannot be read as an image, has more pixels than Pillow takes, or more than 8 bits a channel.
     """
     try:
-        with Image.open(path) as opened:
-            if opened.mode[:1] in ("I", "F"):  # Pillow would cut what is beyond 255
-                raise ValueError(f"its mode is {opened.mode}; wanted 8 bits for each channel")
-            return opened.convert("RGB")
+        return opened_file(path, in_rgb)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def opened_file(file: str | Path | BinaryIO, read: Callable[[Image.Image], Found]) -> Found:
+    """What is read of an image file; without more, that is its head alone.
+
+    Raises:
+        ValueError: as of `open_image`.
+    """
+    try:
+        with Image.open(file) as opened:
+            check_bits(opened)
+            return read(opened)
     except UNREADABLE as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+        raise ValueError(f"cannot be read as an image: {error}") from error
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """An image upright, as its EXIF orientation says, in RGB as Pillow converts it: what is transparent has its colour.
+
+    Raises:
+        ValueError: it has more than 8 bits a channel.
+    """
+    check_bits(image)
+    image.load()  # what fails after this concerns the orientation alone
+    try:
+        image = ImageOps.exif_transpose(image)
+    except (*UNREADABLE, LookupError, TypeError, ArithmeticError) as error:
+        _warn_once(f"the orientation of an image cannot be read, and it is taken as upright: {error}")
+    return image.convert("RGB")
+
+
+def check_bits(image: Image.Image) -> None:
+    """Raise ValueError if an image has more than 8 bits a channel: Pillow would cut what is beyond 255."""
+    if image.mode[:1] in ("I", "F"):
+        raise ValueError(f"its mode is {image.mode}; wanted 8 bits for each channel")
 
 
 def to_tensor(image: Image.Image, *, size: int | None = None) -> Tensor:
@@ -88,3 +126,8 @@ def _square(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from pronghorn.dcae import CONFIGURATIONS
 from pronghorn.dcae.cli import app
+from pronghorn.dcae.diffusers.loading import load_dcae
 
 
 def run(*words):
@@ -40,6 +41,32 @@ def test_convert_there_and_back(folder, tmp_path):
         run("convert", folder, tmp_path / "x", "--to", "onnx")
 
 
+def test_what_is_converted_is_read_again_whatever_it_is_called(folder, tmp_path, monkeypatch):
+    def written(*words):
+        run("convert", folder, tmp_path / "official", "--to", "efficientvit", *words)
+        run("convert", tmp_path / "official", tmp_path / "back")
+        back = load_dcae(tmp_path / "back")
+        assert back.architecture == load_dcae(folder).architecture
+        return json.loads((tmp_path / "official" / "config.json").read_text())
+
+    assert written() == {"model_name": "tiny"}
+    assert written("--name", "mine")["model_name"] == "mine"
+    for name, there in (("tiny", {"scaling_factor": 0.25}), ("other", {"latent_channels": 16})):
+        monkeypatch.setitem(CONFIGURATIONS, name, small(**there).architecture)
+    found = written()  # the scaling factor alone is another one than that of the name
+    assert found["model_name"] == "tiny"
+    assert found["architecture"]["scaling_factor"] == 0.5
+    with pytest.raises(ValueError, match="got other, which is another architecture; wanted one of tiny"):
+        run("convert", folder, tmp_path / "x", "--to", "efficientvit", "--name", "other")
+    monkeypatch.delitem(CONFIGURATIONS, "tiny")
+    with pytest.raises(ValueError, match="model_name: got None, wanted one, as no published"):
+        run("convert", folder, tmp_path / "x", "--to", "efficientvit")
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "official" / "config.json").write_text('{"model_name": "tiny", "architecture": {"width": 3}}')
+    with pytest.raises(ValueError, match=r"config\.json: architecture: width: no setting"):
+        load_dcae(tmp_path / "official")
+
+
 @pytest.mark.parametrize("tile", [0, 8])
 def test_reconstruct(folder, photos, tmp_path, tile):  # noqa: F811
     output = run("reconstruct", folder, photos, tmp_path / "out", "--tile", tile, "--device", "cpu")
@@ -54,3 +81,11 @@ def test_stats_and_dump(folder, photos, tmp_path):  # noqa: F811
     assert len(found["mean"]) == 8
     assert "3 latents" in run("dump", folder, photos, tmp_path / "z", "--size", 16, "--device", "cpu")
     assert "0 latents" in run("dump", folder, photos, tmp_path / "z", "--size", 16, "--device", "cpu")
+
+
+@pytest.mark.parametrize("command", ["stats", "dump", "compare"])
+def test_a_batch_has_images(folder, photos, tmp_path, command):  # noqa: F811
+    words = [command, folder, photos, *([] if command == "stats" else [tmp_path / "out"]), "--batch-size", 0]
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 2
+    assert "greater than or equal to 1" in done.output

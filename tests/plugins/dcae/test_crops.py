@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pronghorn.dcae.crops import Crops, squares
+from pronghorn.dcae.crops import Crops
+from pronghorn.dcae.sources import squares
 
 
 def picture(width=50, height=40, seed=0):

@@ -16,13 +16,14 @@ from tests.plugins.dcae.test_crops import picture
 from tests.plugins.dcae.test_diffusion_training import dumped
 from tests.plugins.dcae.test_training import BrokenOffError
 
-from pronghorn.dcae import CONFIGURATIONS, DiT2DModel, UViT2DModel
-from pronghorn.dcae.crops import batches, squares
+from pronghorn.dcae import CONFIGURATIONS, DCAEDiTPipeline, DiT2DModel, UViT2DModel
+from pronghorn.dcae.crops import batches
 from pronghorn.dcae.diffusers.loading import load_dcae, start_dcae
 from pronghorn.dcae.diffusers.training import autoencoder as room
 from pronghorn.dcae.diffusers.training import new_model
 from pronghorn.dcae.losses import pyramid_distance
 from pronghorn.dcae.metrics import evaluate
+from pronghorn.dcae.sources import squares
 
 SHORT = ("--steps", 2, "--batch-size", 2, "--save-every", 1)
 OWN = ("--hidden-size", 16, "--depth", 2, "--heads", 2)
@@ -172,6 +173,46 @@ def test_diffusion_from_latents_to_pictures(method, kind, tmp_path, monkeypatch)
     found = sorted((tmp_path / "pictures").iterdir())
     assert [path.name for path in found] == ["0000-000.png", "0000-001.png", "0001-000.png", "0001-001.png"]
     assert np.asarray(Image.open(found[0])).shape == (8, 8, 3)
+
+
+def test_samples_by_name_in_batches(tmp_path, described, photos, monkeypatch):
+    monkeypatch.setattr("diffusers.DDPMScheduler.set_timesteps", _few)
+    run("train-diffusion", dumped(tmp_path / "latents"), tmp_path / "out", "--method", "dit", *OWN, *SHORT)
+    small(scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+
+    def sample(classes, name, *words, training=tmp_path / "out"):
+        given = ("--classes", classes, "--each", 3, "--device", "cpu", *words)
+        said = run("sample", tmp_path / "vae", training, tmp_path / name, *given)
+        return said, [np.asarray(Image.open(path)).astype(int) for path in sorted((tmp_path / name).iterdir())]
+
+    said, whole = sample("dog,cat", "whole")
+    assert "6 pictures of 1 dog, 0 cat" in said
+    calls, real = [], DCAEDiTPipeline.__call__
+
+    def counted(self, labels, **more):
+        calls.append(labels)
+        return real(self, labels, **more)
+
+    monkeypatch.setattr(DCAEDiTPipeline, "__call__", counted)
+    _, parts = sample("1,0", "parts", "--batch-size", 4)
+    assert calls == [[1, 1, 1, 0], [0, 0]]
+    assert max(np.abs(one - other).max() for one, other in zip(whole, parts, strict=True)) <= 1
+    for classes, message in (
+        ("cow", "classes: got 'cow', known are cat, dog"),
+        ("0,cat", "wanted each once"),
+        ("2", "labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample(classes, "none")
+    with pytest.raises(ValueError, match="scaling_factor: got nan"):
+        sample("0", "none", "--scaling-factor", "nan")
+    run("train", described, photos, tmp_path / "other", "--phase", 1, "--resolution", 16, *SHORT)
+    for training in (tmp_path / "other", tmp_path / "nothing"):
+        with pytest.raises(
+            ValueError, match=r"training: got .*, wanted a folder that `pronghorn dcae train-diffusion`"
+        ):
+            sample("0", "none", training=training)
+    assert not (tmp_path / "none").exists()
 
 
 def _few(self, steps, device=None):

@@ -15,7 +15,7 @@ app = typer.Typer()
 Model = Annotated[str, typer.Argument(help="Folder in diffusers' or the official layout, official file, or hub name.")]
 Images = Annotated[Path, typer.Argument(help="Folder of images.")]
 Size = Annotated[int, typer.Option(help="Edge of the square that is cut from each image's middle.")]
-BatchSize = Annotated[int, typer.Option(help="Images at a time.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Tile = Annotated[int, typer.Option(help="Edge of a tile of large images; 0 takes them whole.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Try some images, print peak memory, time and disk, and stop.")]
 
@@ -24,7 +24,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Try some images, print 
 def convert(
     model: Model, output: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[str, typer.Option(help="diffusers or efficientvit.")] = "diffusers", config: Config = None,
-    name: Annotated[str | None, typer.Option(help="Model name to write in the official layout.")] = None,
+    name: Annotated[str | None, typer.Option(help="Model name to write; by default the published one.")] = None,
     no_report: NoReport = False, base_model: BaseModel = None,
 ) -> None:  # fmt: skip
     """Write weights in diffusers' or the official layout, bit for bit."""
@@ -34,7 +34,7 @@ def convert(
     if to == "diffusers":
         vae.save_pretrained(output)
     else:
-        vae.save_efficientvit(output, model_name=name or config or Path(model).name)
+        vae.save_efficientvit(output, model_name=name)
     typer.echo(f"{output}: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters in {to}'s layout")
     if not no_report:
         from pronghorn.dcae.report import write_conversion_report

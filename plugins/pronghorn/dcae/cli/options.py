@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,27 @@ def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"wanted numbers with commas, got {text!r}") from None
+
+
+def class_numbers(text: str, names: Sequence[str]) -> list[int]:
+    """Of "cat,7".
+
+    Args:
+        text: names or numbers, with commas; what is a number is never a name.
+        names: of classes, in the order of their numbers.
+
+    Raises:
+        ValueError: a class is not known, or is there twice.
+    """
+    found = []
+    for word in text.split(","):
+        if not word.isdecimal() and word not in names:
+            known = ", ".join(names[:10]) + (" …" if len(names) > 10 else "") if any(names) else "numbers with commas"
+            raise ValueError(f"classes: got {word!r}, known are {known}")
+        found.append(int(word) if word.isdecimal() else names.index(word))
+    if len(set(found)) < len(found):
+        raise ValueError(f"classes: got {text}, wanted each once; more pictures of a class are `--each`")
+    return found
 
 
 def on(module: Any, device: str | None) -> Any:

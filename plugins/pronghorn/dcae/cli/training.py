@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pronghorn.dcae.cli.options import BaseModel, Config, Device, NoReport, numbers, on
+from pronghorn.dcae.cli.options import BaseModel, Config, Device, NoReport, class_numbers, on
 from pronghorn.dcae.phases import PhaseConfig
 
 app = typer.Typer()
@@ -148,37 +147,48 @@ def sample(
     model: Annotated[str, typer.Argument(help="The autoencoder, as of other commands.")],
     training: Annotated[Path, typer.Argument(help="Folder that `train-diffusion` wrote.")],
     output: Annotated[Path, typer.Argument(help="Folder for the pictures.")],
-    classes: Annotated[str, typer.Option(help="Numbers with commas: class folders are counted from 0, in order.")],
-    each: Annotated[int, typer.Option(help="Pictures of a class.")] = 1,
+    classes: Annotated[str, typer.Option(help="Names of class folders, or numbers from 0 in their order; commas.")],
+    each: Annotated[int, typer.Option(min=1, help="Pictures of a class.")] = 1,
     guidance_scale: Annotated[float | None, typer.Option(help="The paper's by default.")] = None,
     scaling_factor: Annotated[float | None, typer.Option(help="As of `dump`; by default the autoencoder's.")] = None,
-    config: Config = None,
+    config: Config = None, batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0, device: Device = None,
 ) -> None:  # fmt: skip
-    """Pictures of classes, by a diffusion model that was trained here."""
+    """Pictures of classes, by a diffusion model that was trained here; the same ones whatever the batch size."""
     import torch
 
     from pronghorn.dcae.diffusers import DCAEDiTPipeline, DiT2DModel, USiTPipeline, UViT2DModel, UViTPipeline
     from pronghorn.dcae.diffusers.loading import load_dcae
+    from pronghorn.dcae.diffusers.training.record import MADE_FROM, read_record
     from pronghorn.dcae.dump_record import check_scaling_factor
 
     kinds: dict[str, tuple[Any, Any]] = {
         "uvit": (UViTPipeline, UViT2DModel), "usit": (USiTPipeline, UViT2DModel), "dit": (DCAEDiTPipeline, DiT2DModel),
     }  # fmt: skip
+    record = read_record(training)
+    if record.get("method") not in kinds:
+        raise ValueError(f"training: got {training}, wanted a folder that `pronghorn dcae train-diffusion` wrote")
+    names = record.get(MADE_FROM, {}).get("classes", [])
+    numbers = class_numbers(classes, names)
     if scaling_factor is not None:
         check_scaling_factor(scaling_factor)
-    pipeline, kind = kinds[json.loads((training / "config.json").read_text())["method"]]
+    pipeline, kind = kinds[record["method"]]
     vae = load_dcae(model, config=config)
     if scaling_factor is not None:
         vae.register_to_config(scaling_factor=scaling_factor)
     pipe = on(pipeline(vae, kind.from_pretrained(training / "model").eval()), device)
-    labels = [number for number in numbers(classes) for _ in range(each)]
     given = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-    images = pipe(labels, generator=torch.Generator().manual_seed(seed), **given).images
-    output.mkdir(parents=True, exist_ok=True)
-    for place, (label, image) in enumerate(zip(labels, images, strict=True)):
-        image.save(output / f"{label:04d}-{place % each:03d}.png")
-    typer.echo(f"{len(images)} pictures -> {output}")
+    wanted = [(number, place) for number in numbers for place in range(each)]
+    seeds = torch.randint(2**63 - 1, (len(wanted),), generator=torch.Generator().manual_seed(seed)).tolist()
+    for start in range(0, len(wanted), batch_size):
+        part = wanted[start : start + batch_size]
+        noise = [torch.Generator().manual_seed(one) for one in seeds[start : start + batch_size]]
+        images = pipe([number for number, _ in part], generator=noise, **given).images
+        output.mkdir(parents=True, exist_ok=True)
+        for (number, place), image in zip(part, images, strict=True):
+            image.save(output / f"{number:04d}-{place:03d}.png")
+    told = ", ".join(f"{number} {names[number]}" if number < len(names) else str(number) for number in numbers)
+    typer.echo(f"{len(wanted)} pictures of {told} -> {output}")
 
 
 def _distance(perceptual: str) -> Any:

@@ -15,16 +15,18 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # diffuser
 from torch import Tensor
 from torch.nn import functional
 
-from pronghorn.dcae.config import DCAEConfig, published
+from pronghorn.dcae.config import ALIASES, CONFIGURATIONS, DCAEConfig, official_name, published
 from pronghorn.dcae.convert import to_diffusers, to_efficientvit
 from pronghorn.dcae.diffusers.checkpointing import CheckpointedStage
 from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
 from pronghorn.dcae.diffusers.whole_checkpoints import WholeCheckpoints, check_numbers
+from pronghorn.files.atomic import write_atomically
 from pronghorn.files.json_files import parse_json
 from pronghorn.files.tensor_files import load_tensors, save_tensors
 
 WEIGHTS = "model.safetensors"
 FORMAT = 2  # of those that we write
+ARCHITECTURE = "architecture"  # in the official layout's config.json, beside its model_name
 OURS = ("latent_channels_list", "stage_shortcuts")  # settings that diffusers' class lacks
 PER_STAGE = (
     "encoder_block_types", "decoder_block_types", "decoder_norm_types", "decoder_act_fns",
@@ -125,8 +127,9 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
         """Load weights in the official names.
 
         Args:
-            path: a folder with `config.json` ({"model_name": …}) and `model.safetensors`; or a `.safetensors` file, or
-                a `.pt` or `.pth` file with {"state_dict": …}, which need a configuration.
+            path: a folder with `config.json` ({"model_name": …}, and "architecture" where that is none of the published
+                ones) and `model.safetensors`; or a `.safetensors` file, or a `.pt` or `.pth` file with
+                {"state_dict": …}, which need a configuration.
             config: the architecture, or the name of a published one; by default what the folder says.
 
         Raises:
@@ -138,8 +141,7 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
             named = path / "config.json"
             if not named.is_file():
                 raise ValueError(f"config: got None, and there is no {named} that names the model")
-            described = parse_json(named.read_bytes(), named)
-            config = str(described.get("model_name") if isinstance(described, dict) else None)
+            config = _described(named)
         model = cls(**(published(config) if isinstance(config, str) else config).to_dict())
         file = path / WEIGHTS if path.is_dir() else path
         try:
@@ -151,18 +153,25 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
         check_numbers(model, file)
         return model
 
-    def save_efficientvit(self, folder: str | Path, *, model_name: str) -> None:
+    def save_efficientvit(self, folder: str | Path, *, model_name: str | None = None) -> None:
         """Write what `from_efficientvit` reads.
 
         Args:
             folder: is made where it is not there.
-            model_name: what the official code knows the architecture as.
+            model_name: what the official code knows the architecture as; by default the name of the published one that
+                is equal. Under any other name, the architecture is written beside it, for us to read.
+
+        Raises:
+            ValueError: there is no such name, or the one that is given stands for another architecture.
         """
         folder = Path(folder)
+        name = official_name(self.architecture, model_name)
+        known = CONFIGURATIONS.get(ALIASES.get(name, name))
+        whole = {} if known == self.architecture else {ARCHITECTURE: self.architecture.to_dict()}
         folder.mkdir(parents=True, exist_ok=True)
         state = to_efficientvit(self.state_dict(), self.architecture)
         save_tensors(folder / WEIGHTS, state, format=FORMAT)
-        (folder / "config.json").write_text(json.dumps({"model_name": model_name}) + "\n")
+        write_atomically(folder / "config.json", (json.dumps({"model_name": name, **whole}) + "\n").encode())
 
     def encode(
         self, x: Tensor, return_dict: bool = True, *, latent_channels: int | None = None
@@ -219,6 +228,18 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
             accepted = f"{most}" if shortcut else f"1 to {most}, trained {self.architecture.latent_channels_list}"
             raise ValueError(f"{name}: got {count} latent channels, accepted are {accepted}")
         return count
+
+
+def _described(path: Path) -> DCAEConfig | str:
+    """What a folder in the official layout says of its architecture."""
+    described = parse_json(path.read_bytes(), path)
+    whole = described.get(ARCHITECTURE) if isinstance(described, dict) else None
+    if whole is None:
+        return str(described.get("model_name") if isinstance(described, dict) else None)
+    try:
+        return DCAEConfig.from_dict(whole)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {ARCHITECTURE}: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

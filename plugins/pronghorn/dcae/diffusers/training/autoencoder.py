@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pronghorn.dcae.crops import Crops, batches, squares
+from pronghorn.dcae.crops import Crops, batches
 from pronghorn.dcae.diffusers.training.loop import MODEL, Loop
 from pronghorn.dcae.diffusers.training.record import made_from
 from pronghorn.dcae.diffusers.training.selection import select, trained_modules
@@ -19,6 +19,7 @@ from pronghorn.dcae.images import to_image
 from pronghorn.dcae.losses import adaptive_weight, hinge_of_discriminator, hinge_of_generator, pyramid_distance
 from pronghorn.dcae.metrics import Features, ReconstructionMetrics, evaluate
 from pronghorn.dcae.phases import HEAD, PhaseConfig
+from pronghorn.dcae.sources import squares
 
 SAMPLES = "samples"
 SHOWN = 8  # images of a sample grid
@@ -34,7 +35,7 @@ class AutoencoderTrainer:
     Args:
         vae: an `AutoencoderDC`.
         config: the phase.
-        images: a folder, files, images, tensors or a `datasets.Dataset`, see `Crops`.
+        images: a folder, files, images, tensors or a `datasets.Dataset`, see `Sources`.
         output: folder for checkpoints, `log.jsonl`, sample grids, and in the end the model.
         held_out: images likewise, for evaluation; none without.
         perceptual: distance of two batches of images from -1 to 1, as `lpips.LPIPS(net="vgg")` from PyPI is with its
@@ -43,7 +44,8 @@ class AutoencoderTrainer:
         log_with: trackers of accelerate's, as "tensorboard".
 
     Raises:
-        ValueError: the resolution is no multiple of the autoencoder's ratio, or the folder holds another training.
+        ValueError: the resolution is no multiple of the autoencoder's ratio, images cannot be read or are smaller than
+            that, or the folder holds another training.
 
     Examples:
         >>> AutoencoderTrainer(vae, PhaseConfig(phase=1, steps=100_000), "photos", output="phase-1").fit()
