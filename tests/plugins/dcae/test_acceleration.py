@@ -59,6 +59,31 @@ def test_computes_the_same(make, size, channels_last):
     assert model.decoder.conv_in.weight.is_contiguous()
 
 
+@torch.no_grad()
+def test_synchronized_batch_norms_are_folded_likewise():
+    """A training on several GPUs had them; they are no subclass of `BatchNorm2d`."""
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(stock())
+    image = torch.rand(1, 3, 12, 8, generator=torch.Generator().manual_seed(2))
+    wanted = model(image).sample
+    with accelerate_dcae(model):
+        torch.testing.assert_close(model(image).sample, wanted, rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_another_norm_stays_what_it_is():
+    model = stock()
+    for block in (*model.encoder.down_blocks[0], *model.decoder.up_blocks[0]):
+        if hasattr(block, "norm"):
+            block.norm = torch.nn.GroupNorm(4, 16)
+    image = torch.rand(1, 3, 12, 8, generator=torch.Generator().manual_seed(2))
+    for block in model.encoder.down_blocks[0]:
+        if hasattr(block, "norm_type"):
+            block.norm_type = "group_norm"
+    wanted = model(image).sample
+    with accelerate_dcae(model):
+        torch.testing.assert_close(model(image).sample, wanted, rtol=1e-4, atol=2e-5)
+
+
 class Seen(TorchDispatchMode):
     """Names of the operations that ran."""
 

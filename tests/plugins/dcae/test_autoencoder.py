@@ -98,11 +98,14 @@ def test_fewer_channels_are_the_first_ones(image):
         small().decode(few)
 
 
+@pytest.mark.parametrize("synchronized", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_checkpointing_changes_nothing_but_memory(image, training):
+def test_checkpointing_changes_nothing_but_memory(image, training, synchronized):
     found = []
     for checkpointed in (False, True):
         model = small().train(training)
+        if synchronized:
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if checkpointed:
             model.enable_gradient_checkpointing()
         kept = []

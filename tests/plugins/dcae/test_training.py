@@ -194,6 +194,22 @@ def test_accumulation_is_as_a_larger_batch(tmp_path):
     assert_moved_alike(weights(one), weights(many), weights(model(**plain)))
 
 
+def test_batch_norms_that_several_gpus_shared_are_plain_again(tmp_path, monkeypatch):
+    """In one process they do not talk to others, and train as plain ones do."""
+    plain, shared = model(), model()
+    train(plain, config(), tmp_path / "plain")
+    monkeypatch.setattr(room, "_several_gpus", lambda accelerator: True)
+    trainer = AutoencoderTrainer(shared, config(), IMAGES, output=tmp_path / "shared")
+    assert torch.nn.SyncBatchNorm in {type(module) for module in shared.modules()}
+    trainer.fit()
+    kinds = {type(module) for module in shared.modules()}
+    assert torch.nn.BatchNorm2d in kinds
+    assert torch.nn.SyncBatchNorm not in kinds
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[name], value)
+    assert [name for name, _ in shared.named_parameters()] == [name for name, _ in plain.named_parameters()]
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     one, other = model(), model()
     train(one, config(), tmp_path / "one")

@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.autoencoder_dc import (
 )
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # of which synchronized ones are, too
 
 from pronghorn.dcae.diffusers.attention import (
     attention_output,
@@ -137,7 +138,7 @@ class FastResBlock(nn.Module):
         super().__init__()
         self.conv1, self.nonlinearity, self.conv2, self.norm = block.conv1, block.nonlinearity, block.conv2, block.norm
         self.activation = ACTIVATIONS.get(type(block.nonlinearity))
-        weight, bias = _folded(block.conv2, block.norm) if isinstance(block.norm, nn.BatchNorm2d) else (None, None)
+        weight, bias = _folded(block.conv2, block.norm) if isinstance(block.norm, _BatchNorm) else (None, None)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
@@ -188,7 +189,7 @@ class _NormOut(nn.Module):
 
 
 @torch.no_grad()
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _folded(conv: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution and the batch norm after it."""
     assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101, PT018 - a decoder's have them
     scale = (norm.running_var.double() + norm.eps).rsqrt()

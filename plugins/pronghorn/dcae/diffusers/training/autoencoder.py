@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pronghorn.dcae.crops import Crops, batches, squares
+from pronghorn.dcae.diffusers.training.batch_norms import restore_batch_norms
 from pronghorn.dcae.diffusers.training.loop import MODEL, Loop
 from pronghorn.dcae.diffusers.training.selection import select, trained_modules
 from pronghorn.dcae.discriminator import PatchDiscriminator
@@ -68,7 +69,8 @@ class AutoencoderTrainer:
         vae.to(accelerator.device)
         if config.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
-        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        self._synchronizes = _several_gpus(accelerator)
+        if self._synchronizes:
             nn.SyncBatchNorm.convert_sync_batchnorm(vae)
         self._held_out = [] if held_out is None else squares(held_out, size=size)
         self._channels = tuple(vae.config.latent_channels_list) if config.channel_samples else ()
@@ -122,6 +124,8 @@ class AutoencoderTrainer:
                 on_step(step)
         self._loop.finish(self.vae, self.output / MODEL)
         metrics = self.evaluate()
+        if self._synchronizes:
+            restore_batch_norms(self.vae)
         self.vae.eval().requires_grad_(True)
         return metrics
 
@@ -191,6 +195,10 @@ class _Reconstruct(nn.Module):
         """[batch, 3, height, width], one for each number of channels."""
         latent = self.vae.encode(x).latent
         return [self.vae.decode(latent if count is None else latent[:, :count]).sample for count in counts]
+
+
+def _several_gpus(accelerator: Any) -> bool:
+    return bool(accelerator.num_processes > 1 and accelerator.device.type == "cuda")
 
 
 def _last_weight(vae: Any) -> Tensor:
