@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.plugins.dcae.test_autoencoder import small
-from tests.plugins.dcae.test_latents import photos  # noqa: F401 - a fixture
+from tests.plugins.dcae.test_latents import KL, photos  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
 from pronghorn.dcae import CONFIGURATIONS
@@ -54,3 +54,9 @@ def test_stats_and_dump(folder, photos, tmp_path):  # noqa: F811
     assert len(found["mean"]) == 8
     assert "3 latents" in run("dump", folder, photos, tmp_path / "z", "--size", 16, "--device", "cpu")
     assert "0 latents" in run("dump", folder, photos, tmp_path / "z", "--size", 16, "--device", "cpu")
+
+
+def test_stats_and_dump_of_another_autoencoder(photos, tmp_path):  # noqa: F811
+    diffusers.AutoencoderKL(**KL, scaling_factor=0.5).save_pretrained(tmp_path / "kl")
+    assert "scaling_factor" in run("stats", tmp_path / "kl", photos, "--size", 16, "--device", "cpu")
+    assert "3 latents" in run("dump", tmp_path / "kl", photos, tmp_path / "z", "--size", 16, "--device", "cpu")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from tests.plugins.dcae.test_crops import picture
@@ -294,3 +295,11 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path):
         train(model(), config(resolution=18), tmp_path)
     with pytest.raises(ValueError, match="head_blocks: got 9"):
         train(model(), config(3, head_blocks=9), tmp_path)
+
+
+def test_another_autoencoder_is_refused(tmp_path):
+    values = model().architecture.to_dict()
+    del values["latent_channels_list"], values["stage_shortcuts"]
+    with pytest.raises(TypeError, match=r"got diffusers.*wanted pronghorn.dcae.AutoencoderDC"):
+        train(diffusers.AutoencoderDC(**values), config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

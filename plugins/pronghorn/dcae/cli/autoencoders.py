@@ -13,6 +13,7 @@ from pronghorn.dcae.cli.options import BaseModel, Config, Device, NoReport, numb
 app = typer.Typer()
 
 Model = Annotated[str, typer.Argument(help="Folder in diffusers' or the official layout, official file, or hub name.")]
+AnyModel = Annotated[str, typer.Argument(help="As of other commands, or another class of diffusers.")]
 Images = Annotated[Path, typer.Argument(help="Folder of images.")]
 Size = Annotated[int, typer.Option(help="Edge of the square that is cut from each image's middle.")]
 BatchSize = Annotated[int, typer.Option(help="Images at a time.")]
@@ -68,15 +69,16 @@ def reconstruct(
 
 @app.command()
 def stats(
-    model: Model, images: Images, size: Size = 256, config: Config = None, batch_size: BatchSize = 8,
+    model: AnyModel, images: Images, size: Size = 256, config: Config = None, batch_size: BatchSize = 8,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None, device: Device = None,
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Estimate the scaling factor of latents, and each channel's mean and deviation."""
+    from pronghorn.dcae.diffusers.loading import load_autoencoder
     from pronghorn.dcae.images import find_images
     from pronghorn.dcae.latents import rehearse_statistics, statistics_of_images
 
-    vae, paths = on(_load(model, config), device), find_images(images)
+    vae, paths = on(load_autoencoder(model, config=config), device), find_images(images)
     if dry_run:
         typer.echo(rehearse_statistics(vae, paths, size=size, batch_size=batch_size))
         return
@@ -88,15 +90,16 @@ def stats(
 
 @app.command()
 def dump(
-    model: Model, images: Images, output: Annotated[Path, typer.Argument(help="Folder for the latents.")],
+    model: AnyModel, images: Images, output: Annotated[Path, typer.Argument(help="Folder for the latents.")],
     size: Size = 512, scaling_factor: Annotated[float | None, typer.Option(help="By default the model's.")] = None,
     config: Config = None, batch_size: BatchSize = 8, device: Device = None,
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Write every image's latent as .npy; run it again to go on."""
+    from pronghorn.dcae.diffusers.loading import load_autoencoder
     from pronghorn.dcae.latents import dump_latents, rehearse_dump
 
-    vae = on(_load(model, config), device)
+    vae = on(load_autoencoder(model, config=config), device)
     if dry_run:
         typer.echo(rehearse_dump(vae, images, size=size, scaling_factor=scaling_factor, batch_size=batch_size))
         return

@@ -58,17 +58,18 @@ def starts_random(model: str) -> bool:
     return path.suffix == ".json" if path.is_file() else not path.exists() and "/" not in model
 
 
-def load_autoencoder(model: str | Path) -> Any:
+def load_autoencoder(model: str | Path, *, config: str | None = None) -> Any:
     """Any autoencoder for images, in evaluation mode; an `AutoencoderDC` as ours.
 
     Args:
         model: as for `load_dcae`, or folder or hub name of another class of diffusers.
+        config: as for `load_dcae`.
 
     Raises:
         TypeError: it is no autoencoder.
     """
     if _is_official(Path(model)) or AutoencoderDC.load_config(model).get("_class_name") == AutoencoderDC.__name__:
-        return load_dcae(model)
+        return load_dcae(model, config=config)
     loaded = AutoModel.from_pretrained(str(model))  # of a Path it makes no id
     if not (hasattr(loaded, "encode") and hasattr(loaded, "decode")):
         raise TypeError(f"model: {model} is a {type(loaded).__name__}, wanted an autoencoder")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pronghorn.dcae.crops import Crops, batches, squares
+from pronghorn.dcae.diffusers.autoencoder import AutoencoderDC
 from pronghorn.dcae.diffusers.training.batch_norms import restore_batch_norms
 from pronghorn.dcae.diffusers.training.loop import MODEL, Loop
 from pronghorn.dcae.diffusers.training.selection import select, trained_modules
@@ -32,7 +33,7 @@ class AutoencoderTrainer:
     is started again, as if nothing had happened.
 
     Args:
-        vae: an `AutoencoderDC`.
+        vae: our `AutoencoderDC`.
         config: the phase.
         images: a folder, files, images, tensors or a `datasets.Dataset`, see `Crops`.
         output: folder for checkpoints, `log.jsonl`, sample grids, and in the end the model.
@@ -43,6 +44,7 @@ class AutoencoderTrainer:
         log_with: trackers of accelerate's, as "tensorboard".
 
     Raises:
+        TypeError: the autoencoder is another one, as diffusers' own.
         ValueError: the resolution is no multiple of the autoencoder's ratio, or the folder holds another training.
 
     Examples:
@@ -56,6 +58,11 @@ class AutoencoderTrainer:
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None, features: Features | None = None,
         log_with: str | None = None,
     ) -> None:  # fmt: skip
+        if not isinstance(vae, AutoencoderDC):
+            got = f"{type(vae).__module__}.{type(vae).__name__}"
+            raise TypeError(
+                f"vae: got {got}, wanted pronghorn.dcae.AutoencoderDC; its from_pretrained loads diffusers'"
+            )
         ratio, size = vae.spatial_compression_ratio, int(config.resolution or 0)
         if size % ratio:
             raise ValueError(f"resolution: got {size}, wanted a multiple of {ratio}")
