@@ -129,3 +129,22 @@ def test_bad_shapes_are_named(image):
         model.decode(torch.zeros(1, 3, 2, 2))
     with pytest.raises(ValueError, match="z: got"):
         model.decode(torch.zeros(8, 2, 2))
+
+
+@torch.no_grad()
+@pytest.mark.fault(6)
+def test_an_image_with_nan_harms_no_other(image):
+    """Nothing looks for it here: a GPU would have to wait."""
+    model, broken = small(), image.clone()
+    broken[0, 0, 0, 0] = torch.nan
+    found = model.encode(broken).latent
+    assert found[0].isnan().any()
+    assert torch.equal(found[1], model.encode(image).latent[1])
+
+
+def test_where_autocast_is_on_it_decides(image):
+    model = small()
+    with pytest.raises(ValueError, match=r"x: got torch.bfloat16, wanted the autoencoder's torch.float32"):
+        model.encode(image.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.decode(model.encode(image.bfloat16()).latent.bfloat16()).sample.isfinite().all()

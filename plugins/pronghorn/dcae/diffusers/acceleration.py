@@ -30,12 +30,26 @@ from pronghorn.dcae.diffusers.attention import (
 from pronghorn.dcae.diffusers.convolution import convolved
 from pronghorn.dcae.diffusers.graphs import GraphedForward
 from pronghorn.dcae.diffusers.inference_only import InferenceOnly
+from pronghorn.dcae.diffusers.inputs import check_images, whole_latents
 from pronghorn.dcae.diffusers.resampling import FastDownBlock, FastStem, FastUpBlock
 from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
 from pronghorn.kernels.channel_rms_norm import channel_rms_norm
 from pronghorn.kernels.relu_linear_attention import relu_linear_attention
 
 ACTIVATIONS = {nn.SiLU: "silu", nn.ReLU: "relu"}
+
+
+def _encode(vae: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    check_images(vae, x)
+    return type(vae).encode(vae, x, *args, **kwargs)
+
+
+def _decode(vae: Any, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return type(vae).decode(vae, whole_latents(vae, z), *args, **kwargs)
+
+
+# Of a stock autoencoder, which checks little and whose tiles are not exact.
+METHODS = {"encode": _encode, "decode": _decode, "tiled_encode": encode_in_tiles, "tiled_decode": decode_in_tiles}
 
 
 class Accelerated:
@@ -57,8 +71,8 @@ class Accelerated:
         vae = self.vae
         self._visit(vae)
         vae.requires_grad_(False)
-        for name, exact in (("tiled_encode", encode_in_tiles), ("tiled_decode", decode_in_tiles)):
-            setattr(vae, name, partial(exact, vae))
+        for name, ours in METHODS.items():
+            setattr(vae, name, partial(ours, vae))
         if channels_last:
             vae.to(memory_format=torch.channels_last)
         for side in (vae.encoder, vae.decoder) if cuda_graphs else ():
@@ -94,7 +108,7 @@ class Accelerated:
         for module, name, own in reversed(self._replaced):
             setattr(module, name, own)
         self._replaced = []
-        for name in ("tiled_encode", "tiled_decode"):
+        for name in METHODS:
             vars(self.vae).pop(name, None)
         for side in self._graphed:
             del side.forward

@@ -13,11 +13,11 @@ from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBloc
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # diffusers loads parts of pipelines by it
 from torch import Tensor
-from torch.nn import functional
 
 from pronghorn.dcae.config import DCAEConfig, published
 from pronghorn.dcae.convert import to_diffusers, to_efficientvit
 from pronghorn.dcae.diffusers.checkpointing import CheckpointedStage
+from pronghorn.dcae.diffusers.inputs import check_images, checked_channels, whole_latents
 from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
 from pronghorn.dcae.diffusers.whole_checkpoints import WholeCheckpoints, check_numbers
 from pronghorn.files.json_files import parse_json
@@ -175,16 +175,15 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
             latent_channels: give so many of the first channels, of an adaptive model; by default all.
 
         Returns:
-            `latent` [batch, latent channels, height / ratio, width / ratio], not scaled.
+            `latent` [batch, latent channels, height / ratio, width / ratio], not scaled. An image with NaN has a latent
+            with NaN, and others beside it are not harmed; looking for it would make a GPU wait, so that nothing does
+            here. `latent_statistics`, `dump_latents` and metrics refuse it.
 
         Raises:
-            ValueError: the shape or the number of channels does not fit.
+            ValueError: there are no images, or the shape, the number of channels or the dtype does not fit.
         """
-        ratio = self.spatial_compression_ratio
-        wanted = f"wanted [batch, {self.architecture.in_channels}, height, width] with multiples of {ratio}"
-        if x.dim() != 4 or x.shape[1] != self.architecture.in_channels or x.shape[2] % ratio or x.shape[3] % ratio:
-            raise ValueError(f"x: got {tuple(x.shape)}, {wanted}")
-        count = self._checked_channels("latent_channels", latent_channels)
+        check_images(self, x)
+        count = checked_channels(self, "latent_channels", latent_channels)
         latent = super().encode(x, return_dict=False)[0][:, :count]
         return EncoderOutput(latent=latent) if return_dict else (latent,)
 
@@ -199,26 +198,11 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
             `sample` [batch, 3, height * ratio, width * ratio], about from -1 to 1.
 
         Raises:
-            ValueError: the shape or the number of channels does not fit.
+            ValueError: there are none, or the shape, the number of channels or the dtype does not fit.
         """
-        if z.dim() != 4:
-            raise ValueError(f"z: got {tuple(z.shape)}, wanted [batch, channels, height, width]")
-        missing = self.architecture.latent_channels - self._checked_channels("z", z.shape[1])
-        if missing:
-            # Its first layer is linear, and nothing else reads the latent: zeros are as if they were not there.
-            z = functional.pad(z, (0, 0, 0, 0, 0, missing))
+        z = whole_latents(self, z)
         sample = super().decode(z, return_dict=False)[0]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def _checked_channels(self, name: str, count: int | None) -> int:
-        most = self.architecture.latent_channels
-        if count is None or count == most:
-            return most
-        shortcut = self.architecture.encoder_out_shortcut or self.architecture.decoder_in_shortcut
-        if shortcut or not 1 <= count < most:
-            accepted = f"{most}" if shortcut else f"1 to {most}, trained {self.architecture.latent_channels_list}"
-            raise ValueError(f"{name}: got {count} latent channels, accepted are {accepted}")
-        return count
 
 
 def _read(path: Path) -> dict[str, Tensor]:
