@@ -7,7 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pronghorn.cli.check import check
 from pronghorn.dcae import CONFIGURATIONS, AutoencoderDC, DCAEConfig, to_diffusers, to_efficientvit
+from pronghorn.dcae.diffusers.loading import load_autoencoder
+from pronghorn.dcae.diffusers.plain_config import unmarked
+from pronghorn.dcae.report import _usage
+from pronghorn.files.sealed import seal
 
 SMALL = {
     "attention_head_dim": 8, "latent_channels": 8, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
@@ -148,3 +153,27 @@ def test_where_autocast_is_on_it_decides(image):
         model.encode(image.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert model.decode(model.encode(image.bfloat16()).latent.bfloat16()).sample.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.fault(19)
+def test_without_stage_shortcuts_it_loads_here_alone(tmp_path, image):
+    """diffusers knows no such setting: the weights would fit, and another model would run."""
+    model = small(stage_shortcuts=False)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="stage_shortcuts=False"):
+        diffusers.AutoencoderDC.from_pretrained(tmp_path)
+    for again in (AutoencoderDC.from_pretrained(tmp_path), load_autoencoder(tmp_path),
+                  diffusers.AutoModel.from_pretrained(str(tmp_path))):  # fmt: skip
+        assert again.architecture == model.architecture
+        assert torch.equal(again.eval()(image).sample, model(image).sample)
+        again.save_pretrained(tmp_path / "again")
+    assert AutoencoderDC.from_pretrained(tmp_path / "again").architecture == model.architecture
+    assert "from pronghorn.dcae import" in _usage(model, "diffusers")
+    assert "from diffusers import" in _usage(small(), "diffusers")
+    states = {one.state for one in check(tmp_path, "diffusers", source=str(tmp_path))}
+    assert states == {"ok"}
+    path = tmp_path / "config.json"  # as it was written before
+    path.write_text(json.dumps({**unmarked(json.loads(path.read_text())), "_class_name": "AutoencoderDC"}))
+    seal(tmp_path)
+    assert torch.equal(AutoencoderDC.from_pretrained(tmp_path).eval()(image).sample, model(image).sample)

@@ -18,6 +18,7 @@ from pronghorn.dcae.config import DCAEConfig, published
 from pronghorn.dcae.convert import to_diffusers, to_efficientvit
 from pronghorn.dcae.diffusers.checkpointing import CheckpointedStage
 from pronghorn.dcae.diffusers.inputs import check_images, checked_channels, whole_latents
+from pronghorn.dcae.diffusers.plain_config import marked, unmarked
 from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
 from pronghorn.dcae.diffusers.whole_checkpoints import WholeCheckpoints, check_numbers
 from pronghorn.files.json_files import parse_json
@@ -34,6 +35,7 @@ PER_STAGE = (
 class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[misc]  # both define config_name
     """A deep compression autoencoder, loaded and saved as diffusers' own, which also loads what this one saves.
 
+    Without `stage_shortcuts` it loads here alone, and diffusers refuses it.
     `enable_gradient_checkpointing` works: blocks are computed twice, and batch norms count images once.
 
     Args:
@@ -163,6 +165,16 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
         state = to_efficientvit(self.state_dict(), self.architecture)
         save_tensors(folder / WEIGHTS, state, format=FORMAT)
         (folder / "config.json").write_text(json.dumps({"model_name": model_name}) + "\n")
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As diffusers does, also of what was written so that it refuses it."""
+        return super().extract_init_dict(unmarked(config_dict), **kwargs)
+
+    def to_json_string(self) -> str:
+        """The configuration, which diffusers refuses if there are no stage shortcuts: it has them always."""
+        written: str = super().to_json_string()
+        return json.dumps(marked(json.loads(written)), indent=2, sort_keys=True) + "\n"
 
     def encode(
         self, x: Tensor, return_dict: bool = True, *, latent_channels: int | None = None

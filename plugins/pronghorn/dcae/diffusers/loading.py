@@ -10,6 +10,7 @@ from diffusers import AutoModel
 
 from pronghorn.dcae.config import DCAEConfig, published
 from pronghorn.dcae.diffusers.autoencoder import AutoencoderDC
+from pronghorn.dcae.diffusers.plain_config import CLASS as PLAIN
 from pronghorn.files.json_files import parse_json
 
 
@@ -68,7 +69,10 @@ def load_autoencoder(model: str | Path, *, config: str | None = None) -> Any:
     Raises:
         TypeError: it is no autoencoder.
     """
-    if _is_official(Path(model)) or AutoencoderDC.load_config(model).get("_class_name") == AutoencoderDC.__name__:
+    if _is_official(Path(model)) or AutoencoderDC.load_config(model).get("_class_name") in (
+        AutoencoderDC.__name__,
+        PLAIN,
+    ):
         return load_dcae(model, config=config)
     loaded = AutoModel.from_pretrained(str(model))  # of a Path it makes no id
     if not (hasattr(loaded, "encode") and hasattr(loaded, "decode")):
