@@ -162,7 +162,10 @@ def dump_latents(
     scale = vae.config.get("scaling_factor", 1) if scaling_factor is None else scaling_factor
     shift = vae.config.get("shift_factor") or 0
     if scaling_factor is None and scale == 1:
-        raise ValueError("scaling_factor: got None, and the autoencoder has none; estimate it by latent_statistics")
+        raise ValueError(
+            "scaling_factor: got None, and the autoencoder has none; `pronghorn dcae stats MODEL IMAGES --write` "
+            "estimates it and writes it there"
+        )
     first = next(vae.parameters())
     targets = {path: (folder / path.relative_to(images)).with_suffix(".npy") for path in find_images(images)}
     doubled = len(targets) - len(set(targets.values()))

@@ -303,3 +303,14 @@ def test_another_autoencoder_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"got diffusers.*wanted pronghorn.dcae.AutoencoderDC"):
         train(diffusers.AutoencoderDC(**values), config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_the_scaling_factor_goes_with_the_latents(tmp_path, phase, caplog):
+    vae = model(scaling_factor=0.5)
+    train(vae, config(phase, steps=1), tmp_path)
+    wanted = 0.5 if phase == 3 else 1.0
+    loaded = AutoencoderDC.from_pretrained(tmp_path / "model")
+    for made in (vae, loaded):
+        assert made.config.scaling_factor == made.architecture.scaling_factor == wanted
+    assert ("dcae stats" in caplog.text) == (phase != 3)

@@ -72,12 +72,15 @@ def stats(
     model: AnyModel, images: Images, size: Size = 256, config: Config = None, batch_size: BatchSize = 8,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None, device: Device = None,
     dry_run: DryRun = False,
+    write: Annotated[bool, typer.Option("--write", help="Set the scaling factor in MODEL's own config.json.")] = False,
 ) -> None:  # fmt: skip
     """Estimate the scaling factor of latents, and each channel's mean and deviation."""
     from pronghorn.dcae.diffusers.loading import load_autoencoder
+    from pronghorn.dcae.diffusers.scaling import scalable_folder, write_scaling_factor
     from pronghorn.dcae.images import find_images
     from pronghorn.dcae.latents import rehearse_statistics, statistics_of_images
 
+    folder = scalable_folder(model) if write else None
     vae, paths = on(load_autoencoder(model, config=config), device), find_images(images)
     if dry_run:
         typer.echo(rehearse_statistics(vae, paths, size=size, batch_size=batch_size))
@@ -85,7 +88,11 @@ def stats(
     found = statistics_of_images(vae, paths, size=size, batch_size=batch_size)
     if output is not None:
         output.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
-    typer.echo(f"scaling_factor {found.scaling_factor:.5f} from {len(paths)} images")
+    if folder is not None:
+        write_scaling_factor(folder, found.scaling_factor)
+    typer.echo(
+        f"scaling_factor {found.scaling_factor:.5f} from {len(paths)} images{'' if folder is None else f' -> {folder}'}"
+    )
 
 
 @app.command()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from pronghorn.dcae.images import to_image
 from pronghorn.dcae.losses import adaptive_weight, hinge_of_discriminator, hinge_of_generator, pyramid_distance
 from pronghorn.dcae.metrics import Features, ReconstructionMetrics, evaluate
 from pronghorn.dcae.phases import HEAD, PhaseConfig
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = "samples"
 SHOWN = 8  # images of a sample grid
@@ -129,12 +133,26 @@ class AutoencoderTrainer:
             self._loop.log(step, found)
             if on_step is not None:
                 on_step(step)
+        if self.config.phase != HEAD:
+            self._forget_scale()
         self._loop.finish(self.vae, self.output / MODEL)
         metrics = self.evaluate()
         if self._synchronizes:
             restore_batch_norms(self.vae)
         self.vae.eval().requires_grad_(True)
         return metrics
+
+    def _forget_scale(self) -> None:
+        """Latents are others now: the factor that made the former ones even is that of another model."""
+        before = self.vae.config.scaling_factor
+        if before == 1:
+            return
+        logger.warning(
+            "scaling_factor: was %g, of latents before this training; it is 1 now, which stands for none: "
+            "`pronghorn dcae stats %s IMAGES --write` estimates it", before, self.output / MODEL,
+        )  # fmt: skip
+        self.vae.register_to_config(scaling_factor=1.0)
+        self.vae.architecture = replace(self.vae.architecture, scaling_factor=1.0)
 
     def _step(self, step: int, x: Tensor) -> dict[str, float]:
         config, loop = self.config, self._loop
