@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from pronghorn.cli.check import check
 from pronghorn.dcae import CONFIGURATIONS, AutoencoderDC, DCAEConfig, to_diffusers, to_efficientvit
-from pronghorn.dcae.diffusers.loading import load_autoencoder
+from pronghorn.dcae.diffusers import loading
+from pronghorn.dcae.diffusers.loading import load_autoencoder, load_dcae
 from pronghorn.dcae.diffusers.plain_config import unmarked
 from pronghorn.dcae.report import _usage
 from pronghorn.files.sealed import seal
@@ -177,3 +178,57 @@ def test_without_stage_shortcuts_it_loads_here_alone(tmp_path, image):
     path.write_text(json.dumps({**unmarked(json.loads(path.read_text())), "_class_name": "AutoencoderDC"}))
     seal(tmp_path)
     assert torch.equal(AutoencoderDC.from_pretrained(tmp_path).eval()(image).sample, model(image).sample)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the hub with a model in the official layout, and no way to the hub itself."""
+    model = small()
+    monkeypatch.setitem(CONFIGURATIONS, "tiny", model.architecture)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, save in (("official", lambda folder: model.save_efficientvit(folder, model_name="tiny")),
+                       ("diffusers", model.save_pretrained)):  # fmt: skip
+        folder, commit = tmp_path / f"models--someone--{name}", "a" * 40
+        save(folder / "snapshots" / commit)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("load", [load_dcae, load_autoencoder])
+def test_hub_names_of_both_layouts(load, hub, image):
+    assert torch.equal(load("someone/official").encode(image).latent, hub.encode(image).latent)
+    if load is load_dcae:
+        with pytest.raises(FileNotFoundError, match="no such folder or file: someone/else; nor does the hub give one"):
+            load("someone/else")
+
+
+@pytest.mark.fault(1)
+@pytest.mark.parametrize("name", ["/nowhere/vae", "./vae", "../vae", "~/vae", "phase-1/some/model"])
+def test_a_mistyped_path_is_no_hub_name(name, monkeypatch):
+    monkeypatch.setattr(loading, "hf_hub_download", lambda *more: pytest.fail("asked the hub"))
+    for load in (load_dcae, load_autoencoder):
+        with pytest.raises(FileNotFoundError, match=f"no such folder or file: {name}$"):
+            load(name)
+
+
+@torch.no_grad()
+def test_a_single_file_of_an_official_model(tmp_path, image, monkeypatch):
+    """Such as Lite's, flat where an image goes in and shuffled where it comes out: diffusers cannot read it."""
+    model = small(downsample_block_type="conv", encoder_layers_per_block=(1, 1), decoder_layers_per_block=(0, 1))
+    monkeypatch.setitem(CONFIGURATIONS, "tiny", model.architecture)
+    model.save_efficientvit(tmp_path / "official", model_name="tiny")
+    model.save_pretrained(tmp_path / "described")
+    file = tmp_path / "official" / "model.safetensors"
+    for config in ("tiny", model.architecture, tmp_path / "described"):
+        again = AutoencoderDC.from_single_file(str(file), config=config).eval()
+        assert torch.equal(again(image).sample, model(image).sample)
+    half = AutoencoderDC.from_single_file(str(file), config="tiny", torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    theirs = tmp_path / "described/diffusion_pytorch_model.safetensors"  # in diffusers' names it is as for diffusers
+    again = AutoencoderDC.from_single_file(str(theirs), config=str(tmp_path / "described"), local_files_only=True)
+    assert torch.equal(again.eval()(image).sample, model(image).sample)
+    with pytest.raises(ValueError, match=r"AutoencoderDC\.from_efficientvit does, with config"):
+        AutoencoderDC.from_single_file(str(file), local_files_only=True)

@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # diffusers loads parts of pipelines by it
 from torch import Tensor
 
-from pronghorn.dcae.config import DCAEConfig, published
+from pronghorn.dcae.config import ALIASES, CONFIGURATIONS, DCAEConfig, published
 from pronghorn.dcae.convert import to_diffusers, to_efficientvit
 from pronghorn.dcae.diffusers.checkpointing import CheckpointedStage
 from pronghorn.dcae.diffusers.inputs import check_images, checked_channels, whole_latents
@@ -153,6 +153,31 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
         check_numbers(model, file)
         return model
 
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Any:
+        """As diffusers does; a file in the official names is read as `from_efficientvit` does, of any published model.
+
+        Args:
+            pretrained_model_link_or_path_or_dict: see diffusers.
+            **kwargs: likewise; `config` may also be the name of a published model, or a `DCAEConfig`.
+
+        Raises:
+            ValueError: diffusers cannot read it, or see `from_efficientvit`.
+        """
+        given = pretrained_model_link_or_path_or_dict
+        local = isinstance(given, str | Path) and Path(given).is_file()
+        config = _described(kwargs.get("config"), kwargs.get("subfolder") or "")
+        if local and config is not None and _has_official_names(Path(given)):
+            model: Any = cls.from_efficientvit(given, config=config)
+            return model.to(kwargs.get("torch_dtype") or torch.float32).eval()
+        try:
+            return super().from_single_file(given, **kwargs)
+        except (ValueError, RuntimeError, KeyError, AttributeError, OSError) as error:
+            raise ValueError(
+                f"{given if local else 'from_single_file'}: diffusers cannot read it ({error}); "
+                "AutoencoderDC.from_efficientvit does, with config, the name of a published model"
+            ) from error
+
     def save_efficientvit(self, folder: str | Path, *, model_name: str) -> None:
         """Write what `from_efficientvit` reads.
 
@@ -215,6 +240,22 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
         z = whole_latents(self, z)
         sample = super().decode(z, return_dict=False)[0]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+
+def _described(config: Any, subfolder: str) -> DCAEConfig | str | None:
+    """An architecture, where it is one, its name, or a folder in diffusers' layout."""
+    if isinstance(config, DCAEConfig) or config in CONFIGURATIONS or config in ALIASES:
+        named: DCAEConfig | str = config
+        return named
+    path = None if config is None else Path(config, subfolder, "config.json")
+    if path is None or not path.is_file():
+        return None
+    values = unmarked(parse_json(path.read_bytes(), path))
+    return DCAEConfig.from_dict({name: values[name] for name in DCAEConfig().to_dict() if name in values})
+
+
+def _has_official_names(path: Path) -> bool:
+    return any(name.startswith("encoder.project_in.") for name in _read(path))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
