@@ -25,7 +25,11 @@ def check_files(checkpoint: Checkpoint) -> Iterator[Finding]:
         import pronghorn.dcae.diffusers  # noqa: F401 - diffusers then knows our pipelines
 
         return
-    if config.get("_class_name") != CLASS:
+    if "_class_name" not in config:
+        return
+    from pronghorn.dcae.diffusers.plain_config import CLASS as PLAIN
+
+    if config["_class_name"] not in (CLASS, PLAIN):
         return
     import torch
 

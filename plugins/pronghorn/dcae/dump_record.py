@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from pronghorn.dcae.digests import digest_of_weights
 from pronghorn.files.json_files import load_json, save_json
 
 NAME, FORMAT = "latents.json", 1
+DECODING = ("decoder", "post_quant_conv")  # parts of an autoencoder that make no latents
 
 
 def check_scaling_factor(value: float) -> None:
@@ -20,7 +23,9 @@ def check_scaling_factor(value: float) -> None:
         raise ValueError(f"scaling_factor: got {value}, wanted a finite number above 0")
 
 
-def dump_record(vae: Any, images: Path, paths: Sequence[Path], size: int, scaling_factor: float) -> dict[str, Any]:
+def dump_record(
+    vae: Any, images: Path, paths: Sequence[Path], size: int, scaling_factor: float, shift_factor: float
+) -> dict[str, Any]:
     """What latents depend on.
 
     Args:
@@ -29,10 +34,13 @@ def dump_record(vae: Any, images: Path, paths: Sequence[Path], size: int, scalin
         paths: of the images.
         size: of the squares that are cut from them.
         scaling_factor: what latents are multiplied with.
+        shift_factor: what is taken off them first.
     """
+    encoder = nn.ModuleList([part for name, part in vae.named_children() if name not in DECODING])
     parts = [path.relative_to(images).parts for path in paths]
     return {
-        "encoder": digest_of_weights(vae.encoder), "size": size, "scaling_factor": float(scaling_factor),
+        "encoder": digest_of_weights(encoder), "size": size, "scaling_factor": float(scaling_factor),
+        "shift_factor": float(shift_factor),
         "classes": sorted({names[0] for names in parts if len(names) > 1}),
     }  # fmt: skip
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from pronghorn.dcae.dump_record import NAME, check_dump, check_scaling_factor, dump_record, write_dump_record
 from pronghorn.dcae.folders import targets
 from pronghorn.dcae.images import find_images, load_image
+from pronghorn.dcae.metrics import compression_ratio, encoded
 from pronghorn.estimate import Estimate, StepClock, folder_bytes, peak_bytes
 from pronghorn.files.json_files import damaged
 
@@ -80,7 +81,7 @@ def statistics_of_images(
     """`latent_statistics` of what an autoencoder makes of images.
 
     Args:
-        vae: of diffusers.
+        vae: any autoencoder of diffusers, in evaluation mode.
         paths: of the images.
         size: to which each is cut, pixels.
         batch_size: images at a time.
@@ -93,7 +94,7 @@ def statistics_of_images(
     def latents() -> Iterator[Tensor]:
         for start in range(0, len(paths), batch_size):
             batch = torch.stack([load_image(path, size=size) for path in paths[start : start + batch_size]])
-            yield vae.encode(batch.to(vae.device)).latent
+            yield encoded(vae, batch.to(vae.device))
             if on_batch is not None:
                 on_batch()
 
@@ -142,7 +143,7 @@ def dump_latents(
     `latents.json` says that the same encoder made what is there, at the same size, factor and classes.
 
     Args:
-        vae: an `AutoencoderDC` in evaluation mode.
+        vae: any autoencoder of diffusers in evaluation mode; its `shift_factor`, if it has one, is taken off first.
         images: a folder of images, in folders by class, say.
         folder: where latents go: [channels, size / ratio, size / ratio], float32.
         size: edge of the square that is cut from each image's middle.
@@ -159,23 +160,27 @@ def dump_latents(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, wanted at least 1")
-    ratio = int(vae.spatial_compression_ratio)
+    ratio = compression_ratio(vae)
     if size < 1 or size % ratio:
         raise ValueError(f"size: got {size}, wanted a multiple of {ratio}")
     images, folder = Path(images), Path(folder)
-    scale = vae.config.scaling_factor if scaling_factor is None else scaling_factor
+    scale = vae.config.get("scaling_factor", 1) if scaling_factor is None else scaling_factor
+    shift = vae.config.get("shift_factor") or 0
     if scaling_factor is None and scale == 1:
-        raise ValueError("scaling_factor: got None, and the autoencoder has none; estimate it by latent_statistics")
+        raise ValueError(
+            "scaling_factor: got None, and the autoencoder has none; `pronghorn dcae stats MODEL IMAGES --write` "
+            "estimates it and writes it there"
+        )
     check_scaling_factor(scale)
     first = next(vae.parameters())
     files = targets(find_images(images), images, folder, suffix=".npy", flat=False)
     todo = [path for path, target in files.items() if not target.exists()]
-    record = dump_record(vae, images, list(files), size, scale)
+    record = dump_record(vae, images, list(files), size, scale, shift)
     check_dump(folder, record, begun=len(todo) < len(files))
     for start in tqdm(range(0, len(todo), batch_size), desc="latents", disable=not verbose):
         paths = todo[start : start + batch_size]
         batch = torch.stack([load_image(path, size=size) for path in paths]).to(first.device, first.dtype)
-        for path, latent in zip(paths, vae.encode(batch).latent.float() * scale, strict=True):
+        for path, latent in zip(paths, (encoded(vae, batch).float() - shift) * scale, strict=True):
             if not latent.isfinite().all():
                 raise ValueError(
                     f"{path}: its latent holds NaN or Inf; are the autoencoder's weights finite? Try bfloat16"

@@ -259,6 +259,20 @@ def encoded(vae: Any, x: Tensor) -> Tensor:
     return latent
 
 
+def compression_ratio(vae: Any) -> int:
+    """Pixels of an image's edge for one place of the latent's.
+
+    Raises:
+        TypeError: it is no autoencoder of images that diffusers has.
+    """
+    own = getattr(vae, "spatial_compression_ratio", None)
+    config = getattr(vae, "config", {})
+    widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if own is None and (widths is None or not hasattr(vae, "encode")):
+        raise TypeError(f"vae: got {type(vae).__name__}, wanted an autoencoder of images")
+    return int(own or 2 ** (len(widths or ()) - 1))  # as diffusers' pipelines count it
+
+
 def reconstructed(vae: Any, x: Tensor) -> Tensor:
     """What an autoencoder makes of images [batch, 3, height, width], in its dtype; see `encoded`."""
     y: Tensor = vae.decode(encoded(vae, x)).sample

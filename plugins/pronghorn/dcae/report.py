@@ -23,6 +23,7 @@ SEED, LEAST_EDGE = 0, 64
 LAST = 100  # steps, of which a card has the mean loss
 USAGE = {
     "diffusers": 'from diffusers import AutoencoderDC\n\nvae = AutoencoderDC.from_pretrained("CHECKPOINT")',
+    "plain": 'from pronghorn.dcae import AutoencoderDC\n\nvae = AutoencoderDC.from_pretrained("CHECKPOINT")',
     "efficientvit": (
         'from pronghorn.dcae.diffusers import AutoencoderDC\n\nvae = AutoencoderDC.from_efficientvit("CHECKPOINT")'
     ),
@@ -61,8 +62,8 @@ def write_conversion_report(folder: Path, vae: Any, source: str, layout: str, ba
         Report(
             method=f"DC-AE in {layout}'s layout", source=source, library_name="diffusers",
             recipe={"layout": layout, "architecture": vae.architecture.to_dict()}, figures=figures,
-            data=f"a random picture of {edge} x {edge} pixels", usage=USAGE[layout], tags=("dc-ae", "autoencoder"),
-            seed=SEED, base_model=base_model, seconds=seconds,
+            data=f"a random picture of {edge} x {edge} pixels", usage=_usage(vae, layout),
+            tags=("dc-ae", "autoencoder"), seed=SEED, base_model=base_model, seconds=seconds,
         ),
     )  # fmt: skip
     return (
@@ -109,7 +110,7 @@ class TrainingReport:
             folder,
             Report(
                 method=f"DC-AE training, phase {config.phase}", source=self.source, library_name="diffusers",
-                recipe=config.to_dict(), figures=figures, data=data, usage=USAGE["diffusers"],
+                recipe=config.to_dict(), figures=figures, data=data, usage=_usage(self.trainer.vae, "diffusers"),
                 tags=("dc-ae", "autoencoder"), seed=config.seed, base_model=self.base_model,
                 seconds=self.seconds + time.perf_counter() - started,
             ),
@@ -141,6 +142,11 @@ def write_diffusion_report(folder: Path, trainer: DiffusionTrainer, images: int)
             tags=("dc-ae", "diffusion"), seed=config.seed,
         ),
     )  # fmt: skip
+
+
+def _usage(vae: Any, layout: str) -> str:
+    """diffusers' own class has no model without stage shortcuts."""
+    return USAGE["plain" if layout == "diffusers" and not vae.config.stage_shortcuts else layout]
 
 
 def _digests(module: nn.Module) -> dict[str, str]:

@@ -7,12 +7,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file
 from tests.plugins.dcae.test_autoencoder import SMALL, small
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pronghorn.dcae import DCAEConfig, to_diffusers
-from pronghorn.dcae.diffusers import accelerate_dcae
+from pronghorn.dcae import AutoencoderTrainer, DCAEConfig, PhaseConfig, to_diffusers
+from pronghorn.dcae.diffusers import accelerate_dcae, acceleration
 from pronghorn.dcae.options import from_options
 
 ROOT = Path(os.environ.get("PRONGHORN_GOLDEN") or Path(__file__).parents[2] / "golden" / "data")
@@ -57,6 +58,31 @@ def test_computes_the_same(make, size, channels_last):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(model.encode(image).latent, latent)
     assert model.decoder.conv_in.weight.is_contiguous()
+
+
+@torch.no_grad()
+def test_synchronized_batch_norms_are_folded_likewise():
+    """A training on several GPUs had them; they are no subclass of `BatchNorm2d`."""
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(stock())
+    image = torch.rand(1, 3, 12, 8, generator=torch.Generator().manual_seed(2))
+    wanted = model(image).sample
+    with accelerate_dcae(model):
+        torch.testing.assert_close(model(image).sample, wanted, rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_another_norm_stays_what_it_is():
+    model = stock()
+    for block in (*model.encoder.down_blocks[0], *model.decoder.up_blocks[0]):
+        if hasattr(block, "norm"):
+            block.norm = torch.nn.GroupNorm(4, 16)
+    image = torch.rand(1, 3, 12, 8, generator=torch.Generator().manual_seed(2))
+    for block in model.encoder.down_blocks[0]:
+        if hasattr(block, "norm_type"):
+            block.norm_type = "group_norm"
+    wanted = model(image).sample
+    with accelerate_dcae(model):
+        torch.testing.assert_close(model(image).sample, wanted, rtol=1e-4, atol=2e-5)
 
 
 class Seen(TorchDispatchMode):
@@ -165,3 +191,91 @@ def test_as_cuda_graphs_it_computes_the_same():
         assert len(recordings) == (2 if DEVICE.type == "cuda" else 0)
     assert "forward" not in vars(model.encoder)
     assert torch.equal(model.encode(images[0]).latent, wanted[0])
+
+
+def look(model):
+    """All that acceleration may change."""
+    weights = {name: (value.stride(), value.requires_grad) for name, value in model.named_parameters()}
+    return [type(module) for module in model.modules()], weights, model.tiled_encode, model.encoder.forward
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("where", ["FastUpBlock", "_NormOut", "GraphedForward"])
+def test_memory_that_runs_out_midway_changes_nothing(where, monkeypatch):
+    model, image = stock(), torch.rand(1, 3, 12, 8)
+    before, wanted = look(model), model(image).sample
+    fired = []
+
+    def fail(*more):
+        fired.append(where)
+        raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(acceleration, where, fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            accelerate_dcae(model, cuda_graphs=True)
+    assert fired == [where]
+    assert look(model) == before
+    assert torch.equal(model(image).sample, wanted)
+    accelerate_dcae(model).restore()
+    assert look(model) == before
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_weights_lie_as_they_lay(channels_last):
+    model = stock().to(memory_format=torch.channels_last)
+    model.decoder.conv_in.requires_grad_(False).to(memory_format=torch.contiguous_format)
+    before = look(model)
+    assert len({stride for stride, _ in before[1].values()}) > 2
+    with accelerate_dcae(model, channels_last=channels_last):
+        assert look(model) != before
+    assert look(model) == before
+
+
+@torch.no_grad()
+@pytest.mark.fault(4)
+def test_offloaded_weights_are_refused_and_nothing_is_changed():
+    model, image = stock(), torch.rand(1, 3, 12, 8)
+    wanted = model(image).sample
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"on the meta device \(encoder.*enable_model_cpu_offload"):
+        accelerate_dcae(model)
+    assert [type(module) for module in model.modules()] == kinds
+    assert torch.equal(model(image).sample, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["casting", "group"])
+def test_hooks_on_layers_are_refused(kind):
+    """The fast form reads weights past a layer's hooks."""
+    model = stock()
+    if kind == "casting":
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    else:
+        cpu = torch.device("cpu")
+        model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    with pytest.raises(ValueError, match="group offloading and layerwise casting"):
+        accelerate_dcae(model)
+    assert model(torch.rand(1, 3, 12, 8)).sample.isfinite().all()
+
+
+def test_what_is_fast_does_not_train(tmp_path):
+    model, image = stock(), torch.rand(1, 3, 12, 8, requires_grad=True)
+    wanted = model(image).sample
+    with accelerate_dcae(model):
+        model(image).sample.sum().backward()  # what goes in may want a gradient
+        assert image.grad.abs().sum() > 0
+        assert all(parameter.grad is None for parameter in model.parameters())
+        with pytest.raises(ValueError, match=r"is to train, but .* `restore\(\)`"):
+            model.train()
+        model.eval().requires_grad_(True)
+        with pytest.raises(ValueError, match=r"parameters want gradients, but .* `restore\(\)`"):
+            model(image)
+        torch.testing.assert_close(model.requires_grad_(False)(image).sample, wanted, rtol=1e-4, atol=2e-5)
+    assert torch.equal(model.train().eval()(image).sample, wanted)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    ours, config = small(), PhaseConfig(phase=1, steps=1, resolution=8)
+    with accelerate_dcae(ours), pytest.raises(ValueError, match=r"`restore\(\)`"):
+        AutoencoderTrainer(ours, config, [image[0].detach()], output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -7,7 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pronghorn.cli.check import check
 from pronghorn.dcae import CONFIGURATIONS, AutoencoderDC, DCAEConfig, to_diffusers, to_efficientvit
+from pronghorn.dcae.diffusers import loading
+from pronghorn.dcae.diffusers.loading import load_autoencoder, load_dcae
+from pronghorn.dcae.diffusers.plain_config import unmarked
+from pronghorn.dcae.report import _usage
+from pronghorn.files.sealed import seal
 
 SMALL = {
     "attention_head_dim": 8, "latent_channels": 8, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
@@ -98,11 +104,14 @@ def test_fewer_channels_are_the_first_ones(image):
         small().decode(few)
 
 
+@pytest.mark.parametrize("synchronized", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_checkpointing_changes_nothing_but_memory(image, training):
+def test_checkpointing_changes_nothing_but_memory(image, training, synchronized):
     found = []
     for checkpointed in (False, True):
         model = small().train(training)
+        if synchronized:
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if checkpointed:
             model.enable_gradient_checkpointing()
         kept = []
@@ -126,3 +135,100 @@ def test_bad_shapes_are_named(image):
         model.decode(torch.zeros(1, 3, 2, 2))
     with pytest.raises(ValueError, match="z: got"):
         model.decode(torch.zeros(8, 2, 2))
+
+
+@torch.no_grad()
+@pytest.mark.fault(6)
+def test_an_image_with_nan_harms_no_other(image):
+    """Nothing looks for it here: a GPU would have to wait."""
+    model, broken = small(), image.clone()
+    broken[0, 0, 0, 0] = torch.nan
+    found = model.encode(broken).latent
+    assert found[0].isnan().any()
+    assert torch.equal(found[1], model.encode(image).latent[1])
+
+
+def test_where_autocast_is_on_it_decides(image):
+    model = small()
+    with pytest.raises(ValueError, match=r"x: got torch.bfloat16, wanted the autoencoder's torch.float32"):
+        model.encode(image.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.decode(model.encode(image.bfloat16()).latent.bfloat16()).sample.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.fault(19)
+def test_without_stage_shortcuts_it_loads_here_alone(tmp_path, image):
+    """diffusers knows no such setting: the weights would fit, and another model would run."""
+    model = small(stage_shortcuts=False)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="stage_shortcuts=False"):
+        diffusers.AutoencoderDC.from_pretrained(tmp_path)
+    for again in (AutoencoderDC.from_pretrained(tmp_path), load_autoencoder(tmp_path),
+                  diffusers.AutoModel.from_pretrained(str(tmp_path))):  # fmt: skip
+        assert again.architecture == model.architecture
+        assert torch.equal(again.eval()(image).sample, model(image).sample)
+        again.save_pretrained(tmp_path / "again")
+    assert AutoencoderDC.from_pretrained(tmp_path / "again").architecture == model.architecture
+    assert "from pronghorn.dcae import" in _usage(model, "diffusers")
+    assert "from diffusers import" in _usage(small(), "diffusers")
+    states = {one.state for one in check(tmp_path, "diffusers", source=str(tmp_path))}
+    assert states == {"ok"}
+    path = tmp_path / "config.json"  # as it was written before
+    path.write_text(json.dumps({**unmarked(json.loads(path.read_text())), "_class_name": "AutoencoderDC"}))
+    seal(tmp_path)
+    assert torch.equal(AutoencoderDC.from_pretrained(tmp_path).eval()(image).sample, model(image).sample)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the hub with a model in the official layout, and no way to the hub itself."""
+    model = small()
+    monkeypatch.setitem(CONFIGURATIONS, "tiny", model.architecture)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, save in (("official", lambda folder: model.save_efficientvit(folder, model_name="tiny")),
+                       ("diffusers", model.save_pretrained)):  # fmt: skip
+        folder, commit = tmp_path / f"models--someone--{name}", "a" * 40
+        save(folder / "snapshots" / commit)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("load", [load_dcae, load_autoencoder])
+def test_hub_names_of_both_layouts(load, hub, image):
+    assert torch.equal(load("someone/official").encode(image).latent, hub.encode(image).latent)
+    if load is load_dcae:
+        with pytest.raises(FileNotFoundError, match="no such folder or file: someone/else; nor does the hub give one"):
+            load("someone/else")
+
+
+@pytest.mark.fault(1)
+@pytest.mark.parametrize("name", ["/nowhere/vae", "./vae", "../vae", "~/vae", "phase-1/some/model"])
+def test_a_mistyped_path_is_no_hub_name(name, monkeypatch):
+    monkeypatch.setattr(loading, "hf_hub_download", lambda *more: pytest.fail("asked the hub"))
+    for load in (load_dcae, load_autoencoder):
+        with pytest.raises(FileNotFoundError, match=f"no such folder or file: {name}$"):
+            load(name)
+
+
+@torch.no_grad()
+def test_a_single_file_of_an_official_model(tmp_path, image, monkeypatch):
+    """Such as Lite's, flat where an image goes in and shuffled where it comes out: diffusers cannot read it."""
+    model = small(downsample_block_type="conv", encoder_layers_per_block=(1, 1), decoder_layers_per_block=(0, 1))
+    monkeypatch.setitem(CONFIGURATIONS, "tiny", model.architecture)
+    model.save_efficientvit(tmp_path / "official", model_name="tiny")
+    model.save_pretrained(tmp_path / "described")
+    file = tmp_path / "official" / "model.safetensors"
+    for config in ("tiny", model.architecture, tmp_path / "described"):
+        again = AutoencoderDC.from_single_file(str(file), config=config).eval()
+        assert torch.equal(again(image).sample, model(image).sample)
+    half = AutoencoderDC.from_single_file(str(file), config="tiny", torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    theirs = tmp_path / "described/diffusion_pytorch_model.safetensors"  # in diffusers' names it is as for diffusers
+    again = AutoencoderDC.from_single_file(str(theirs), config=str(tmp_path / "described"), local_files_only=True)
+    assert torch.equal(again.eval()(image).sample, model(image).sample)
+    with pytest.raises(ValueError, match=r"AutoencoderDC\.from_efficientvit does, with config"):
+        AutoencoderDC.from_single_file(str(file), local_files_only=True)

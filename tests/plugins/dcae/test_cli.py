@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.plugins.dcae.test_autoencoder import small
-from tests.plugins.dcae.test_latents import photos  # noqa: F401 - a fixture
+from tests.plugins.dcae.test_latents import KL, photos  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
-from pronghorn.dcae import CONFIGURATIONS
+from pronghorn.dcae import CONFIGURATIONS, AutoencoderDC
 from pronghorn.dcae.cli import app
 from pronghorn.dcae.diffusers.loading import load_dcae
+from pronghorn.dcae.latents import read_latent
 
 
 def run(*words):
@@ -89,3 +90,30 @@ def test_a_batch_has_images(folder, photos, tmp_path, command):  # noqa: F811
     done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == 2
     assert "greater than or equal to 1" in done.output
+
+
+def test_stats_and_dump_of_another_autoencoder(photos, tmp_path):  # noqa: F811
+    diffusers.AutoencoderKL(**KL, scaling_factor=0.5).save_pretrained(tmp_path / "kl")
+    assert "scaling_factor" in run("stats", tmp_path / "kl", photos, "--size", 16, "--device", "cpu")
+    assert "3 latents" in run("dump", tmp_path / "kl", photos, tmp_path / "z", "--size", 16, "--device", "cpu")
+
+
+def test_a_scaling_factor_is_written_where_dump_looks(photos, tmp_path):  # noqa: F811
+    small().save_pretrained(tmp_path / "vae")
+    given = (photos, tmp_path / "z", "--size", 16, "--device", "cpu")
+    with pytest.raises(ValueError, match="`pronghorn dcae stats MODEL IMAGES --write`"):
+        run("dump", tmp_path / "vae", *given)
+    before = json.loads((tmp_path / "vae/config.json").read_text())
+    run("stats", tmp_path / "vae", photos, "--size", 16, "--device", "cpu")
+    assert json.loads((tmp_path / "vae/config.json").read_text()) == before
+    output = tmp_path / "stats.json"
+    run("stats", tmp_path / "vae", photos, "--size", 16, "--device", "cpu", "--write", "--output", output)
+    factor = json.loads(output.read_text())["scaling_factor"]
+    assert json.loads((tmp_path / "vae/config.json").read_text()) == {**before, "scaling_factor": factor}
+    assert AutoencoderDC.from_pretrained(tmp_path / "vae").config.scaling_factor == factor  # its seal holds
+    assert "3 latents" in run("dump", tmp_path / "vae", *given)
+    z = torch.cat([read_latent(path).flatten() for path in sorted((tmp_path / "z").rglob("*.npy"))])
+    assert z.square().mean() == pytest.approx(1, rel=1e-4)
+    for nowhere in ("someone/model", tmp_path / "photos"):
+        with pytest.raises(ValueError, match="no place for a scaling factor"):
+            run("stats", nowhere, photos, "--write", "--device", "cpu")

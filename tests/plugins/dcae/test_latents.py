@@ -1,5 +1,6 @@
 """Statistics of latents, images in and out, and the dump that goes on where it was broken off."""
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,7 @@ from PIL import Image
 from tests.plugins.dcae.test_autoencoder import small
 
 from pronghorn.dcae.images import find_images, load_image, to_image
-from pronghorn.dcae.latents import dump_latents, latent_statistics
+from pronghorn.dcae.latents import dump_latents, latent_statistics, read_latent, statistics_of_images
 
 
 @pytest.fixture
@@ -144,3 +145,30 @@ def test_a_dump_that_fails_at_once_may_be_started_otherwise(photos, tmp_path):
     with pytest.raises(ValueError, match="NaN or Inf"):
         dump(photos, tmp_path / "latents", broken)
     assert dump(photos, tmp_path / "latents") == 3
+
+
+KL = {
+    "norm_num_groups": 4, "block_out_channels": (8, 8), "latent_channels": 4, "shift_factor": 0.25,
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def test_statistics_and_dump_of_other_autoencoders(photos, tmp_path):
+    """As the SD-VAE's and FLUX's: a distribution's mode, less the shift that FLUX's has."""
+    vae, path = diffusers.AutoencoderKL(**KL, scaling_factor=0.5).eval(), photos / "a/one.png"
+    wanted = vae.encode(load_image(path, size=16)[None]).latent_dist.mode()
+    found = statistics_of_images(vae, [path], size=16)
+    assert found.scaling_factor == pytest.approx(wanted.square().mean().rsqrt().item(), rel=1e-5)
+    assert dump_latents(vae, photos, tmp_path / "z", size=16, verbose=False) == 3
+    torch.testing.assert_close(read_latent(tmp_path / "z/a/one.npy"), (wanted[0] - 0.25) * 0.5)
+    with pytest.raises(ValueError, match="size: got 15, wanted a multiple of 2"):
+        dump_latents(vae, photos, tmp_path / "odd", size=15)
+    with pytest.raises(TypeError, match="vae: got Linear, wanted an autoencoder of images"):
+        dump_latents(torch.nn.Linear(1, 1), photos, tmp_path / "none", size=16)
+
+
+def test_statistics_in_half_precision(photos):
+    paths = find_images(photos)
+    wanted = statistics_of_images(small(), paths, size=16).scaling_factor
+    assert statistics_of_images(small().bfloat16(), paths, size=16).scaling_factor == pytest.approx(wanted, rel=0.02)

@@ -239,3 +239,6 @@ def test_bad_input_is_named(kind):
         made(kind, latents_std=[1.0] * 8)
     with pytest.raises(TypeError, match="scheduler: got"):
         made(kind, diffusers.DDIMScheduler() if kind is USiTPipeline else FlowODEScheduler())
+    for vae in (diffusers.VQModel(block_out_channels=(8,), norm_num_groups=4), None):
+        with pytest.raises(TypeError, match=f"vae: got {type(vae).__name__}, wanted an AutoencoderDC"):
+            kind(vae, uvit(3))

@@ -3,7 +3,8 @@
 import diffusers
 import pytest
 import torch
-from tests.plugins.dcae.test_acceleration import lively
+from tests.plugins.dcae.test_acceleration import lively, stock
+from tests.plugins.dcae.test_autoencoder import ADAPTIVE, small
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pronghorn.dcae import AutoencoderDC, DCAEConfig
@@ -122,7 +123,55 @@ def test_bad_input_is_named():
     vae = model("in")
     with pytest.raises(ValueError, match="tile: got 40, wanted a multiple of 16"):
         tiled_decode(vae, torch.zeros(1, 8, 2, 2), tile=40)
-    with pytest.raises(ValueError, match="that 16 divides"):
+    with pytest.raises(ValueError, match="with multiples of 16"):
         tiled_encode(vae, image(24, 32))
     with pytest.raises(ValueError, match="training mode"):
         tiled_decode(vae.train(), torch.zeros(1, 8, 2, 2))
+
+
+def ways(vae):
+    """All that take images, and all that take latents."""
+    encoders = [vae.encode, lambda x: tiled_encode(vae, x, tile=4)]
+    return encoders, [vae.decode, lambda z: tiled_decode(vae, z, tile=4), lambda z: stream_decode(vae, z, tile=4)]
+
+
+@torch.no_grad()
+@pytest.mark.fault(4)
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("make", [small, stock])
+def test_what_does_not_fit_is_named_in_every_way(make):
+    """Before anything is computed; of a stock model, what is fast does so."""
+    x, z = torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 4, 4)
+    with accelerate_dcae(make()) as fast:
+        plain = [make()] if make is small else []
+        for vae in (fast.vae, *plain):
+            for given, calls in zip((x, z), ways(vae), strict=True):
+                name, few = ("x", "z")[given is z], (r"\[batch, 3, height", "got 5 latent channels")[given is z]
+                other = torch.zeros(1, 5, *given.shape[2:])
+                for call in calls:
+                    for wrong, match in (
+                        (other, few), (given[0], rf"{name}: got .*wanted \[batch, "), (given[:0], "at least one"),
+                        (given[..., :0], "at least one"), (given.double(), rf"{name}: got torch.float64, wanted .*32"),
+                        (given.bfloat16(), rf"{name}: got torch.bfloat16"),
+                    ):  # fmt: skip
+                        with pytest.raises(ValueError, match=match):
+                            call(wrong)
+    for call in (*ways(diffusers.VQModel().eval())[0][1:], *ways(diffusers.VQModel().eval())[1][1:]):
+        with pytest.raises(TypeError, match="vae: got VQModel, wanted an AutoencoderDC"):
+            call(z)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_first_channels_of_an_adaptive_latent_are_decoded_in_every_way(fast):
+    vae = lively(small(**ADAPTIVE))
+    z = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+    wanted = vae.decode(z).sample
+    handle = accelerate_dcae(vae) if fast else None
+    parts = [part for *_, part in stream_decode(vae, z, tile=4)]
+    vae.enable_tiling(tile_sample_min_height=4, tile_sample_min_width=4)
+    for found in (vae.decode(z).sample, tiled_decode(vae, z, tile=4)):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(parts[0], wanted[..., :4, :4], rtol=1e-4, atol=2e-5)
+    if handle is not None:
+        handle.restore()

@@ -10,6 +10,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from tests.plugins.dcae.test_crops import picture
@@ -239,6 +240,22 @@ def test_accumulation_is_as_a_larger_batch(tmp_path):
     assert_moved_alike(weights(one), weights(many), weights(model(**plain)))
 
 
+def test_batch_norms_that_several_gpus_shared_are_plain_again(tmp_path, monkeypatch):
+    """In one process they do not talk to others, and train as plain ones do."""
+    plain, shared = model(), model()
+    train(plain, config(), tmp_path / "plain")
+    monkeypatch.setattr(room, "_several_gpus", lambda accelerator: True)
+    trainer = AutoencoderTrainer(shared, config(), IMAGES, output=tmp_path / "shared")
+    assert torch.nn.SyncBatchNorm in {type(module) for module in shared.modules()}
+    trainer.fit()
+    kinds = {type(module) for module in shared.modules()}
+    assert torch.nn.BatchNorm2d in kinds
+    assert torch.nn.SyncBatchNorm not in kinds
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[name], value)
+    assert [name for name, _ in shared.named_parameters()] == [name for name, _ in plain.named_parameters()]
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     one, other = model(), model()
     train(one, config(), tmp_path / "one")
@@ -323,3 +340,22 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path):
         train(model(), config(resolution=18), tmp_path)
     with pytest.raises(ValueError, match="head_blocks: got 9"):
         train(model(), config(3, head_blocks=9), tmp_path)
+
+
+def test_another_autoencoder_is_refused(tmp_path):
+    values = model().architecture.to_dict()
+    del values["latent_channels_list"], values["stage_shortcuts"]
+    with pytest.raises(TypeError, match=r"got diffusers.*wanted pronghorn.dcae.AutoencoderDC"):
+        train(diffusers.AutoencoderDC(**values), config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_the_scaling_factor_goes_with_the_latents(tmp_path, phase, caplog):
+    vae = model(scaling_factor=0.5)
+    train(vae, config(phase, steps=1), tmp_path)
+    wanted = 0.5 if phase == 3 else 1.0
+    loaded = AutoencoderDC.from_pretrained(tmp_path / "model")
+    for made in (vae, loaded):
+        assert made.config.scaling_factor == made.architecture.scaling_factor == wanted
+    assert ("dcae stats" in caplog.text) == (phase != 3)

@@ -13,6 +13,7 @@ from pronghorn.dcae.cli.options import BaseModel, Config, Device, NoReport, numb
 app = typer.Typer()
 
 Model = Annotated[str, typer.Argument(help="Folder in diffusers' or the official layout, official file, or hub name.")]
+AnyModel = Annotated[str, typer.Argument(help="As of other commands, or another class of diffusers.")]
 Images = Annotated[Path, typer.Argument(help="Folder of images.")]
 Size = Annotated[int, typer.Option(help="Edge of the square that is cut from each image's middle.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
@@ -69,35 +70,44 @@ def reconstruct(
 
 @app.command()
 def stats(
-    model: Model, images: Images, size: Size = 256, config: Config = None, batch_size: BatchSize = 8,
+    model: AnyModel, images: Images, size: Size = 256, config: Config = None, batch_size: BatchSize = 8,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None, device: Device = None,
     dry_run: DryRun = False,
+    write: Annotated[bool, typer.Option("--write", help="Set the scaling factor in MODEL's own config.json.")] = False,
 ) -> None:  # fmt: skip
     """Estimate the scaling factor of latents, and each channel's mean and deviation."""
+    from pronghorn.dcae.diffusers.loading import load_autoencoder
+    from pronghorn.dcae.diffusers.scaling import scalable_folder, write_scaling_factor
     from pronghorn.dcae.images import find_images
     from pronghorn.dcae.latents import rehearse_statistics, statistics_of_images
 
-    vae, paths = on(_load(model, config), device), find_images(images)
+    folder = scalable_folder(model) if write else None
+    vae, paths = on(load_autoencoder(model, config=config), device), find_images(images)
     if dry_run:
         typer.echo(rehearse_statistics(vae, paths, size=size, batch_size=batch_size))
         return
     found = statistics_of_images(vae, paths, size=size, batch_size=batch_size)
     if output is not None:
         output.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
-    typer.echo(f"scaling_factor {found.scaling_factor:.5f} from {len(paths)} images")
+    if folder is not None:
+        write_scaling_factor(folder, found.scaling_factor)
+    typer.echo(
+        f"scaling_factor {found.scaling_factor:.5f} from {len(paths)} images{'' if folder is None else f' -> {folder}'}"
+    )
 
 
 @app.command()
 def dump(
-    model: Model, images: Images, output: Annotated[Path, typer.Argument(help="Folder for the latents.")],
+    model: AnyModel, images: Images, output: Annotated[Path, typer.Argument(help="Folder for the latents.")],
     size: Size = 512, scaling_factor: Annotated[float | None, typer.Option(help="By default the model's.")] = None,
     config: Config = None, batch_size: BatchSize = 8, device: Device = None,
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Write every image's latent as .npy; run it again to go on."""
+    from pronghorn.dcae.diffusers.loading import load_autoencoder
     from pronghorn.dcae.latents import dump_latents, rehearse_dump
 
-    vae = on(_load(model, config), device)
+    vae = on(load_autoencoder(model, config=config), device)
     if dry_run:
         typer.echo(rehearse_dump(vae, images, size=size, scaling_factor=scaling_factor, batch_size=batch_size))
         return

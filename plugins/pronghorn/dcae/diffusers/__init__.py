@@ -12,6 +12,7 @@ from pronghorn.dcae.diffusers.autoencoder import AutoencoderDC
 from pronghorn.dcae.diffusers.dit import DiT2DModel
 from pronghorn.dcae.diffusers.guidance import guided
 from pronghorn.dcae.diffusers.pipelines import DCAEDiTPipeline, USiTPipeline, UViTPipeline
+from pronghorn.dcae.diffusers.plain_config import CLASS as PLAIN
 from pronghorn.dcae.diffusers.schedulers import DPMSolverFastScheduler, FlowODEScheduler
 from pronghorn.dcae.diffusers.tiling import stream_decode, tiled_decode, tiled_encode
 from pronghorn.dcae.diffusers.uvit import SIZES, UViT2DModel
@@ -38,15 +39,19 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Put our pipelines where `DiffusionPipeline.from_pretrained` looks a class up by name: into diffusers itself.
+    """Put our classes where diffusers looks one up by the name in a folder: into diffusers itself.
+
+    They are our pipelines, and the autoencoder under the name that it has without stage shortcuts.
 
     A class of that name that is there already stays, with a warning: ours then loads through itself alone.
     """
-    for pipeline in (UViTPipeline, USiTPipeline, DCAEDiTPipeline):
-        if getattr(diffusers, pipeline.__name__, pipeline) is not pipeline:
-            logger.warning("diffusers has another %s: use ours for what it saved", pipeline.__name__)
+    pipelines: tuple[type, ...] = (UViTPipeline, USiTPipeline, DCAEDiTPipeline)
+    ours: dict[str, type] = {**{pipeline.__name__: pipeline for pipeline in pipelines}, PLAIN: AutoencoderDC}
+    for name, kind in ours.items():
+        if getattr(diffusers, name, kind) is not kind:
+            logger.warning("diffusers has another %s: use ours for what it saved", name)
         else:
-            setattr(diffusers, pipeline.__name__, pipeline)
+            setattr(diffusers, name, kind)
 
 
 register()

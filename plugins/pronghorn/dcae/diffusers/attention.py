@@ -75,11 +75,7 @@ def attention_output(attn: SanaMultiscaleLinearAttention, attended: Tensor, x: T
     batch, _, height, width = x.shape
     y = torch.conv2d(attended.transpose(2, 3).reshape(batch, -1, height, width), weight)
     residual = x if attn.residual_connection else None
-    norm: Any = attn._modules["norm_out"]
-    if isinstance(norm, RMSNorm):
-        return normed(y, norm, residual)
-    y = norm(y)
-    return y if residual is None else y + residual
+    return normed(y, attn._modules["norm_out"], residual)
 
 
 def gated(glu: GLUMBConv, x: Tensor) -> Tensor:
@@ -95,7 +91,10 @@ def gated(glu: GLUMBConv, x: Tensor) -> Tensor:
 
 
 def normed(x: Tensor, norm: Any, residual: Tensor | None) -> Tensor:
-    """A norm over channels, and a sum."""
-    own = norm._parameters
-    y: Tensor = channel_rms_norm(x, own["weight"], own.get("bias"), eps=norm.eps, residual=residual)
+    """A norm, and a sum: one kernel where it is over channels."""
+    if not isinstance(norm, RMSNorm):
+        y: Tensor = norm(x)
+        return y if residual is None else y + residual
+    own: Any = norm._parameters
+    y = channel_rms_norm(x, own["weight"], own.get("bias"), eps=norm.eps, residual=residual)
     return y

@@ -13,11 +13,12 @@ from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBloc
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # diffusers loads parts of pipelines by it
 from torch import Tensor
-from torch.nn import functional
 
 from pronghorn.dcae.config import ALIASES, CONFIGURATIONS, DCAEConfig, official_name, published
 from pronghorn.dcae.convert import to_diffusers, to_efficientvit
 from pronghorn.dcae.diffusers.checkpointing import CheckpointedStage
+from pronghorn.dcae.diffusers.inputs import check_images, checked_channels, whole_latents
+from pronghorn.dcae.diffusers.plain_config import marked, unmarked
 from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
 from pronghorn.dcae.diffusers.whole_checkpoints import WholeCheckpoints, check_numbers
 from pronghorn.files.atomic import write_atomically
@@ -36,6 +37,7 @@ PER_STAGE = (
 class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[misc]  # both define config_name
     """A deep compression autoencoder, loaded and saved as diffusers' own, which also loads what this one saves.
 
+    Without `stage_shortcuts` it loads here alone, and diffusers refuses it.
     `enable_gradient_checkpointing` works: blocks are computed twice, and batch norms count images once.
 
     Args:
@@ -153,6 +155,31 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
         check_numbers(model, file)
         return model
 
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Any:
+        """As diffusers does; a file in the official names is read as `from_efficientvit` does, of any published model.
+
+        Args:
+            pretrained_model_link_or_path_or_dict: see diffusers.
+            **kwargs: likewise; `config` may also be the name of a published model, or a `DCAEConfig`.
+
+        Raises:
+            ValueError: diffusers cannot read it, or see `from_efficientvit`.
+        """
+        given = pretrained_model_link_or_path_or_dict
+        local = isinstance(given, str | Path) and Path(given).is_file()
+        config = _architecture_of(kwargs.get("config"), kwargs.get("subfolder") or "")
+        if local and config is not None and _has_official_names(Path(given)):
+            model: Any = cls.from_efficientvit(given, config=config)
+            return model.to(kwargs.get("torch_dtype") or torch.float32).eval()
+        try:
+            return super().from_single_file(given, **kwargs)
+        except (ValueError, RuntimeError, KeyError, AttributeError, OSError) as error:
+            raise ValueError(
+                f"{given if local else 'from_single_file'}: diffusers cannot read it ({error}); "
+                "AutoencoderDC.from_efficientvit does, with config, the name of a published model"
+            ) from error
+
     def save_efficientvit(self, folder: str | Path, *, model_name: str | None = None) -> None:
         """Write what `from_efficientvit` reads.
 
@@ -173,6 +200,16 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
         save_tensors(folder / WEIGHTS, state, format=FORMAT)
         write_atomically(folder / "config.json", (json.dumps({"model_name": name, **whole}) + "\n").encode())
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As diffusers does, also of what was written so that it refuses it."""
+        return super().extract_init_dict(unmarked(config_dict), **kwargs)
+
+    def to_json_string(self) -> str:
+        """The configuration, which diffusers refuses if there are no stage shortcuts: it has them always."""
+        written: str = super().to_json_string()
+        return json.dumps(marked(json.loads(written)), indent=2, sort_keys=True) + "\n"
+
     def encode(
         self, x: Tensor, return_dict: bool = True, *, latent_channels: int | None = None
     ) -> EncoderOutput | tuple[Tensor]:
@@ -184,16 +221,15 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
             latent_channels: give so many of the first channels, of an adaptive model; by default all.
 
         Returns:
-            `latent` [batch, latent channels, height / ratio, width / ratio], not scaled.
+            `latent` [batch, latent channels, height / ratio, width / ratio], not scaled. An image with NaN has a latent
+            with NaN, and others beside it are not harmed; looking for it would make a GPU wait, so that nothing does
+            here. `latent_statistics`, `dump_latents` and metrics refuse it.
 
         Raises:
-            ValueError: the shape or the number of channels does not fit.
+            ValueError: there are no images, or the shape, the number of channels or the dtype does not fit.
         """
-        ratio = self.spatial_compression_ratio
-        wanted = f"wanted [batch, {self.architecture.in_channels}, height, width] with multiples of {ratio}"
-        if x.dim() != 4 or x.shape[1] != self.architecture.in_channels or x.shape[2] % ratio or x.shape[3] % ratio:
-            raise ValueError(f"x: got {tuple(x.shape)}, {wanted}")
-        count = self._checked_channels("latent_channels", latent_channels)
+        check_images(self, x)
+        count = checked_channels(self, "latent_channels", latent_channels)
         latent = super().encode(x, return_dict=False)[0][:, :count]
         return EncoderOutput(latent=latent) if return_dict else (latent,)
 
@@ -208,26 +244,27 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
             `sample` [batch, 3, height * ratio, width * ratio], about from -1 to 1.
 
         Raises:
-            ValueError: the shape or the number of channels does not fit.
+            ValueError: there are none, or the shape, the number of channels or the dtype does not fit.
         """
-        if z.dim() != 4:
-            raise ValueError(f"z: got {tuple(z.shape)}, wanted [batch, channels, height, width]")
-        missing = self.architecture.latent_channels - self._checked_channels("z", z.shape[1])
-        if missing:
-            # Its first layer is linear, and nothing else reads the latent: zeros are as if they were not there.
-            z = functional.pad(z, (0, 0, 0, 0, 0, missing))
+        z = whole_latents(self, z)
         sample = super().decode(z, return_dict=False)[0]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def _checked_channels(self, name: str, count: int | None) -> int:
-        most = self.architecture.latent_channels
-        if count is None or count == most:
-            return most
-        shortcut = self.architecture.encoder_out_shortcut or self.architecture.decoder_in_shortcut
-        if shortcut or not 1 <= count < most:
-            accepted = f"{most}" if shortcut else f"1 to {most}, trained {self.architecture.latent_channels_list}"
-            raise ValueError(f"{name}: got {count} latent channels, accepted are {accepted}")
-        return count
+
+def _architecture_of(config: Any, subfolder: str) -> DCAEConfig | str | None:
+    """An architecture, where it is one, its name, or a folder in diffusers' layout."""
+    if isinstance(config, DCAEConfig) or config in CONFIGURATIONS or config in ALIASES:
+        named: DCAEConfig | str = config
+        return named
+    path = None if config is None else Path(config, subfolder, "config.json")
+    if path is None or not path.is_file():
+        return None
+    values = unmarked(parse_json(path.read_bytes(), path))
+    return DCAEConfig.from_dict({name: values[name] for name in DCAEConfig().to_dict() if name in values})
+
+
+def _has_official_names(path: Path) -> bool:
+    return any(name.startswith("encoder.project_in.") for name in _read(path))
 
 
 def _described(path: Path) -> DCAEConfig | str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # of which synchronized ones are, too
 
 
 class CheckpointedStage(nn.Sequential):
@@ -43,7 +44,7 @@ class _Twice:
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.training]
     before = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0  # the new statistics count nothing

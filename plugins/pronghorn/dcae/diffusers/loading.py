@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoModel
+from huggingface_hub import hf_hub_download
 
 from pronghorn.dcae.config import DCAEConfig, published
-from pronghorn.dcae.diffusers.autoencoder import AutoencoderDC
+from pronghorn.dcae.diffusers.autoencoder import WEIGHTS, AutoencoderDC
+from pronghorn.dcae.diffusers.plain_config import CLASS as PLAIN
 from pronghorn.files.json_files import parse_json
+
+CONFIG = "config.json"
 
 
 def load_dcae(model: str | Path, *, config: DCAEConfig | str | None = None) -> AutoencoderDC:
@@ -22,9 +26,11 @@ def load_dcae(model: str | Path, *, config: DCAEConfig | str | None = None) -> A
 
     Raises:
         ValueError: see `AutoencoderDC.from_efficientvit`.
+        FileNotFoundError: there is no such folder, file or hub name.
     """
-    if _is_official(Path(model)):
-        return AutoencoderDC.from_efficientvit(model, config=config).eval()
+    official = _official(model)
+    if official is not None:
+        return AutoencoderDC.from_efficientvit(official, config=config).eval()
     loaded: AutoencoderDC = AutoencoderDC.from_pretrained(model)
     return loaded.eval()
 
@@ -58,23 +64,47 @@ def starts_random(model: str) -> bool:
     return path.suffix == ".json" if path.is_file() else not path.exists() and "/" not in model
 
 
-def load_autoencoder(model: str | Path) -> Any:
+def load_autoencoder(model: str | Path, *, config: str | None = None) -> Any:
     """Any autoencoder for images, in evaluation mode; an `AutoencoderDC` as ours.
 
     Args:
         model: as for `load_dcae`, or folder or hub name of another class of diffusers.
+        config: as for `load_dcae`.
 
     Raises:
         TypeError: it is no autoencoder.
+        FileNotFoundError: see `load_dcae`.
     """
-    if _is_official(Path(model)) or AutoencoderDC.load_config(model).get("_class_name") == AutoencoderDC.__name__:
-        return load_dcae(model)
+    if _official(model) is not None or AutoencoderDC.load_config(model).get("_class_name") in (
+        AutoencoderDC.__name__,
+        PLAIN,
+    ):
+        return load_dcae(model, config=config)
     loaded = AutoModel.from_pretrained(str(model))  # of a Path it makes no id
     if not (hasattr(loaded, "encode") and hasattr(loaded, "decode")):
         raise TypeError(f"model: {model} is a {type(loaded).__name__}, wanted an autoencoder")
     return loaded.eval()
 
 
-def _is_official(path: Path) -> bool:
-    described = path / "config.json"
-    return path.is_file() or (described.is_file() and "model_name" in parse_json(described.read_bytes(), described))
+def _official(model: str | Path) -> Path | None:
+    """File or folder in the official layout, from the hub where it is not here; None for one in diffusers' layout.
+
+    Raises:
+        FileNotFoundError: it is neither here nor there.
+    """
+    path = Path(model)
+    if path.exists():
+        return path if path.is_file() or _names_model(path / CONFIG) else None
+    name = str(model)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # which no hub name is
+        raise FileNotFoundError(f"model: no such folder or file: {name}")
+    try:
+        if not _names_model(Path(hf_hub_download(name, CONFIG))):
+            return None
+        return Path(hf_hub_download(name, WEIGHTS)).parent
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"model: no such folder or file: {name}; nor does the hub give one: {error}") from error
+
+
+def _names_model(described: Path) -> bool:
+    return described.is_file() and "model_name" in parse_json(described.read_bytes(), described)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers import AutoencoderDC as StockAutoencoderDC
 from diffusers import DDPMScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -155,6 +156,7 @@ class UViTPipeline(_ClassPipeline):
         latents_std: likewise.
 
     Raises:
+        TypeError: the autoencoder is of another class, or the scheduler has no `step`.
         ValueError: the parts do not fit together.
 
     Source: Chen et al. (arXiv 2410.10733), section 4.
@@ -308,9 +310,16 @@ class USiTPipeline(_ClassPipeline):
 
 
 def _check_channels(vae: Any, channels: int) -> None:
-    """A model of fewer channels needs an autoencoder that decodes the first alone."""
-    most = int(vae.config.latent_channels)
-    shortcut = vae.config.encoder_out_shortcut or vae.config.decoder_in_shortcut
+    """A model of fewer channels needs an autoencoder that decodes the first alone.
+
+    Raises:
+        TypeError, ValueError: see `UViTPipeline`.
+    """
+    config = getattr(vae, "config", None)
+    if config is None or not isinstance(vae, StockAutoencoderDC):
+        raise TypeError(f"vae: got {type(vae).__name__}, wanted an AutoencoderDC")
+    most = int(config.latent_channels)
+    shortcut = config.encoder_out_shortcut or config.decoder_in_shortcut
     adaptive = isinstance(vae, AutoencoderDC) and not shortcut
     if channels > most or (channels < most and not adaptive):
         accepted = f"at most {most}" if adaptive else f"the autoencoder's {most}"

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pronghorn.dcae.diffusers.convolution import convolved, shuffled_weight, unshuffling_weight
+from pronghorn.dcae.diffusers.inference_only import InferenceOnly
 from pronghorn.kernels.bias_activation import bias_activation
 from pronghorn.kernels.shuffle_shortcut import shuffle_add, unshuffle_add
 
 
-class _Derived(nn.Module):
+class _Derived(InferenceOnly):
     """A block with its convolution, under its own name, and a weight and bias made of those."""
 
     weight: Tensor | None
@@ -26,7 +27,7 @@ class _Derived(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
 
-class FastDownBlock(nn.Module):
+class FastDownBlock(InferenceOnly):
     """A residual block that halves a grid."""
 
     def __init__(self, block: DCDownBlock2d) -> None:
@@ -35,6 +36,7 @@ class FastDownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [batch, channels, height, width] to [batch, channels of the next stage, height / 2, width / 2]."""
+        self.refuse_gradients()
         conv: Any = self._modules["conv"]
         bias = conv._parameters["bias"]
         return unshuffle_add(convolved(conv, x, weight=conv._parameters["weight"]), x, factor=self.factor, bias=bias)
@@ -48,6 +50,7 @@ class FastStem(_Derived):
 
     def forward(self, x: Tensor) -> Tensor:
         """An image [batch, 3, height, width] to [batch, channels, height / 2, width / 2]."""
+        self.refuse_gradients()
         if self.weight is None:
             return convolved(self.conv, x)
         return bias_activation(functional.conv2d(x, self.weight, None, stride=2, padding=1), self.bias)
@@ -62,6 +65,7 @@ class FastUpBlock(_Derived):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [batch, channels, height, width] to [batch, channels of the next stage, height * 2, width * 2]."""
+        self.refuse_gradients()
         conv: Any = self._modules["conv"]
         own = conv._parameters if self._buffers["weight"] is None else self._buffers
         return shuffle_add(convolved(conv, x, weight=own["weight"]), x, factor=self.factor, bias=own["bias"])

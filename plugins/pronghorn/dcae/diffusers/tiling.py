@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from torch import Tensor, nn
 
 from pronghorn.dcae.diffusers.attention import attention_output, gated, out_weight, qkv_weight, queries_keys_values
+from pronghorn.dcae.diffusers.inputs import check_images, whole_latents
 from pronghorn.dcae.diffusers.resampling import FastDownBlock, FastStem, FastUpBlock
 from pronghorn.kernels.relu_linear_attention import attend_state, key_value_state
 from pronghorn.kernels.shuffle_shortcut import shuffle_add, unshuffle_add
@@ -53,16 +54,21 @@ def stream_decode(vae: AutoencoderDC, z: Tensor, *, tile: int = 1024) -> Iterato
 
     Args:
         vae: in evaluation mode, stock or accelerated.
-        z: [batch, latent channels, height, width].
+        z: [batch, latent channels, height, width]; of an adaptive model also the first channels alone.
         tile: edge of a tile in pixels; memory grows with its square, and time falls with its edge.
 
     Yields:
         Top and left edge in pixels and the tile [batch, 3, height, width], from the upper left to the lower right.
 
     Raises:
-        ValueError: the tile is smaller than the grid of a latent, or the autoencoder is in training mode.
+        TypeError: no `AutoencoderDC`.
+        ValueError: the latent does not fit, the tile is smaller than its grid, or the autoencoder is in training mode.
     """
     ratio = _checked(vae, tile)
+    return _streamed(vae, whole_latents(vae, z), tile, ratio)
+
+
+def _streamed(vae: AutoencoderDC, z: Tensor, tile: int, ratio: int) -> Iterator[tuple[int, int, Tensor]]:
     steps = _decoder_steps(vae.decoder)
     small, large = _split(steps, ratio, grow=True)
     x = _whole(small, z, tile // ratio)
@@ -75,12 +81,14 @@ def stream_decode(vae: AutoencoderDC, z: Tensor, *, tile: int = 1024) -> Iterato
 
 def tiled_decode(vae: AutoencoderDC, z: Tensor, *, tile: int = 1024) -> Tensor:
     """What `vae.decode(z).sample` is, in bounded memory; see `stream_decode`."""
-    out = z.new_empty(len(z), 0, 0, 0)
+    parts = stream_decode(vae, z, tile=tile)
     ratio = int(vae.spatial_compression_ratio)
-    for top, left, part in stream_decode(vae, z, tile=tile):
-        if not out.numel():
+    out: Tensor | None = None
+    for top, left, part in parts:
+        if out is None:
             out = part.new_empty(len(z), part.shape[1], z.shape[2] * ratio, z.shape[3] * ratio)
         out[:, :, top : top + part.shape[2], left : left + part.shape[3]] = part
+    assert out is not None  # noqa: S101 - there is at least one place
     return out
 
 
@@ -93,12 +101,12 @@ def tiled_encode(vae: AutoencoderDC, x: Tensor, *, tile: int = 1024) -> Tensor:
         tile: edge of a tile in pixels.
 
     Raises:
-        ValueError: a size is not divisible, the tile is smaller than the grid of a latent, or the autoencoder is in
+        TypeError: no `AutoencoderDC`.
+        ValueError: the images do not fit, the tile is smaller than the grid of a latent, or the autoencoder is in
             training mode.
     """
     ratio = _checked(vae, tile)
-    if x.shape[2] % ratio or x.shape[3] % ratio:
-        raise ValueError(f"x: got {tuple(x.shape)}, wanted a height and width that {ratio} divides")
+    check_images(vae, x)
     steps = _encoder_steps(vae.encoder)
     large, small = _split(steps, ratio, grow=False)
     factor = _product(large, "down")
@@ -133,6 +141,8 @@ def _tile_of(vae: Any) -> int:
 
 
 def _checked(vae: AutoencoderDC, tile: int) -> int:
+    if not isinstance(vae, AutoencoderDC):
+        raise TypeError(f"vae: got {type(vae).__name__}, wanted an AutoencoderDC")
     ratio = int(vae.spatial_compression_ratio)
     if tile < ratio or tile % ratio:
         raise ValueError(f"tile: got {tile}, wanted a multiple of {ratio}")

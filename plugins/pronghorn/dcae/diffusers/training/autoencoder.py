@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pronghorn.dcae.crops import Crops, batches
+from pronghorn.dcae.diffusers.autoencoder import AutoencoderDC
+from pronghorn.dcae.diffusers.training.batch_norms import restore_batch_norms
 from pronghorn.dcae.diffusers.training.loop import MODEL, Loop
 from pronghorn.dcae.diffusers.training.record import made_from
 from pronghorn.dcae.diffusers.training.selection import select, trained_modules
@@ -20,6 +24,8 @@ from pronghorn.dcae.losses import adaptive_weight, hinge_of_discriminator, hinge
 from pronghorn.dcae.metrics import Features, ReconstructionMetrics, evaluate
 from pronghorn.dcae.phases import HEAD, PhaseConfig
 from pronghorn.dcae.sources import squares
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = "samples"
 SHOWN = 8  # images of a sample grid
@@ -33,7 +39,7 @@ class AutoencoderTrainer:
     is started again with the same weights and images, as if nothing had happened.
 
     Args:
-        vae: an `AutoencoderDC`.
+        vae: our `AutoencoderDC`.
         config: the phase.
         images: a folder, files, images, tensors or a `datasets.Dataset`, see `Sources`.
         output: folder for checkpoints, `log.jsonl`, sample grids, and in the end the model.
@@ -44,6 +50,7 @@ class AutoencoderTrainer:
         log_with: trackers of accelerate's, as "tensorboard".
 
     Raises:
+        TypeError: the autoencoder is another one, as diffusers' own.
         ValueError: the resolution is no multiple of the autoencoder's ratio, images cannot be read or are smaller than
             that, or the folder holds another training.
 
@@ -58,6 +65,11 @@ class AutoencoderTrainer:
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None, features: Features | None = None,
         log_with: str | None = None,
     ) -> None:  # fmt: skip
+        if not isinstance(vae, AutoencoderDC):
+            got = f"{type(vae).__module__}.{type(vae).__name__}"
+            raise TypeError(
+                f"vae: got {got}, wanted pronghorn.dcae.AutoencoderDC; its from_pretrained loads diffusers'"
+            )
         ratio, size = vae.spatial_compression_ratio, int(config.resolution or 0)
         if size % ratio:
             raise ValueError(f"resolution: got {size}, wanted a multiple of {ratio}")
@@ -71,7 +83,8 @@ class AutoencoderTrainer:
         vae.to(accelerator.device)
         if config.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
-        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        self._synchronizes = _several_gpus(accelerator)
+        if self._synchronizes:
             nn.SyncBatchNorm.convert_sync_batchnorm(vae)
         self._held_out = [] if held_out is None else squares(held_out, size=size)
         self._channels = tuple(vae.config.latent_channels_list) if config.channel_samples else ()
@@ -123,10 +136,26 @@ class AutoencoderTrainer:
             self._loop.log(step, found)
             if on_step is not None:
                 on_step(step)
+        if self.config.phase != HEAD:
+            self._forget_scale()
         self._loop.finish(self.vae, self.output / MODEL)
         metrics = self.evaluate()
+        if self._synchronizes:
+            restore_batch_norms(self.vae)
         self.vae.eval().requires_grad_(True)
         return metrics
+
+    def _forget_scale(self) -> None:
+        """Latents are others now: the factor that made the former ones even is that of another model."""
+        before = self.vae.config.scaling_factor
+        if before == 1:
+            return
+        logger.warning(
+            "scaling_factor: was %g, of latents before this training; it is 1 now, which stands for none: "
+            "`pronghorn dcae stats %s IMAGES --write` estimates it", before, self.output / MODEL,
+        )  # fmt: skip
+        self.vae.register_to_config(scaling_factor=1.0)
+        self.vae.architecture = replace(self.vae.architecture, scaling_factor=1.0)
 
     def _step(self, step: int, x: Tensor) -> dict[str, float]:
         config, loop = self.config, self._loop
@@ -194,6 +223,10 @@ class _Reconstruct(nn.Module):
         """[batch, 3, height, width], one for each number of channels."""
         latent = self.vae.encode(x).latent
         return [self.vae.decode(latent if count is None else latent[:, :count]).sample for count in counts]
+
+
+def _several_gpus(accelerator: Any) -> bool:
+    return bool(accelerator.num_processes > 1 and accelerator.device.type == "cuda")
 
 
 def _last_weight(vae: Any) -> Tensor:
