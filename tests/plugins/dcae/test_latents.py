@@ -65,7 +65,7 @@ def test_a_dump_goes_on(photos, tmp_path):
     assert (out / "a/two.npy").stat().st_mtime_ns == kept
     with pytest.raises(ValueError, match="size: got 15"):
         dump_latents(vae, photos, out, size=15)
-    with pytest.raises(ValueError, match="estimate it"):
+    with pytest.raises(ValueError, match="dcae stats MODEL IMAGES --write"):
         dump_latents(vae, photos, out, size=16)
     Image.new("RGB", (16, 16)).save(photos / "a/one.jpg")
     with pytest.raises(ValueError, match="name of another one"):
