@@ -83,7 +83,7 @@ def test_older_folders_go_on(run, photos):
     (run / "config.json").write_text(json.dumps(record))
     lines = (run / "log.jsonl").read_text().splitlines()
     (run / "log.jsonl").write_text("\n".join([*lines[:3], *lines[2:], '{"step": 5, "l']))
-    with pytest.raises(ValueError, match=r"00000004: is a checkpoint of another architecture: .*size mismatch"):
+    with pytest.raises(ValueError, match="00000004: is a checkpoint of another architecture"):
         fit(photos, run, model(latent_channels=16), steps=6)
     fit(photos, run, steps=6)
     assert [line["step"] for line in logged(run)] == [1, 2, 3, 4, 5, 6]
