@@ -1,4 +1,4 @@
-"""Every change that this process makes to files below a folder, as Python's audit tells of it."""
+"""Every change that this process makes to files below a folder, as Python's audit tells of it; what is there then."""
 
 import os
 import signal
@@ -29,3 +29,10 @@ class WatchFiles:
         self.seen.append(event)
         if len(self.seen) == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def contents(folder: Path) -> dict[str, str] | None:
+    """What is in a folder, in hexadecimal digits; None where there is none."""
+    if not folder.exists():
+        return None
+    return {str(path.relative_to(folder)): path.read_bytes().hex() for path in folder.rglob("*") if path.is_file()}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
+
+from pronghorn.files.room import told_of_room
 
 PART = ".part"  # ends the name of a file that is being written
 
@@ -43,19 +44,15 @@ def write_part(directory: Path, name: str, content: bytes | memoryview, *, sync:
     Raises:
         OSError: no room or no permission; nothing is left behind.
     """
-    descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.", suffix=PART)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        free = shutil.disk_usage(directory).free
-        reason = f"{error.strerror}: {len(content)} bytes are needed, {free} bytes are free"
-        raise OSError(error.errno, reason, str(directory / name)) from error
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with told_of_room(directory / name, len(content)):
+        descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.", suffix=PART)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     return Path(temporary)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,26 +90,52 @@ class opened:  # noqa: N801 - used as a function
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no whole safetensors file, also where that shows only within the block.
+        ValueError: it is no whole safetensors file, also where that shows only when a tensor is asked for.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = path
         self._file: Any = None
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> _Named:
         if not Path(self._path).is_file():
             raise FileNotFoundError(f"{self._path}: there is no such file")
-        try:
+        with _naming(self._path):
             self._file = safe_open(self._path, framework="pt")
-            return self._file.__enter__()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self._path}: not a whole safetensors file ({error})") from error
+            return _Named(self._path, self._file.__enter__())
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._file.__exit__(kind, error, trace)
-        if isinstance(error, SafetensorError):
-            raise ValueError(f"{self._path}: not a whole safetensors file ({error})") from error
+
+
+class _Named:
+    """An open file of safetensors, whose errors name it; those of other files in the same block are none of its."""
+
+    def __init__(self, path: str | os.PathLike[str], file: Any) -> None:
+        self._path = path
+        self._file = file
+
+    def keys(self) -> list[str]:
+        return self._file.keys()
+
+    def metadata(self) -> dict[str, str] | None:
+        return self._file.metadata()
+
+    def get_tensor(self, name: str) -> Tensor:
+        with _naming(self._path):
+            return self._file.get_tensor(name)
+
+    def get_slice(self, name: str) -> Any:
+        with _naming(self._path):
+            return self._file.get_slice(name)
+
+
+@contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
 
 def digest_of(tensors: Mapping[str, Tensor], notes: Any, format: int) -> str:

@@ -24,13 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.estimate import Estimate, folder_bytes, peak_bytes
+from pronghorn.files.room import check_room
 from pronghorn.transformers.activation_store import ActivationStore
 from pronghorn.transformers.calibration_capture import BlockCalls
 from pronghorn.transformers.calibration_data import check_token_ids
 from pronghorn.transformers.calibration_plan import CalibrationPlan, Undertaking, disk_bytes_of, plan_of
 from pronghorn.transformers.calibration_state import BlockResult, CalibrationState, code_of, fingerprint_of
 from pronghorn.transformers.decoder import Block, find_decoder_blocks
-from pronghorn.transformers.disk import check_room
 from pronghorn.transformers.finite import check_weights
 
 __all__ = ["BlockInputs", "BlockResult", "CalibrationPlan", "CalibrationRunner"]

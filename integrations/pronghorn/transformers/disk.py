@@ -1,8 +1,7 @@
-"""Room for a calibration on disk, and tensors that lie there without a name."""
+"""What a calibration has on disk while it runs: parts of files, and tensors that lie there without a name."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,7 @@ from torch import Tensor
 
 from pronghorn.files.atomic import PART, write_atomically, write_part
 
-__all__ = ["check_room", "mapped_copy", "remove_parts", "write_atomically"]
-
-
-def check_room(directory: Path, needed: int) -> None:
-    """Raise OSError unless `needed` bytes are free in `directory`."""
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise OSError(f"{directory}: {needed} bytes are needed, {free} bytes are free")
+__all__ = ["mapped_copy", "remove_parts", "write_atomically"]
 
 
 def remove_parts(directory: Path) -> None:

@@ -117,14 +117,15 @@ def _packing(loaded: Any, tokenizer: Any, model: str, config: AwqConfig, no_repo
 
 
 def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path, report: AwqReport | None) -> None:
-    from pronghorn.awq.convert import made_whole
     from pronghorn.awq.quantize import quantize_model
     from pronghorn.awq.transformers import mark_quantized
+    from pronghorn.estimate import tensor_bytes
     from pronghorn.files.sealed import seal
+    from pronghorn.files.whole_folders import made_whole
 
     quantize_model(model, config)
     mark_quantized(model, config)
-    with made_whole(out, overwrite=False) as folder:
+    with made_whole(out, needed=tensor_bytes(list(model.state_dict().values()))) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         seal(folder)
@@ -134,9 +135,20 @@ def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path, report: AwqR
         typer.echo(report.write(out, model, config))
 
 
-def _refuse_existing(out: Path) -> None:
+def _check_new(out: Path) -> None:
+    from pronghorn.files.room import check_target
+
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another name or remove it")
+    check_target(out)
+
+
+def _check_room(out: Path, loaded: Any, config: AwqConfig) -> None:
+    """Before the work, as soon as the model tells how much it will be."""
+    from pronghorn.awq.quantize import packed_bytes
+    from pronghorn.files.room import check_target
+
+    check_target(out, packed_bytes(loaded, config))
 
 
 @app.command()
@@ -159,6 +171,11 @@ def search(
     dry_run: DryRun = False,
 ) -> None:
     """Search scales and clipping of MODEL and save them; `pack` applies them."""
+    from pronghorn.files.room import check_target
+
+    if out.is_dir():
+        raise IsADirectoryError(f"out: got the folder {out}, wanted a file")
+    check_target(out)
     _begin_anew(state, force)
     config = _config(bits, group_size, None, symmetric, duo_scaling, no_clip, skip)
     loaded, tokenizer = _load(model, dtype, device)
@@ -199,11 +216,12 @@ def quantize(
     from pronghorn.awq.report import AwqReport
     from pronghorn.estimate import in_turn
 
-    _refuse_existing(out)
+    _check_new(out)
     _begin_anew(state, force)
     config = _config(bits, group_size, version, symmetric, duo_scaling, no_clip, skip)
     loaded, tokenizer = _load(model, dtype, device)
     search, ids = (None, None) if rtn else _search(loaded, tokenizer, config, data, samples, seq_len, state)
+    _check_room(out, loaded, config)
     if dry_run:
         searching = [] if search is None else [search.rehearse(loaded, ids)[0]]
         typer.echo(str(in_turn([*searching, *_packing(loaded, tokenizer, model, config, no_report)])))
@@ -241,16 +259,16 @@ def pack(
     from pronghorn.estimate import in_turn
     from pronghorn.transformers.experts import unfuse_experts
 
-    _refuse_existing(out)
+    _check_new(out)
     config = _config(bits, group_size, version, symmetric, False, False, skip)
     found = SearchResult.load(result)
     loaded, tokenizer = _load(model, dtype, device)
+    unfuse_experts(loaded)
+    _check_room(out, loaded, config)
     if dry_run:
-        unfuse_experts(loaded)
         typer.echo(str(in_turn(_packing(loaded, tokenizer, model, config, no_report))))
         return
     report = None if no_report else AwqReport(loaded, tokenizer, model, base_model, {"saved in": result.name})
-    unfuse_experts(loaded)
     found.apply(loaded)
     _save(loaded, tokenizer, config, out, report)
 

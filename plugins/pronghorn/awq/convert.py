@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from pronghorn.files.json_files import parse_json
 from pronghorn.files.sealed import INDEX as SEAL
 from pronghorn.files.sealed import check_seal, seal
 from pronghorn.files.tensor_files import opened
+from pronghorn.files.whole_folders import made_whole
 from pronghorn.kernels.dequantize_weight.layouts import pack, unpack
 
 PICKLED = (".bin", ".pt")
@@ -51,6 +51,7 @@ def convert_checkpoint(
         ValueError: no quantized checkpoint, a damaged file, or a format that cannot hold it (3 bits in "gemm", zero
             points in "marlin").
         FileExistsError: `target` exists.
+        OSError: no room or no permission for it; nothing is left behind.
     """
     source, target = Path(source), Path(target)
     if target.exists() and not overwrite:
@@ -64,14 +65,16 @@ def convert_checkpoint(
     with ExitStack() as stack:
         # A linear's tensors may lie in different files.
         checkpoint = {path: stack.enter_context(_opened(path)) for path in files}
-        folder = stack.enter_context(made_whole(target, overwrite))
+        needed = sum(path.stat().st_size for path in (*files, *_other_files(source)))  # repacked, it is about as much
+        folder = stack.enter_context(made_whole(target, needed=needed, overwrite=overwrite))
         weight_map: dict[str, str] = {}
         for number, path in enumerate(tqdm(files, desc=f"{old.version} to {new.version}", disable=not progress)):
             name = path.name if path.suffix == ".safetensors" else _safetensors_name(number, len(files))
             converted = _convert_file(path, checkpoint, old, new)
             save_file(converted, folder / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(converted, name)
-        _copy_rest(source, folder)
+        for path in _other_files(source):
+            shutil.copy2(path, folder / path.name)
         if len(files) > 1:
             index = {"metadata": {}, "weight_map": weight_map}
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -245,41 +248,9 @@ class _LazyTensors(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _copy_rest(source: Path, folder: Path) -> None:
+def _other_files(source: Path) -> Iterator[Path]:
     """Tokenizer, generation settings and the like; not weights, their index, or configurations that are rewritten."""
     for path in source.iterdir():
         weights = path.suffix in (".safetensors", *PICKLED) or path.name.endswith(".index.json")
         if path.is_file() and not weights and path.name not in ("config.json", "quant_config.json", SEAL):
-            shutil.copy2(path, folder / path.name)
-
-
-@contextmanager
-def made_whole(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling folder that takes the target's name at the end, once it is on disk, or goes away."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        for path in (*folder.rglob("*"), folder):
-            _wait_for_disk(path)
-        old = target.with_name(f".{target.name}.replaced")
-        if overwrite and target.exists():
-            target.rename(old)
-        folder.rename(target)
-        _wait_for_disk(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _wait_for_disk(path: Path) -> None:
-    """Have a file, or the names in a folder, survive a loss of power."""
-    if os.name != "posix" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            yield path

@@ -39,21 +39,28 @@ def quantize_model(
     return model
 
 
-def packing_estimate(model: nn.Module, config: AwqConfig) -> Estimate:
-    """What `quantize_model` and saving take: a linear is packed for the time, the rest are shapes."""
+def packed_bytes(model: nn.Module, config: AwqConfig) -> int:
+    """Bytes of the weights that `quantize_model` will leave, on disk too."""
     linears = dict(decoder_linears(model, config))
     in_dtype = {"bias": False, "config": config, "device": "meta"}
     packed = [
         AwqLinear(linear.in_features, linear.out_features, dtype=linear.weight.dtype, name=name, **in_dtype)  # type: ignore[arg-type]
         for name, linear in linears.items()
     ]
-    weights = [linear.weight for linear in linears.values()]
-    disk = tensor_bytes(list(model.state_dict().values())) - tensor_bytes(weights)
-    disk += sum(tensor_bytes(list(module.state_dict().values())) for module in packed)
+    stay = tensor_bytes(list(model.state_dict().values()))
+    stay -= tensor_bytes([linear.weight for linear in linears.values()])
+    return stay + sum(tensor_bytes(list(module.state_dict().values())) for module in packed)
+
+
+def packing_estimate(model: nn.Module, config: AwqConfig) -> Estimate:
+    """What `quantize_model` and saving take: a linear is packed for the time, the rest are shapes."""
+    linears = dict(decoder_linears(model, config))
+    disk = packed_bytes(model, config)
     name, largest = max(linears.items(), key=lambda item: item[1].weight.numel())
+    alike = sum(linear.weight.numel() for linear in linears.values()) / largest.weight.numel()
     started = time.perf_counter()
     AwqLinear.from_linear(largest, config, name=name)
-    seconds = (time.perf_counter() - started) * sum(weight.numel() for weight in weights) / largest.weight.numel()
+    seconds = (time.perf_counter() - started) * alike
     return Estimate(peak_bytes(largest.weight.device), disk, seconds, f"one of {len(linears)} linears was packed")
 
 

@@ -168,17 +168,26 @@ def apply(
     """Save MODEL with its full heads first in every layer, and the pattern for that order in OUT/duoattention."""
     from pronghorn.duoattention.report import DuoReport
     from pronghorn.duoattention.transformers import apply_duo
+    from pronghorn.estimate import tensor_bytes
+    from pronghorn.files.room import check_target
+    from pronghorn.files.sealed import SEALED, seal
+    from pronghorn.files.whole_folders import made_whole
 
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another name or remove it")
+    check_target(out)
     config = _config(pattern, sparsity, threshold, balance, sink, recent, bits, prefill)
     loaded, tokenizer = _load(model, dtype, "cpu")
+    needed = tensor_bytes(list(loaded.state_dict().values()))
+    check_target(out, needed)
     report = None if no_report else DuoReport(loaded, tokenizer, config, model, base_model)
     duo = apply_duo(loaded, config, reorder=True)
-    loaded.save_pretrained(out)
-    tokenizer.save_pretrained(out)
     fixed = {**config.to_dict(), "gates": [[float(full) for full in row] for row in duo.full_heads]}
-    type(config).from_dict({**fixed, "sparsity": None, "threshold": 0.5}).save_pretrained(out / "duoattention")
+    with made_whole(out, needed=needed) as folder:
+        loaded.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        type(config).from_dict({**fixed, "sparsity": None, "threshold": 0.5}).save_pretrained(folder / "duoattention")
+        seal(folder, (*SEALED, "duoattention/*"))
     kept = sum(map(sum, duo.full_heads))
     typer.echo(f"{out}: {kept} of {len(duo.full_heads) * len(duo.full_heads[0])} key/value heads are full")
     if report is not None:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.faults.limited_disk import limited_disk
 from tests.models import tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
@@ -63,23 +64,14 @@ def test_what_a_format_cannot_hold_is_refused(checkpoint, tmp_path):
 
 
 @pytest.mark.fault(8, 10)
-def test_nothing_half_made_is_left(checkpoint, tmp_path, monkeypatch):
-    import pronghorn.awq.convert as room
-
-    calls = []
-
-    def failing(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
-            raise OSError("No space left on device")
-        return original(*args, **kwargs)
-
-    original = room.save_file
-    monkeypatch.setattr(room, "save_file", failing)
-    with pytest.raises(OSError, match="No space"):
+def test_nothing_half_made_is_left(checkpoint, tmp_path):
+    """The disk takes some files, then fills up."""
+    convert_checkpoint(checkpoint, tmp_path / "whole", "gemv", progress=False)
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "whole").glob("*.safetensors"))]
+    assert sizes[0] < max(sizes)
+    with limited_disk(sizes[0]), pytest.raises(OSError, match=r"\d+ bytes are needed, \d+ bytes are free: '.*gemv'"):
         convert_checkpoint(checkpoint, tmp_path / "gemv", "gemv", progress=False)
-    assert len(calls) == 2
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
 @pytest.mark.fault(10)

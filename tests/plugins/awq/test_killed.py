@@ -9,19 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from tests.faults.child import in_a_fork, run_as_program
-from tests.faults.watch_files import WatchFiles
+from tests.faults.watch_files import WatchFiles, contents
 from tests.models import tiny_model
 from transformers import AutoModelForCausalLM
 
 import pronghorn.transformers  # noqa: F401 - registers
 from pronghorn.awq import AwqConfig, convert_checkpoint
-
-
-def contents(folder):
-    """What is in a folder, in hexadecimal digits; None where there is none."""
-    if not folder.exists():
-        return None
-    return {str(path.relative_to(folder)): path.read_bytes().hex() for path in folder.rglob("*") if path.is_file()}
 
 
 def converted(source, folder, overwrite, kill_at, notes):
@@ -80,7 +73,7 @@ def test_no_half_written_folder_is_ever_there(overwrite, tmp_path, figure):
 @pytest.mark.fault(8)
 def test_everything_is_on_disk_before_the_name_is(tmp_path, monkeypatch):
     """Loss of power: each file, then the folder, then its new name, then the folder of that."""
-    from pronghorn.awq.convert import made_whole
+    from pronghorn.files.whole_folders import made_whole
 
     order, fsync, rename = [], os.fsync, Path.rename
     monkeypatch.setattr(
@@ -89,7 +82,7 @@ def test_everything_is_on_disk_before_the_name_is(tmp_path, monkeypatch):
         lambda descriptor: (order.append(str(Path(f"/proc/self/fd/{descriptor}").readlink())), fsync(descriptor)),
     )
     monkeypatch.setattr(Path, "rename", lambda path, to: (order.append("rename"), rename(path, to))[1])
-    with made_whole(tmp_path / "target", overwrite=False) as folder:
+    with made_whole(tmp_path / "target", needed=2) as folder:
         (folder / "a").write_text("a")
         (folder / "b").write_text("b")
     place = order.index("rename")

@@ -13,6 +13,7 @@ from pronghorn.cli.check import check
 from pronghorn.duoattention import DuoAttentionConfig, apply_duo
 from pronghorn.duoattention.cli import app
 from pronghorn.duoattention.pattern import GATES, Pattern, save_pattern
+from pronghorn.files.sealed import INDEX
 
 SIZES = ["--sink", "2", "--recent", "8"]
 
@@ -53,12 +54,23 @@ def test_a_model_with_its_pattern_passes(applied, letters):
 )
 def test_gates_of_another_model(applied, tmp_path, damage, named):
     folder = shutil.copytree(applied, tmp_path / "copy")
+    (folder / INDEX).unlink()  # sealed, the digests alone would refuse it
     assert found(folder)["DuoAttention gates"].state == "ok"
     damage(folder / "duoattention")
     findings = found(folder)
     assert findings["DuoAttention gates"].state == "failed"
     assert named in findings["DuoAttention gates"].detail
     assert "loading in transformers" in findings
+
+
+@pytest.mark.fault(1)
+def test_a_model_without_its_pattern_is_not_shipped(applied, tmp_path):
+    """Its heads are in another order, which only the pattern tells."""
+    folder = shutil.copytree(applied, tmp_path / "copy")
+    shutil.rmtree(folder / "duoattention")
+    findings = found(folder)
+    assert findings["digests"].state == "failed"
+    assert "duoattention" in findings["digests"].detail
 
 
 def test_the_reports_figures_are_those_of_the_cache(applied, letters):

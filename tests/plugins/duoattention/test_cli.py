@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from pronghorn.duoattention import DuoAttentionConfig
 from pronghorn.duoattention.cli import app
+from pronghorn.files.sealed import check_seal
 
 FAST = ["--dtype", "float32", "--device", "cpu"]
 
@@ -67,12 +68,16 @@ def test_apply_gives_the_same_model_in_another_order(letters, pattern, tmp_path)
     assert "2 of 4" in found.output
     config = DuoAttentionConfig.from_pretrained(tmp_path / "duo" / "duoattention")
     assert config.full_heads() == [[True, False], [True, False]]
+    assert check_seal(tmp_path / "duo")
     assert (config.sink_size, config.recent_size) == (4, 8)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         before, after = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (letters, tmp_path / "duo"))
     assert torch.allclose(before, after, atol=1e-5)
     assert isinstance(call("apply", letters, pattern, tmp_path / "duo").exception, FileExistsError)
+    (tmp_path / "duo" / "duoattention" / "full_attention_heads.tsv").unlink()
+    with pytest.raises(FileNotFoundError, match="full_attention_heads"):
+        check_seal(tmp_path / "duo")
 
 
 def test_plan(letters, pattern):

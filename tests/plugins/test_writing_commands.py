@@ -1,0 +1,97 @@
+"""Commands that write checkpoints, where there is no room or no permission: said before the work, or with its bytes."""
+
+import shutil
+from itertools import product
+
+import pytest
+from tests.faults.limited_disk import limited_disk
+from typer.testing import CliRunner
+
+from pronghorn.awq.search import AwqSearch
+from pronghorn.cli import app
+from pronghorn.duoattention import DuoAttentionConfig
+
+PACKING = ["--group-size", "32", "--device", "cpu"]
+SEARCHING = [*PACKING, "--samples", "1", "--seq-len", "32", "--no-clip"]
+NAMES = ["search", "quantize", "pack", "convert", "apply"]
+
+
+def call(arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def commands(letters, tmp_path_factory):
+    """By name, the arguments that write to a path; each has been seen to work."""
+    folder = tmp_path_factory.mktemp("made")
+    pattern, data = folder / "pattern", folder / "data.txt"
+    DuoAttentionConfig(gates=[[0.9, 0.1], [0.2, 0.7]]).save_pretrained(pattern)
+    data.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    made = {
+        "search": lambda out: ["awq", "search", letters, out, "--data", data, *SEARCHING],
+        "quantize": lambda out: ["awq", "quantize", letters, out, "--data", data, *SEARCHING, "--no-report"],
+        "pack": lambda out: ["awq", "pack", letters, folder / "search", out, *PACKING, "--no-report"],
+        "convert": lambda out: ["awq", "convert", folder / "quantize", out, "--to", "gemv"],
+        "apply": lambda out: ["duoattention", "apply", letters, pattern, out, "--no-report"],
+    }
+    for name in NAMES:
+        found = call(made[name](folder / name))
+        assert found.exit_code == 0, (name, found.output, found.exception)
+    return made
+
+
+@pytest.fixture
+def no_search(monkeypatch):
+    """A search is too late."""
+    monkeypatch.setattr(AwqSearch, "run", lambda *_: pytest.fail("the search began"))
+
+
+@pytest.mark.fault(10)
+@pytest.mark.parametrize(("name", "size"), [("search", 100), *product(NAMES[1:], (100, 5000))])
+def test_no_room(commands, name, size, tmp_path):
+    """Files of 100 bytes stop at configurations, of 5,000 at weights."""
+    with limited_disk(size):
+        found = call(commands[name](tmp_path / "out"))
+    assert isinstance(found.exception, OSError), found.exception
+    assert "bytes are needed" in str(found.exception)
+    assert "bytes are free" in str(found.exception)
+    assert str(tmp_path / "out") in str(found.exception)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.fault(10)
+@pytest.mark.usefixtures("no_search")
+@pytest.mark.parametrize("name", NAMES)
+def test_no_permission(commands, name):
+    for place in ("/proc/out", "/proc/nope/out"):
+        found = call(commands[name](place))
+        assert isinstance(found.exception, OSError), found.exception
+        assert f"{place!r}" in str(found.exception)
+        assert "cannot be made" in str(found.exception)
+
+
+@pytest.mark.fault(10)
+@pytest.mark.parametrize("name", ["search", "quantize", "pack"])
+def test_a_dry_run_says_so_too(commands, name):
+    found = call([*commands[name]("/proc/nope/out"), "--dry-run"])
+    assert isinstance(found.exception, OSError), found.output
+    assert "cannot be made" in str(found.exception)
+
+
+@pytest.mark.fault(10)
+@pytest.mark.usefixtures("no_search")
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_no_room_is_said_before_the_work(commands, name, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    found = call(commands[name](tmp_path / "out"))
+    assert isinstance(found.exception, OSError), found.exception
+    assert "bytes are needed, 10 bytes are free" in str(found.exception)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.fault(10)
+@pytest.mark.usefixtures("no_search")
+def test_a_search_is_no_folder(commands, tmp_path):
+    found = call(commands["search"](tmp_path))
+    assert isinstance(found.exception, IsADirectoryError)
