@@ -44,8 +44,8 @@ NO_SIZES = {
     "max_position_embeddings": 1_048_576, "sliding_window": 131_072, "max_window_layers": 28, "seed": 2**32 - 1,
     "rope_scaling": {"factor": 8.0, "original_max_position_embeddings": 131_072, "rope_type": "llama3"},
     "rope_theta": 10_000_000.0, "rope_local_base_freq": 100_000.0, "rotary_emb_base": 100_000,
-    "scheduler_decay_steps": 10**6, "sampling_rate": 96_000, "suppress_tokens": [220, 257_000], "attention_chunk_size": 131_072,
-    "id2label": {str(i): f"LABEL_{i}" for i in range(1000)}, "layer_norm_eps": 1e-5,
+    "scheduler_decay_steps": 10**6, "sampling_rate": 96_000, "suppress_tokens": [220, 257_000],
+    "id2label": {str(i): f"LABEL_{i}" for i in range(1000)}, "attention_chunk_size": 131_072,
     "quantization_config": {"bits": 4, "group_size": 128, "llm_int8_threshold": 6.0},
 }  # fmt: skip
 
