@@ -1,10 +1,14 @@
 """`pronghorn check`: whole checkpoints pass, each fault is found by name, and what is refused is not loaded."""
 
+import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
+import socket
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +17,9 @@ from tests.plugins.conftest import letters  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
 import pronghorn.cli.check as room
+import pronghorn.transformers.checking as loading
+from pronghorn.checkpoint import Checkpoint
+from pronghorn.checkpoint.source import SourceError
 from pronghorn.cli import app
 from pronghorn.cli.check import check
 from pronghorn.methods import entry_points
@@ -82,6 +89,13 @@ def spoil(tensors, number=float("nan")):
     next(iter(tensors.values())).view(-1)[3] = number
 
 
+def listen(path):
+    """A socket in the file system; its path is short, as theirs must be."""
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):
+        server.bind(path.name)
+
+
+KERNEL = '"_attn_implementation": "kernels-community/flash-attn2"'
 INDEX = "model.safetensors.index.json"
 REFUSED = {
     "pickle": ("no pickles", "evil.bin", lambda f: (f / "evil.bin").write_bytes(b"x")),
@@ -97,10 +111,22 @@ REFUSED = {
     "key twice": ("JSON", "twice", lambda f: edit(f, "config.json", "{", '{"vocab_size": 7,')),
     "nested": ("JSON", "too deep", lambda f: (f / "extra.json").write_text("[" * 10**5 + "]" * 10**5)),
     "auto_map": ("names code", "auto_map", lambda f: change_json(f / "config.json", auto_map={"AutoModel": "evil.E"})),
+    "hub kernel": ("names code", "config.json: _attn_impl", lambda f: edit(f, "config.json", "{", f"{{{KERNEL},")),
+    "hub kernel inside": ("names code", "attn_impl", lambda f: edit(f, "config.json", "{", f'{{"a": [{{{KERNEL}}}],')),
+    "pipe": ("whole files", "a pipe", lambda f: os.mkfifo(f / "notes.txt")),
+    "pipe of JSON": ("whole files", "a pipe", lambda f: os.mkfifo(f / "extra.json")),
+    "socket": ("whole files", "socket", lambda f: listen(f / "s")),
     "path in the index": ("index", "../x", lambda f: change_json(f / INDEX, weight_map={"a": "../x.safetensors"})),
     "missing shard": ("index", NAME, lambda f: (f / NAME).unlink()),
     "moved tensor": ("index", "the index says", lambda f: change_json(f / INDEX, weight_map=moved(f))),
     "many layers": ("sizes", "num_hidden_layers", lambda f: change_json(f / "config.json", num_hidden_layers=10**9)),
+    "many labels": ("sizes", "num_labels", lambda f: change_json(f / "config.json", num_labels=3_000_000)),
+    "large head": ("sizes", "head_dim", lambda f: change_json(f / "config.json", head_dim=500_000)),
+    "many experts": ("sizes", "num_local_experts", lambda f: change_json(f / "config.json", num_local_experts=10**8)),
+    "inside": ("sizes", "d_model", lambda f: change_json(f / "config.json", audio={"parts": [{"d_model": 10**9}]})),
+    "layers a block": ("sizes", "layers_per", lambda f: change_json(f / "config.json", layers_per_block=10**7)),
+    "channels": ("sizes", "block_out", lambda f: change_json(f / "config.json", block_out_channels=[8, 10**9])),
+    "timesteps": ("sizes", "timesteps", lambda f: (f / "scheduler_config.json").write_text('{"timesteps": 1e12}')),
     "large vocabulary": ("sizes", "vocab_size", lambda f: change_json(f / "config.json", vocab_size=10**12)),
     "NaN": ("finite", "holds NaN", lambda f: change_tensors(f / NAME, spoil)),
     "no configuration": ("configuration", "no config.json", lambda f: (f / "config.json").unlink()),
@@ -115,6 +141,7 @@ def test_a_whole_checkpoint_passes(whole):
     assert "top-1 agreement 1.0000, KL 0.00000" in findings["as the source"].detail
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.fault(1, 2, 3)
 @pytest.mark.parametrize("fault", REFUSED)
 def test_refused_before_anything_is_loaded(copy, monkeypatch, fault):
@@ -195,6 +222,38 @@ def test_another_model_than_the_source(whole, tmp_path):
     assert findings["as the source"].state == "failed"
     assert "top-1 agreement 0.0" in findings["as the source"].detail
     assert found(whole, source=str(tmp_path / "other"), min_agreement=0.0)["as the source"].state == "ok"
+
+
+SOURCES = {
+    "nowhere": lambda whole, folder: "nowhere/none",
+    "empty": lambda whole, folder: folder,
+    "damaged": lambda whole, folder: (shutil.copytree(whole, folder, dirs_exist_ok=True), cut(folder / NAME))[0],
+    "another class": lambda whole, folder: (
+        shutil.copytree(whole, folder, dirs_exist_ok=True),
+        change_json(folder / "config.json", architectures=["Evil"]),
+    )[0],
+}
+
+
+def in_transformers(folder, source):
+    return loading.check(Checkpoint(folder, "transformers"), source, 0.5, lambda model: ())
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_source_that_is_none_is_no_fault_of_the_checkpoint(whole, tmp_path, monkeypatch, kind):
+    assert states({one.name: one for one in in_transformers(whole, str(whole))}) == {"ok", "skipped"}
+    source = str(SOURCES[kind](whole, tmp_path))
+    if kind in ("nowhere", "empty"):
+        monkeypatch.setattr(loading, "load_whole", None)  # nothing is loaded before
+    with pytest.raises(SourceError, match=f"^--source: .*{re.escape(source)}"):
+        list(in_transformers(whole, source))
+
+
+def test_a_source_by_its_hub_name(whole, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: asked.append(name) or str(whole))
+    assert found(whole, source="org/base")["as the source"].state == "ok"
+    assert asked == ["org/base"]
 
 
 def test_the_command_says_it_in_json_and_by_its_exit_code(whole, copy):

@@ -12,6 +12,7 @@ from pronghorn.files.json_files import parse_json
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".keras", ".msgpack"}
 CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".bat", ".exe", ".jar", ".whl"}
 NAMES_CODE = ("auto_map", "custom_pipelines", "custom_pipeline")
+CHOOSES_KERNELS = ("_implementation", "_implementation_internal")
 STUBS = {
     b"version https://git-lfs": "a pointer of Git LFS in place of the file",
     b"<!doctype html": "a web page in place of the file",
@@ -46,7 +47,7 @@ def check_files(checkpoint: Checkpoint) -> Iterator[Finding]:
         "whole files", [f"{path.relative_to(folder)}: {why}" for path in inside if (why := _stub(path))],
         "fetch the file itself, as with `git lfs pull` or `hf download`", f"{_size(inside)} in {len(inside)} files",
     )  # fmt: skip
-    yield from _check_json([path for path in inside if path.suffix == ".json"], folder)
+    yield from _check_json([path for path in inside if path.suffix == ".json" and path.is_file()], folder)
 
 
 def read_json(path: Path) -> Any:
@@ -83,6 +84,8 @@ def _naming_code(content: Any) -> list[str]:
         value = waiting.pop()
         if isinstance(value, dict):
             found += [name for name in NAMES_CODE if value.get(name)]
+            # A path there is a repository of the Hub, whose kernels are fetched and run.
+            found += [name for name in value if name.endswith(CHOOSES_KERNELS) and "/" in str(value[name])]
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
@@ -102,6 +105,8 @@ def _leads_out(path: Path, folder: Path) -> str:
 
 
 def _stub(path: Path) -> str:
+    if not path.is_file():
+        return "a pipe, socket or device in place of the file"  # which may never end, or not even begin
     try:
         with path.open("rb") as file:
             start = file.read(64).lstrip().lower()

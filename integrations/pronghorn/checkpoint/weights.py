@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
 from pronghorn.checkpoint.files import read_json
+from pronghorn.checkpoint.sizes import check_sizes
 from pronghorn.files.sealed import INDEX as SEAL
 from pronghorn.files.sealed import check_seal
 from pronghorn.files.tensor_files import opened
 
 INDEX = ".safetensors.index.json"
 NUMBERS_AT_ONCE = 1 << 24
-COUNTS_LAYERS = re.compile(r"(^|_)n?(um)?(_hidden)?_?(layers?|blocks)$|^depth$")
-COUNTS_CHANNELS = re.compile(r"(hidden|vocab|intermediate|embed|embedding)_(size|dim)$|^(d_model|n_embd|ffn_dim)$")
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,8 @@ def check_weights(checkpoint: Checkpoint) -> Iterator[Finding]:
     for root in sorted({path.parent for path in files}):
         together = checkpoint.ecosystem in ("transformers", "vllm")  # others keep statistics beside weights
         yield from _check_folder(root, {path: held for path, held in stored.items() if path.parent == root}, together)
-    yield _check_sizes(checkpoint, stored)
+    shapes = {path: [tensor.shape for tensor in held.values()] for path, held in stored.items()}
+    yield check_sizes(folder, shapes)
     yield _check_finite(stored)
 
 
@@ -73,6 +70,15 @@ def tensors_of(path: Path) -> dict[str, Stored]:
     """
     with opened(path) as file:
         return {name: Stored(path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def stored_shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Of all tensors that lie in a folder itself.
+
+    Raises:
+        ValueError: a file is not whole.
+    """
+    return [tensor.shape for path in sorted(folder.glob("*.safetensors")) for tensor in tensors_of(path).values()]
 
 
 def _check_folder(folder: Path, stored: dict[Path, dict[str, Stored]], together: bool) -> Iterator[Finding]:
@@ -108,21 +114,6 @@ def _check_folder(folder: Path, stored: dict[Path, dict[str, Stored]], together:
             yield failed("index", f"{index.name}: {wrong[0]} lies {where}, the index says {said}", again)
             continue
         yield ok("index", f"{index.name}: {len(places)} tensors in {len(named)} files")
-
-
-def _check_sizes(checkpoint: Checkpoint, stored: dict[Path, dict[str, Stored]]) -> Finding:
-    """That no size is beyond what the weights can fill: a library would build all of it before it compares."""
-    shapes = [tensor.shape for held in stored.values() for tensor in held.values()]
-    numbers = sum(int(torch.Size(shape).numel()) for shape in shapes) * 32  # a packed number is a bit at least
-    for name, value in checkpoint.text_config.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            continue
-        most = len(shapes) if COUNTS_LAYERS.search(name) else numbers if COUNTS_CHANNELS.search(name) else None
-        if most is not None and value > most:
-            what = f"{len(shapes)} tensors" if most == len(shapes) else f"tensors of at most {most} numbers"
-            return failed("sizes", f"{name}: the configuration says {value}, the weights are {what}",
-                          "take the configuration that belongs to these weights")  # fmt: skip
-    return ok("sizes", "of the configuration are within what is stored")
 
 
 def _check_finite(stored: dict[Path, dict[str, Stored]]) -> Finding:

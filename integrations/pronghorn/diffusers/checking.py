@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
+from pronghorn.checkpoint.sizes import check_room
+from pronghorn.checkpoint.source import read_as_source, source_folder
+from pronghorn.checkpoint.weights import stored_shapes
 
 LIBRARIES = ("diffusers", "transformers", "pronghorn")
 STEPS, LEAST_EDGE = 2, 64
@@ -25,6 +28,7 @@ def check(
     after_loading: Callable[[Any], Iterable[Finding]],
 ) -> Iterator[Finding]:
     """Load the autoencoder, model or pipeline, let it make a picture, and compare that with its source's."""
+    base = None if source is None else source_folder(source)
     foreign = _foreign(checkpoint)
     if foreign:
         yield failed("components", f"{foreign}: wanted classes of {', '.join(LIBRARIES)}",
@@ -47,10 +51,14 @@ def check(
         yield failed("answers", f"{tuple(picture.shape)} with NaN or Inf", "try float32, or train or convert again")
         return
     yield ok("answers", f"finite, {tuple(picture.shape)} from {float(picture.min()):.2f} to {float(picture.max()):.2f}")
-    if source is not None:
+    if base is not None:
         del loaded
-        theirs, _ = load_whole(Checkpoint(Path(source), checkpoint.ecosystem))
-        yield _as_source(picture, answer(theirs), min_agreement)
+        with read_as_source(base):
+            original = Checkpoint(base, checkpoint.ecosystem)
+            if _foreign(original):
+                raise ValueError(f"{_foreign(original)} would be imported")
+            theirs = answer(load_whole(original)[0])
+        yield _as_source(picture, theirs, min_agreement)
 
 
 def load_whole(checkpoint: Checkpoint) -> tuple[Any, list[tuple[str, str, list[str]]]]:
@@ -117,11 +125,24 @@ def _load_model(module: Any, kind: str, folder: Path) -> tuple[Any, list[tuple[s
     found = getattr(module, kind, None)
     if found is None or not hasattr(found, "from_pretrained"):
         raise ValueError(f"{folder.name}: got the class {kind}, wanted one of {module.__name__}")
+    _check_built(found, folder)
     model, info = found.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True)
     return model.eval(), [
         ("lacks", sorted(info["missing_keys"])),
         ("has no place for", sorted(info["unexpected_keys"])),
     ]
+
+
+def _check_built(kind: Any, folder: Path) -> None:
+    """Raise ValueError if the model, of which nothing is read here, is far larger than the weights in the folder."""
+    with torch.device("meta"):
+        if hasattr(kind, "load_config"):
+            model = kind.from_config(kind.load_config(str(folder)))
+        else:
+            model = kind(kind.config_class.from_pretrained(str(folder)))
+    beyond = check_room(model, stored_shapes(folder), packed=hasattr(model.config, "quantization_config"))
+    if beyond:
+        raise ValueError(f"{folder.name}: {beyond.detail}")
 
 
 def _components(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:

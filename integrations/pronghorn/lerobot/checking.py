@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok
 from pronghorn.checkpoint.files import read_json
+from pronghorn.checkpoint.source import read_as_source, source_folder
 
 LIBRARIES = ("lerobot", "pronghorn")
 CALLS = 3
@@ -26,6 +27,7 @@ def check(
     after_loading: Callable[[Any], Iterable[Finding]],
 ) -> Iterator[Finding]:
     """Load the policy with its processors, let it act, and compare the actions with its source's."""
+    base = None if source is None else source_folder(source)
     foreign = _foreign(checkpoint.folder)
     if foreign:
         yield failed("processors", f"{foreign}: wanted steps of {', '.join(LIBRARIES)}, or registered ones",
@@ -46,8 +48,11 @@ def check(
     yield ok(
         "acts", f"{CALLS} finite actions of {wanted}, from {float(actions.min()):.2f} to {float(actions.max()):.2f}"
     )
-    if source is not None:
-        theirs = act(*load_whole(Path(source)))
+    if base is not None:
+        with read_as_source(base):
+            if _foreign(base):
+                raise ValueError(f"{_foreign(base)} would be imported")
+            theirs = act(*load_whole(base))
         error = float((actions - theirs).norm() / theirs.norm().clamp_min(1e-30))
         detail = f"relative error {error:.6f} of the actions"
         passed = 1 - error >= min_agreement

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
+from pronghorn.checkpoint.sizes import check_room
+from pronghorn.checkpoint.source import read_as_source, source_folder
+from pronghorn.checkpoint.weights import stored_shapes
 from pronghorn.transformers.answers import Answers, agreement, observe, positions_of, windows
 
 EXAMPLE = "The quick brown fox jumps over 13 lazy dogs."
@@ -24,6 +27,11 @@ def check(
 ) -> Iterator[Finding]:
     """Load the checkpoint, let it answer, and compare the answers with its source's."""
     folder = checkpoint.folder
+    source = source and str(source_folder(source))
+    beyond = check_built(folder)
+    if beyond:
+        yield beyond
+        return
     model, misfits = load_whole(folder)
     yield ok("architecture", f"{type(model).__name__}, {sum(p.numel() for p in model.parameters())} parameters")
     yield fitting(misfits)
@@ -62,14 +70,7 @@ def load_whole(folder: str | Path, device: str | None = None) -> tuple[Any, list
     Raises:
         ValueError: the configuration names no class of transformers.
     """
-    import transformers
-
-    config: Any = transformers.AutoConfig.from_pretrained(folder)
-    names = list(config.architectures or [])
-    kinds = [getattr(transformers, name, None) for name in names]
-    kind = next((k for k in kinds if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)), None)
-    if kind is None:
-        raise ValueError(f"architectures: got {names}, wanted a class of transformers {transformers.__version__}")
+    _, kind = _class_of(folder)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     how: dict[str, Any] = {"device_map": {"": where}} if where == "meta" else {}
     loaded: Any = kind.from_pretrained(
@@ -85,6 +86,30 @@ def load_whole(folder: str | Path, device: str | None = None) -> tuple[Any, list
         for name, stored, wanted in sorted(info["mismatched_keys"])
     ]
     return model.to(where).eval(), misfits
+
+
+def check_built(folder: Path) -> Finding | None:
+    """What is wrong if the model, of which nothing is read here, is far larger than the weights in the folder.
+
+    Raises:
+        ValueError: the configuration names no class of transformers.
+    """
+    config, kind = _class_of(folder)
+    with torch.device("meta"):
+        model = kind(config)
+    return check_room(model, stored_shapes(folder), packed=hasattr(config, "quantization_config"))
+
+
+def _class_of(folder: str | Path) -> tuple[Any, Any]:
+    import transformers
+
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    names = list(config.architectures or [])
+    kinds = [getattr(transformers, name, None) for name in names]
+    kind = next((k for k in kinds if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)), None)
+    if kind is None:
+        raise ValueError(f"architectures: got {names}, wanted a class of transformers {transformers.__version__}")
+    return config, kind
 
 
 def fitting(misfits: list[str]) -> Finding:
@@ -155,11 +180,11 @@ def _check_special_tokens(model: Any, vocab_size: int) -> Finding:
 
 
 def _compare(answers: Answers, source: str, min_agreement: float) -> Iterator[Finding]:
-    theirs, misfits = load_whole(source)
-    if misfits:
-        yield failed("as the source", f"{source}: {misfits[0]}", "give the source's own checkpoint")
-        return
-    found = agreement(observe(theirs, answers.ids), answers)
+    with read_as_source(source):
+        theirs, misfits = load_whole(source)
+        if misfits:
+            raise ValueError(misfits[0])
+        found = agreement(observe(theirs, answers.ids), answers)
     yield judged(found.top1, found.kl, found.tokens, min_agreement)
     if found.layers:
         worst = max(found.layers, key=lambda name: found.layers[name])

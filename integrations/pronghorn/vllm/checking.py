@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
+from pronghorn.checkpoint.source import read_as_source, source_folder
 from pronghorn.transformers.answers import positions_of, windows
-from pronghorn.transformers.checking import check_tokenizer, fitting, judged, load_whole, said, tokenizer_of_folder
+from pronghorn.transformers.checking import (
+    check_built,
+    check_tokenizer,
+    fitting,
+    judged,
+    load_whole,
+    said,
+    tokenizer_of_folder,
+)
 
 TOKENS, NEW_TOKENS = 128, 16
 MAX_ENTRIES = 1 << 20  # of whole distributions: vLLM makes an object of each
@@ -34,6 +43,7 @@ def check(
     after_loading: Callable[[Any], Iterable[Finding]],
 ) -> Iterator[Finding]:
     """Start an engine, let it answer greedily, and compare its distributions with those of the source's engine."""
+    source = source and str(source_folder(source))
     fits = _keys_and_shapes(checkpoint)
     yield fits
     if fits.state == "failed":
@@ -53,7 +63,8 @@ def check(
         return
     yield ok("answers", f"finite, {said(tokenizer, ours.generated)}")
     if source is not None:
-        theirs = _serve(source, prompt, tokenizer is None, vocab_size)
+        with read_as_source(source):
+            theirs = _serve(source, prompt, tokenizer is None, vocab_size)
         equal = sum(map(int.__eq__, ours.likeliest, theirs.likeliest)) / len(theirs.likeliest)
         divergences = [_divergence(p, q) for p, q in zip(theirs.distributions, ours.distributions, strict=True)]
         yield judged(equal, sum(divergences) / len(divergences), len(theirs.likeliest), min_agreement)
@@ -63,6 +74,9 @@ def _keys_and_shapes(checkpoint: Checkpoint) -> Finding:
     """As transformers sees them: vLLM cuts rows off a weight that is larger than the configuration says."""
     quantized = checkpoint.config.get("quantization_config") is not None
     try:
+        beyond = check_built(checkpoint.folder)
+        if beyond:
+            return beyond
         # Packed weights are checked by their values too, which are not there on "meta".
         _, misfits = load_whole(checkpoint.folder, "cpu" if quantized else "meta")
     except Exception as error:  # noqa: BLE001 - a format or an architecture may be vLLM's alone

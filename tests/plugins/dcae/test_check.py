@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -74,6 +75,13 @@ def test_another_autoencoder_than_the_source(folder, tmp_path):
             parameter.normal_(std=0.3)
     other.save_pretrained(tmp_path / "other")
     assert found(folder, source=str(tmp_path / "other"))["as the source"].state == "failed"
+
+
+def test_a_source_by_its_hub_name(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: asked.append(name) or str(folder))
+    assert found(folder, source="org/base")["as the source"].state == "ok"
+    assert asked == ["org/base"]
 
 
 @pytest.mark.parametrize("kind", ALL)

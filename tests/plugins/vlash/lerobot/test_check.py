@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,6 +29,13 @@ def test_a_trained_policy_passes(trained):
     assert "(16, 2), finite" in findings["VLASH chunk"].detail
     assert "3 finite actions of (2,)" in findings["acts"].detail
     assert "relative error 0.000000" in findings["as the source"].detail
+
+
+def test_a_source_by_its_hub_name(trained, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: asked.append(name) or str(trained))
+    assert found(trained, source="org/base")["as the source"].state == "ok"
+    assert asked == ["org/base"]
 
 
 def test_a_policy_of_lerobots_own(data, tmp_path):
