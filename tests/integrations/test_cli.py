@@ -1,5 +1,6 @@
 """The `pronghorn` command, as users call it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -163,6 +164,10 @@ def test_bench_runs_what_can_run_here(tmp_path, monkeypatch, capsys):
     }  # fmt: skip
     assert not bench(["broken"], seconds=60, out=tmp_path / "bench.json")
     assert "failed: ValueError: out of luck" in json.loads((tmp_path / "bench.json").read_text())["not_run"]["broken"]
+    (tmp_path / "benchmarks" / "unreadable.py").write_text("def main():\n" + SCRIPT)
+    assert not bench(["unreadable"], seconds=60, out=tmp_path / "bench.json")
+    reason = json.loads((tmp_path / "bench.json").read_text())["not_run"]["unreadable"]
+    assert reason.startswith("failed: IndentationError")
     assert bench(["endless"], seconds=2, out=tmp_path / "bench.json")
     assert "took more than 2 s" in json.loads((tmp_path / "bench.json").read_text())["not_run"]["endless"]
     with pytest.raises(ValueError, match="no benchmark; there are"):
@@ -173,6 +178,32 @@ def test_bench_runs_what_can_run_here(tmp_path, monkeypatch, capsys):
     assert "good: can run here" in said
     assert "awq bench: needs a model: pronghorn awq bench --help" in said
     assert not (tmp_path / "none.json").exists()
+
+
+def test_bench_goes_on_after_an_operation_that_raises(tmp_path, monkeypatch):
+    """And writes what there is where it cannot go on."""
+    import pronghorn.cli.bench as room
+    from pronghorn.kernels._operation import operations
+
+    known = {operation.name: operation for operation in operations()}
+
+    def raises(error):
+        def broken(**arguments):
+            raise error
+
+        return dataclasses.replace(known["bias_activation"], timed=broken)
+
+    names, out, good = ["bias_activation", "dequantize_weight"], tmp_path / "bench.json", known["dequantize_weight"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(room, "operations", lambda: [raises(RuntimeError("out of luck")), good])
+    assert not room.bench(names, seconds=1, out=out)
+    first = json.loads(out.read_text())
+    assert first["not_run"] == {"bias_activation": "failed: RuntimeError: out of luck"}
+    monkeypatch.setattr(room, "operations", lambda: [good, raises(KeyboardInterrupt())])
+    with pytest.raises(KeyboardInterrupt):
+        room.bench(names, seconds=1, out=out)
+    for found in (first, json.loads(out.read_text())):
+        assert [row["what"] for row in found["rows"]] == ["dequantize_weight"]
 
 
 def test_mistakes_are_one_line():
