@@ -90,13 +90,15 @@ def test_verify_checks_an_operation_and_a_method():
 
 
 def test_verify_knows_all_that_has_landed():
-    """Every kernel's folder, and every method."""
+    """Every kernel's folder, and every method with reference data."""
     from pronghorn.kernels._operation import operations
-    from pronghorn.methods import entry_points, installed_methods
+    from pronghorn.methods import entry_points
 
     folders = {path.parent.name for path in (ROOT / "kernels/pronghorn/kernels").glob("*/__init__.py")}
     assert {operation.name for operation in operations()} == folders
-    assert {entry.name for entry in entry_points("verify")} == set(installed_methods())
+    golden = {path.name for path in (ROOT / "tests/golden/data").iterdir() if path.is_dir()}
+    assert golden
+    assert {entry.name for entry in entry_points("verify")} == golden
 
 
 def test_verify_fails_where_a_check_fails(tmp_path):
@@ -215,6 +217,38 @@ def test_mistakes_are_one_line():
         assert found.returncode == 1
         assert named in found.stderr
         assert "Traceback" not in found.stderr
+
+
+ENDS = {
+    "diverges": (
+        "raise FloatingPointError('loss: got nan. Lower learning_rate')",
+        "loss: got nan. Lower learning_rate",
+    ),
+    "python's memory": ("raise MemoryError", "out of memory: close other programs"),
+    "torch's memory": ("import torch; raise torch.OutOfMemoryError('too\\nlarge: try less')", "too large: try less"),
+    "memory of a CPU": ("import torch; torch.empty(1 << 60)", "can't allocate memory"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_a_user_can_mend_is_one_line(tmp_path, end):
+    raised, said = ENDS[end]
+    plugin = f"import typer\napp = typer.Typer()\n@app.command()\ndef go():\n    {raised}\n"
+    fake_distribution(tmp_path, "bad-luck", {"pronghorn.cli": {"badluck": "ending:app"}}, {"ending.py": plugin})
+    found = run("import sys; sys.argv = ['pronghorn', 'badluck']; from pronghorn.cli import main; main()", tmp_path)
+    assert found.returncode == 1
+    (line,) = found.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert said in line
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    plugin = "import typer\napp = typer.Typer()\n@app.command()\ndef go():\n    raise RuntimeError('a fault of ours')\n"
+    fake_distribution(tmp_path, "bad-luck", {"pronghorn.cli": {"badluck": "ending:app"}}, {"ending.py": plugin})
+    found = run("import sys; sys.argv = ['pronghorn', 'badluck']; from pronghorn.cli import main; main()", tmp_path)
+    assert found.returncode == 1
+    assert "Traceback" in found.stderr
+    assert "a fault of ours" in found.stderr
 
 
 @pytest.mark.parametrize("fault", ["import error", "syntax error", "exits while it is imported"])
