@@ -36,6 +36,8 @@ class Contract:
         save: writes the module into a folder that is there, in the way that users do; None where that is the way of
             torch: its state dict, loaded into a module that was made anew.
         load: reads what `save` wrote; None likewise.
+        batches: what the module computes of an example of so many samples, where sizes of batches change while it is
+            used: torch.compile then makes two graphs of it at most, the second for all sizes.
         exceptions: names of `CHECKS` that are not the method's, each with the reason, which the docs print.
 
     Raises:
@@ -46,6 +48,7 @@ class Contract:
     run: Callable[[Any], Tensor] | None = None
     save: Callable[[Any, Path], object] | None = None
     load: Callable[[Path], Any] | None = None
+    batches: Callable[[Any, int], Tensor] | None = None
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

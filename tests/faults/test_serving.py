@@ -35,10 +35,13 @@ from tests.faults.serving import (
     save_models,
     wrong,
 )
+from tests.own_methods import own_methods
 from tests.plugins.conftest import letters_tokenizer
 from tests.vllm_server import ask as ask_server
 from tests.vllm_server import call, stream, vllm_server
 from transformers import AutoModelForCausalLM
+
+from pronghorn.methods import entry_points
 
 vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")
 pytestmark = pytest.mark.xdist_group("vllm")
@@ -46,6 +49,11 @@ pytestmark = pytest.mark.xdist_group("vllm")
 ALONE = [name for name in METHODS if " " not in name]
 ANSWER = 32  # tokens, of those that are known
 FEW = 48  # blocks, of which requests need up to 8
+
+
+def test_every_method_that_serves_is_tried():
+    serves = {entry.name for entry in entry_points("vllm")} & set(own_methods())
+    assert {method for name in METHODS for method in name.split(" and ")} == serves
 
 
 @pytest.fixture(scope="module")

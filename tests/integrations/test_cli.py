@@ -1,5 +1,6 @@
 """The `pronghorn` command, as users call it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -91,13 +92,15 @@ def test_verify_checks_an_operation_and_a_method():
 
 
 def test_verify_knows_all_that_has_landed():
-    """Every kernel's folder, and every method."""
+    """Every kernel's folder, and every method with reference data."""
     from pronghorn.kernels._operation import operations
-    from pronghorn.methods import entry_points, installed_methods
+    from pronghorn.methods import entry_points
 
     folders = {path.parent.name for path in (ROOT / "kernels/pronghorn/kernels").glob("*/__init__.py")}
     assert {operation.name for operation in operations()} == folders
-    assert {entry.name for entry in entry_points("verify")} == set(installed_methods())
+    golden = {path.name for path in (ROOT / "tests/golden/data").iterdir() if path.is_dir()}
+    assert golden
+    assert {entry.name for entry in entry_points("verify")} == golden
 
 
 def test_verify_fails_where_a_check_fails(tmp_path):
@@ -165,6 +168,10 @@ def test_bench_runs_what_can_run_here(tmp_path, monkeypatch, capsys):
     }  # fmt: skip
     assert not bench(["broken"], seconds=60, out=tmp_path / "bench.json")
     assert "failed: ValueError: out of luck" in json.loads((tmp_path / "bench.json").read_text())["not_run"]["broken"]
+    (tmp_path / "benchmarks" / "unreadable.py").write_text("def main():\n" + SCRIPT)
+    assert not bench(["unreadable"], seconds=60, out=tmp_path / "bench.json")
+    reason = json.loads((tmp_path / "bench.json").read_text())["not_run"]["unreadable"]
+    assert reason.startswith("failed: IndentationError")
     assert bench(["endless"], seconds=2, out=tmp_path / "bench.json")
     assert "took more than 2 s" in json.loads((tmp_path / "bench.json").read_text())["not_run"]["endless"]
     with pytest.raises(ValueError, match="no benchmark; there are"):
@@ -177,6 +184,32 @@ def test_bench_runs_what_can_run_here(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "none.json").exists()
 
 
+def test_bench_goes_on_after_an_operation_that_raises(tmp_path, monkeypatch):
+    """And writes what there is where it cannot go on."""
+    import pronghorn.cli.bench as room
+    from pronghorn.kernels._operation import operations
+
+    known = {operation.name: operation for operation in operations()}
+
+    def raises(error):
+        def broken(**arguments):
+            raise error
+
+        return dataclasses.replace(known["bias_activation"], timed=broken)
+
+    names, out, good = ["bias_activation", "dequantize_weight"], tmp_path / "bench.json", known["dequantize_weight"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(room, "operations", lambda: [raises(RuntimeError("out of luck")), good])
+    assert not room.bench(names, seconds=1, out=out)
+    first = json.loads(out.read_text())
+    assert first["not_run"] == {"bias_activation": "failed: RuntimeError: out of luck"}
+    monkeypatch.setattr(room, "operations", lambda: [good, raises(KeyboardInterrupt())])
+    with pytest.raises(KeyboardInterrupt):
+        room.bench(names, seconds=1, out=out)
+    for found in (first, json.loads(out.read_text())):
+        assert [row["what"] for row in found["rows"]] == ["dequantize_weight"]
+
+
 def test_mistakes_are_one_line():
     for arguments, named in (
         (["verify", "nothing"], "neither an operation nor a method"),
@@ -186,6 +219,38 @@ def test_mistakes_are_one_line():
         assert found.returncode == 1
         assert named in found.stderr
         assert "Traceback" not in found.stderr
+
+
+ENDS = {
+    "diverges": (
+        "raise FloatingPointError('loss: got nan. Lower learning_rate')",
+        "loss: got nan. Lower learning_rate",
+    ),
+    "python's memory": ("raise MemoryError", "out of memory: close other programs"),
+    "torch's memory": ("import torch; raise torch.OutOfMemoryError('too\\nlarge: try less')", "too large: try less"),
+    "memory of a CPU": ("import torch; torch.empty(1 << 60)", "can't allocate memory"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_a_user_can_mend_is_one_line(tmp_path, end):
+    raised, said = ENDS[end]
+    plugin = f"import typer\napp = typer.Typer()\n@app.command()\ndef go():\n    {raised}\n"
+    fake_distribution(tmp_path, "bad-luck", {"pronghorn.cli": {"badluck": "ending:app"}}, {"ending.py": plugin})
+    found = run("import sys; sys.argv = ['pronghorn', 'badluck']; from pronghorn.cli import main; main()", tmp_path)
+    assert found.returncode == 1
+    (line,) = found.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert said in line
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    plugin = "import typer\napp = typer.Typer()\n@app.command()\ndef go():\n    raise RuntimeError('a fault of ours')\n"
+    fake_distribution(tmp_path, "bad-luck", {"pronghorn.cli": {"badluck": "ending:app"}}, {"ending.py": plugin})
+    found = run("import sys; sys.argv = ['pronghorn', 'badluck']; from pronghorn.cli import main; main()", tmp_path)
+    assert found.returncode == 1
+    assert "Traceback" in found.stderr
+    assert "a fault of ours" in found.stderr
 
 
 @pytest.mark.parametrize("fault", ["import error", "syntax error", "exits while it is imported"])

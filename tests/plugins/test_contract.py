@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.plugins.host_state import changes, state
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pronghorn.contract import CHECKS, Contract
@@ -26,6 +27,7 @@ SOURCES = Path(__file__).parents[2] / "plugins" / "pronghorn"
 CHOSEN = os.environ.get("PRONGHORN_CONTRACT")
 PACKAGES = {name: package for name, package in installed_methods().items() if not CHOSEN or name in CHOSEN.split(",")}
 COMPILED = 1e-6  # operations that are compiled may add in another order
+BATCHES = (2, 3, 5, 7, 11)
 
 
 each_method = pytest.mark.parametrize("method", PACKAGES)
@@ -150,7 +152,32 @@ def test_registering_again_is_a_no_op(method, ecosystem):
     (entry,) = [entry for entry in entry_points(ecosystem) if entry.name == method]
     register = entry.load()
     register()
+    register()  # by which vLLM may import more of itself, which registers that
+    before = state(ecosystem)
+    assert before
     register()
+    assert changes(before, state(ecosystem)) == []
+
+
+def test_a_registration_that_is_no_no_op_is_seen():
+    """In a dict of a module, in one of an object there, and as a name of a class."""
+    import transformers
+
+    before = state("transformers")
+    attentions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    quantizers = transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING
+    kind = transformers.quantizers.HfQuantizer
+    try:
+        attentions.register("nothing_of_that_name", print)
+        quantizers["nothing_of_that_name"] = print
+        kind.nothing_of_that_name = print
+        found = {place[-2:] for place in changes(before, state("transformers"))}
+    finally:
+        del attentions._global_mapping["nothing_of_that_name"], quantizers["nothing_of_that_name"]
+        del kind.nothing_of_that_name
+    assert {("AUTO_QUANTIZER_MAPPING", "nothing_of_that_name"), ("HfQuantizer", "nothing_of_that_name")} <= found
+    assert ("_global_mapping", "nothing_of_that_name") in found
+    assert changes(before, state("transformers")) == []
 
 
 @pytest.fixture(scope="session")
@@ -215,3 +242,19 @@ def test_it_compiles_to_one_graph(method, made):
     found = part.run(torch.compile(module, fullgraph=True, backend=counted))
     assert counted.frame_count == 1
     assert relative_error(found, wanted) <= COMPILED
+
+
+@pytest.mark.fault(20)
+@each_method
+def test_batches_of_other_sizes_compile_once_more(method):
+    part = contract(method, "compile")
+    if part.batches is None:
+        pytest.skip(f"{method} says nothing of batches")
+    torch.compiler.reset()  # another test's compilations would count
+    module, counted = part.module(0), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counted)
+    for size in BATCHES:
+        found = part.batches(compiled, size)
+        assert len(found) == size
+        assert relative_error(found, part.batches(module, size)) <= COMPILED
+    assert counted.frame_count <= 2

@@ -11,6 +11,8 @@ from typer.core import TyperGroup
 
 from pronghorn.methods import entry_points, is_disabled
 
+LESS_MEMORY = "close other programs, or ask for less at once: smaller batches, shorter inputs, a smaller model"
+
 
 class _WithMethods(TyperGroup):
     """Our own commands and those of the methods, which are loaded when they are asked for."""
@@ -87,7 +89,7 @@ def verify(
 ) -> None:
     """Check operations and methods on this device: error against the reference, speed against the hardware's limit.
 
-    Exits with 1 where a check fails.
+    Exits with 1 where a check fails. Methods whose reference data are not here are skipped, unless they are named.
     """
     from pronghorn.cli.verify import verify as run
 
@@ -143,15 +145,39 @@ def new(
     for path in write_method(name, ecosystem, into):
         typer.echo(path)
     if is_clone(into):
-        typer.echo(f"next: make test; or python -m pytest tests/plugins/{name}")
+        typer.echo(
+            f"next: python -m pytest tests/plugins/{name}; then make test, which asks for what only you can say:"
+        )
+        typer.echo("its pairs with the other methods, in tests/plugins/pairs/rows.py (and make tables)")
+        if ecosystem == "vllm":
+            typer.echo("how it is served, in METHODS of tests/faults/serving.py")
     else:
         typer.echo(f"next: pip install -e {into / f'pronghorn-{name}'}; then pytest there, and pronghorn {name}")
 
 
+def own_commands() -> set[str]:
+    """Names of the commands that are no method's."""
+    return {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+
+
 def main() -> None:
-    """Run the command; a user's mistake is one line, not a traceback."""
+    """Run the command; what a user can mend is one line that says how, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        _end(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _end(" ".join(str(error).split()) or f"out of memory: {LESS_MEMORY}")
+
+
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    torch: Any = sys.modules.get("torch")  # not imported for an error that cannot be its own
+    kinds = (MemoryError, torch.OutOfMemoryError) if hasattr(torch, "OutOfMemoryError") else (MemoryError,)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)  # the latter of torch on a CPU
+
+
+def _end(said: str) -> None:
+    typer.echo(f"Error: {said}", err=True)
+    sys.exit(1)

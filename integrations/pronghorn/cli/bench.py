@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pronghorn.cli.new import is_clone
-from pronghorn.cli.verify import limits
+from pronghorn.cli.verify import failure, limits
 from pronghorn.kernels._operation import Operation, operations
 from pronghorn.measurement import device, measure, results, row
 from pronghorn.methods import entry_points, is_disabled
@@ -32,6 +32,8 @@ COMMAND = "bench"  # what methods call theirs
 
 def bench(names: Sequence[str], *, seconds: float, out: Path, listed: bool = False) -> bool:
     """Measure operations, and in a clone run the scripts of its folder; whether none failed.
+
+    One that fails is listed with its reason, and the others go on; what was measured is written also if they cannot.
 
     Args:
         names: of operations and scripts; none are all.
@@ -48,8 +50,24 @@ def bench(names: Sequence[str], *, seconds: float, out: Path, listed: bool = Fal
     unknown = [name for name in names if name not in kernels and name not in scripts]
     if unknown:
         raise ValueError(f"{unknown[0]!r}: no benchmark; there are {', '.join([*kernels, *scripts])}")
-    chosen = [name for name in (*kernels, *scripts) if not names or name in names]
-    not_run = {name: reason for name in chosen if name in scripts and (reason := _obstacle(scripts[name]))}
+    chosen = [name for name in dict.fromkeys((*kernels, *scripts)) if not names or name in names]
+    failed: list[str] = []
+    not_run: dict[str, str] = {}
+
+    def tried(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return run(*arguments)
+        except _EndedError as error:
+            not_run[name] = str(error)
+            failed.extend([name] * error.fault)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken benchmark must not take the others along
+            not_run[name] = failure(error)
+            failed.append(name)
+        return None
+
+    for name in chosen:
+        if name in scripts and (obstacle := tried(name, _obstacle, scripts[name])):
+            not_run[name] = obstacle
     if not names:
         not_run |= {name: f"needs a model: {command}" for name, command in _commands()}
     console = Console()
@@ -61,40 +79,37 @@ def bench(names: Sequence[str], *, seconds: float, out: Path, listed: bool = Fal
     out.parent.mkdir(parents=True, exist_ok=True)
     out.touch()
     rows: list[dict[str, Any]] = []
-    failed = []
-    if any(name in kernels for name in chosen):
-        rows += _measured([kernels[name] for name in chosen if name in kernels])
-    for name in chosen:
-        if name in scripts and name not in not_run:
-            found, reason, broken = _run(scripts[name], seconds)
-            rows += found
-            not_run |= {name: reason} if reason else {}
-            failed += [name] if broken else []
-    out.write_text(json.dumps({**results("bench", rows), "not_run": not_run}, indent=1) + "\n")
+    try:
+        machine = limits(device()) if any(name in kernels for name in chosen) else ()
+        for name in chosen:
+            if name in kernels:
+                rows += tried(name, _measured, kernels[name], *machine) or []
+            if name in scripts and name not in not_run:
+                rows += tried(name, _run, scripts[name], seconds) or []
+    finally:
+        out.write_text(json.dumps({**results("bench", rows), "not_run": not_run}, indent=1) + "\n")
     console.print(_table(rows))
     _say(console, not_run)
     console.print(f"{len(rows)} rows -> {out}", markup=False, soft_wrap=True)
     return not failed
 
 
-def _measured(chosen: Sequence[Operation]) -> Iterator[dict[str, Any]]:
+def _measured(operation: Operation, bandwidth: float, rate: float) -> list[dict[str, Any]]:
     """On a GPU against the reference there; elsewhere the reference is what runs, so against the hardware's limit."""
     where = device()
     on_gpu = where.type == "cuda"
-    bandwidth, rate = limits(where)
-    for operation in chosen:
-        knobs = operation.large if on_gpu else operation.shapes[0]
-        dtype = torch.float16 if on_gpu else torch.float32
-        arguments = operation.example(knobs, dtype, torch.Generator().manual_seed(0), where)
-        call = functools.partial(operation.timed, **arguments)
-        cost = operation.cost(knobs)
-        floor = max(cost.bytes / bandwidth, cost.flops / rate)
-        ours = _timed(call, "triton") if on_gpu else measure(call)
-        peer, theirs = "its reference", _timed(call, "reference") if on_gpu else {}
-        if not on_gpu:
-            peer, theirs = "this machine's limit", dict.fromkeys(ours, floor)
-        shape = " ".join(f"{key}={value}" for key, value in knobs.items())
-        yield row(operation.name, peer, shape, ours, theirs, roofline=floor / ours["p50"])
+    knobs = operation.large if on_gpu else operation.shapes[0]
+    dtype = torch.float16 if on_gpu else torch.float32
+    arguments = operation.example(knobs, dtype, torch.Generator().manual_seed(0), where)
+    call = functools.partial(operation.timed, **arguments)
+    cost = operation.cost(knobs)
+    floor = max(cost.bytes / bandwidth, cost.flops / rate)
+    ours = _timed(call, "triton") if on_gpu else measure(call)
+    peer, theirs = "its reference", _timed(call, "reference") if on_gpu else {}
+    if not on_gpu:
+        peer, theirs = "this machine's limit", dict.fromkeys(ours, floor)
+    shape = " ".join(f"{key}={value}" for key, value in knobs.items())
+    return [row(operation.name, peer, shape, ours, theirs, roofline=floor / ours["p50"])]
 
 
 def _timed(call: functools.partial[Any], backend: str) -> dict[str, float]:
@@ -144,25 +159,33 @@ def _obstacle(script: Path) -> str:
     return ""
 
 
-def _run(script: Path, seconds: float) -> tuple[list[dict[str, Any]], str, bool]:
-    """A script's rows, why there are none, and whether that is its fault."""
+class _EndedError(Exception):
+    """A script gave no rows: why, and whether that is its fault."""
+
+    def __init__(self, reason: str, *, fault: bool) -> None:
+        super().__init__(reason)
+        self.fault = fault
+
+
+def _run(script: Path, seconds: float) -> list[dict[str, Any]]:
+    """A script's rows.
+
+    Raises:
+        _EndedError: there are none.
+    """
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "OUT": folder}
         command = [sys.executable, str(script)]
         try:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)  # noqa: S603 - the clone's own file
         except subprocess.TimeoutExpired:
-            return [], f"took more than {seconds:g} s, see --seconds", False
+            raise _EndedError(f"took more than {seconds:g} s, see --seconds", fault=False) from None
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
-            return [], f"failed: {lines[-1] if lines else f'exit {done.returncode}'}", True
+            raise _EndedError(f"failed: {lines[-1] if lines else f'exit {done.returncode}'}", fault=True)
         files = sorted(Path(folder).glob("*.json"))
         topics = [json.loads(path.read_text()) for path in files]
-        return (
-            [{**row, "what": f"{topic['topic']}: {row['what']}"} for topic in topics for row in topic["rows"]],
-            "",
-            False,
-        )
+        return [{**row, "what": f"{topic['topic']}: {row['what']}"} for topic in topics for row in topic["rows"]]
 
 
 def _commands() -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from pronghorn.cli import own_commands
 from pronghorn.methods import ECOSYSTEMS, installed_methods
 
 TORCH = "torch"  # what is imported by itself, and ships to no ecosystem
@@ -61,6 +62,8 @@ def _check(name: str, ecosystem: str) -> None:
         raise ValueError(f"ecosystem: got {ecosystem!r}, accepted are {', '.join((*ECOSYSTEMS, TORCH))}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise ValueError(f"name: got {name!r}, wanted small letters, digits and underscores, such as {TOY!r}")
+    if name in own_commands():
+        raise ValueError(f"name: got {name!r}, but that is a command of Pronghorn's own; choose another")
     if name in installed_methods() or importlib.util.find_spec(f"pronghorn.{name}") is not None:
         raise ValueError(f"name: got {name!r}, but pronghorn.{name} exists")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,26 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pronghorn.cli.golden import GOLDEN, golden_files
 from pronghorn.kernels._operation import Operation, operations, relative_error
 from pronghorn.methods import entry_points, is_disabled
 from pronghorn.verification import Check
 
-GOLDEN = "PRONGHORN_GOLDEN"
 REPEATS = 5
 
 
 def verify(names: Sequence[str], as_json: bool = False) -> bool:
     """Check the named operations and methods, or all; whether all checks passed.
 
+    One that fails is reported with its reason, and the others go on. A method whose reference data are not here is
+    skipped, and fails if it was named.
+
     Args:
         names: of operations and methods; none are all.
         as_json: print `{"device", "limits", "operations", "methods", "passed"}` instead of tables.
 
     Raises:
-        ValueError: a name that is neither an operation nor a method with reference data.
+        ValueError: a name that is neither an operation nor a method that replays reference data.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known = {operation.name: operation for operation in operations()}
@@ -45,13 +48,17 @@ def verify(names: Sequence[str], as_json: bool = False) -> bool:
     chosen = [operation for name, operation in known.items() if not names or name in names]
     bandwidth, rate = limits(device) if chosen else (math.nan, math.nan)
     measured = [_operation(operation, device, bandwidth, rate) for operation in chosen]
-    methods = [_method(name, entry, device) for name, entry in replays.items() if not names or name in names]
+    methods = [
+        _method(name, entry, device, asked=name in names)
+        for name, entry in replays.items()
+        if not names or name in names
+    ]
     found = {
         "device": str(device),
         "limits": {"bytes_per_second": bandwidth, "flops_per_second": rate} if chosen else None,
         "operations": measured,
         "methods": methods,
-        "passed": all(part["passed"] for part in (*measured, *methods)),
+        "passed": all(part["passed"] or part["skipped"] for part in (*measured, *methods)),
     }
     if as_json:
         print(json.dumps(found, indent=2))  # noqa: T201 - plain, for other programs to read
@@ -61,49 +68,64 @@ def verify(names: Sequence[str], as_json: bool = False) -> bool:
 
 
 def _operation(operation: Operation, device: torch.device, bandwidth: float, rate: float) -> dict[str, Any]:
-    checks = [
-        _check(
-            str(dtype).removeprefix("torch."),
-            max(_error(operation, knobs, dtype, device) for knobs in operation.shapes),
-            tolerance,
-        )
-        for dtype, tolerance in operation.tolerance.items()
-    ]
     knobs = operation.large if device.type == "cuda" else operation.shapes[0]
-    arguments = operation.example(knobs, torch.float16, torch.Generator().manual_seed(0), device)
-    seconds = _seconds(functools.partial(operation.timed, **arguments), device)
-    cost = operation.cost(knobs)
-    return {
+    found: dict[str, Any] = {
         "name": operation.name,
-        "checks": checks,
+        "checks": [],
+        "reason": "",
         "shape": " ".join(f"{key}={value}" for key, value in knobs.items()),
-        "seconds": seconds,
-        "share_of_limit": max(cost.bytes / bandwidth, cost.flops / rate) / seconds,
-        "passed": all(check["passed"] for check in checks),
+        "seconds": None,
+        "share_of_limit": None,
+        "passed": False,
+        "skipped": False,
     }
+    try:
+        for dtype, tolerance in operation.tolerance.items():
+            worst = _largest(_error(operation, shape, dtype, device) for shape in operation.shapes)
+            found["checks"].append(_check(str(dtype).removeprefix("torch."), worst, tolerance))
+        arguments = operation.example(knobs, torch.float16, torch.Generator().manual_seed(0), device)
+        found["seconds"] = _seconds(functools.partial(operation.timed, **arguments), device)
+        cost = operation.cost(knobs)
+        found["share_of_limit"] = max(cost.bytes / bandwidth, cost.flops / rate) / found["seconds"]
+    except Exception as error:  # noqa: BLE001 - a broken operation must not take the others along
+        return {**found, "reason": failure(error)}
+    return {**found, "passed": all(check["passed"] for check in found["checks"])}
 
 
-def _method(name: str, entry: EntryPoint, device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": name, "checks": [], "reason": "", "passed": False}
+def _method(name: str, entry: EntryPoint, device: torch.device, *, asked: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": name, "checks": [], "reason": "", "passed": False, "skipped": False}
     try:
         replay = entry.load()
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken method must not take the others along
         return {**found, "reason": f"not available: {type(error).__name__}: {error}"}
-    root = Path(os.environ.get(GOLDEN) or "tests/golden/data")
-    folder = root / name if (root / name).is_dir() else root
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        reason = (
-            f"no reference data in {folder.resolve()}; they are in the repository, tests/golden/data: "
-            f"set {GOLDEN} to that folder"
-        )
-        return {**found, "reason": reason}
-    checks = [
-        {"file": path.stem, **_check(check.name, check.error, check.tolerance)}
-        for path in files
-        for check in replay(path, device)
-    ]
-    return {**found, "checks": checks, "passed": all(check["passed"] for check in checks)}
+    file = getattr(sys.modules.get(entry.module), "__file__", None)
+    paths = golden_files(name, Path(file) if file else None)
+    if not paths:
+        reason = f"no reference data here; they are in the repository, tests/golden/data: set {GOLDEN} to that folder"
+        return {**found, "reason": reason if asked else f"skipped: {reason}", "skipped": not asked}
+    reasons = []
+    for path in paths:
+        try:
+            checks = replay(path, device)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - nor one file the others
+            reasons.append(f"{path.stem}: {failure(error)}")
+            continue
+        if not checks:
+            reasons.append(f"{path.stem}: failed: nothing of it was compared")
+        found["checks"] += [{"file": path.stem, **_check(check.name, check.error, check.tolerance)} for check in checks]
+    passed = not reasons and all(check["passed"] for check in found["checks"])
+    return {**found, "reason": "; ".join(reasons), "passed": passed}
+
+
+def failure(error: BaseException) -> str:
+    """What ended one item of several, in a line."""
+    said = " ".join(str(error).split())
+    return f"failed: {type(error).__name__}: {said}" if said else f"failed: {type(error).__name__}"
+
+
+def _largest(errors: Iterable[float]) -> float:
+    """Python's `max` would lose a NaN that is not the first."""
+    return float(torch.tensor([*errors], dtype=torch.float64).max())
 
 
 def _check(name: str, error: float, tolerance: float) -> dict[str, Any]:
@@ -120,24 +142,30 @@ def _show(found: dict[str, Any]) -> None:
         for operation in found["operations"]:
             for check in operation["checks"]:
                 table.add_row(operation["name"], check["check"], _coloured(check), f"{check['tolerance']:.0e}")
-            micro, share = operation["seconds"] * 1e6, operation["share_of_limit"]
-            table.add_row("", f"float16 {operation['shape']}", "", "", f"{micro:.0f} us", f"{share:.1%}")
+            if operation["share_of_limit"] is not None:
+                micro, share = operation["seconds"] * 1e6, operation["share_of_limit"]
+                table.add_row("", f"float16 {operation['shape']}", "", "", f"{micro:.0f} us", f"{share:.1%}")
         console.print(table)
         copied, multiplied = found["limits"].values()
         console.print(
             f"limits measured here: {copied / 1e9:.0f} GB/s copied, {multiplied / 1e12:.2f} TFLOP/s multiplied"
         )
     for method in found["methods"]:
-        if method["reason"]:
-            console.print(f"{method['name']}: {method['reason']}", markup=False, soft_wrap=True)
-            continue
-        table = Table("file", "check", "error", "tolerance", title=f"{method['name']}, official results")
-        for check in method["checks"]:
-            table.add_row(check["file"], check["check"], _coloured(check), f"{check['tolerance']:.0e}")
-        console.print(table)
+        if method["checks"]:
+            table = Table("file", "check", "error", "tolerance", title=f"{method['name']}, official results")
+            for check in method["checks"]:
+                table.add_row(check["file"], check["check"], _coloured(check), f"{check['tolerance']:.0e}")
+            console.print(table)
     parts = (*found["operations"], *found["methods"])
-    failed = [part["name"] for part in parts if not part["passed"]]
-    console.print(f"failed: {', '.join(failed)}" if failed else f"all {len(parts)} passed", soft_wrap=True)
+    for part in parts:
+        if part["reason"]:
+            console.print(f"{part['name']}: {part['reason']}", markup=False, soft_wrap=True)
+    skipped = sum(part["skipped"] for part in parts)
+    failed = [part["name"] for part in parts if not part["passed"] and not part["skipped"]]
+    rest = f", {skipped} skipped" if skipped else ""
+    console.print(
+        f"failed: {', '.join(failed)}" if failed else f"all {len(parts) - skipped} passed{rest}", soft_wrap=True
+    )
 
 
 def _error(operation: Operation, knobs: Any, dtype: torch.dtype, device: torch.device) -> float:

@@ -20,13 +20,18 @@ def _module(seed: int) -> AwqLinear:
 
 
 def _run(module: AwqLinear) -> Tensor:
-    found: Tensor = module(torch.linspace(-1, 1, 2 * IN_FEATURES).view(2, IN_FEATURES))
+    return _batch(module, 2)
+
+
+def _batch(module: AwqLinear, size: int) -> Tensor:
+    found: Tensor = module(torch.linspace(-1, 1, size * IN_FEATURES).view(size, IN_FEATURES))
     return found
 
 
 contract = Contract(
     module=_module,
     run=_run,
+    batches=_batch,
     exceptions={
         "unknown settings": "configurations on the hub hold settings of other programs beside those of the format",
     },

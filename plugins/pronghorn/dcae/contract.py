@@ -25,7 +25,11 @@ def _module(seed: int) -> AutoencoderDC:
 
 
 def _run(module: AutoencoderDC) -> Tensor:
-    found: Tensor = module(torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)).sample
+    return _batch(module, 1)
+
+
+def _batch(module: AutoencoderDC, size: int) -> Tensor:
+    found: Tensor = module(torch.linspace(-1, 1, size * 3 * 16 * 16).view(size, 3, 16, 16)).sample
     return found.detach()
 
 
@@ -34,4 +38,5 @@ contract = Contract(
     run=_run,
     save=lambda module, folder: module.save_pretrained(folder),
     load=AutoencoderDC.from_pretrained,
+    batches=_batch,
 )

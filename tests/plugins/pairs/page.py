@@ -9,6 +9,7 @@ import sys
 from itertools import combinations_with_replacement
 from pathlib import Path
 
+from tests.own_methods import own_methods
 from tests.plugins.pairs.rows import NEVER, REFUSED, ROWS, WORKS, Row
 
 ROOT = Path(__file__).parents[3]
@@ -30,8 +31,8 @@ A method with itself stands for doing it twice.
 
 
 def pairs() -> dict[tuple[str, str], list[Row]]:
-    """The rows of each pair, in order."""
-    named = sorted({name for row in ROWS for name in row.methods})
+    """The rows of each pair of this repository's methods, in order."""
+    named = sorted(own_methods())
     return {pair: [row for row in ROWS if row.methods == pair] for pair in combinations_with_replacement(named, 2)}
 
 
