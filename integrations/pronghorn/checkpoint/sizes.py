@@ -13,7 +13,7 @@ from pronghorn.checkpoint import CONFIGS, Finding, failed, ok
 from pronghorn.checkpoint.files import read_json
 
 BUILT_FROM = {*CONFIGS, "generation_config.json", "scheduler_config.json"}
-# Whose values count nothing: ids, frequencies, rates, seeds, bounds of values, a trainer's steps, what Qwen keeps unused.
+# Whose values count nothing: ids, frequencies, rates, seeds, bounds, steps of a trainer, and what Qwen keeps unused.
 NO_SIZE = re.compile(
     r"(^|_)(ids?|index|indices|suppress_tokens|seed|theta|base|base_freq|max_period|rate|max_window_layers)$"
     r"|(decay|warmup|training|total|online|offline)_steps$|buffer_capacity$|clip|pad_val(ue)?$|limits?$"
