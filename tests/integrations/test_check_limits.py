@@ -44,8 +44,9 @@ NO_SIZES = {
     "max_position_embeddings": 1_048_576, "sliding_window": 131_072, "max_window_layers": 28, "seed": 2**32 - 1,
     "rope_scaling": {"factor": 8.0, "original_max_position_embeddings": 131_072, "rope_type": "llama3"},
     "rope_theta": 10_000_000.0, "rope_local_base_freq": 100_000.0, "rotary_emb_base": 100_000,
-    "scheduler_decay_steps": 10**6, "sampling_rate": 96_000, "suppress_tokens": [220, 257_000],
+    "scheduler_decay_steps": 10**6, "sampling_rate": 96_000, "suppress_tokens": [220, 257_000], "num_classes": 527,
     "id2label": {str(i): f"LABEL_{i}" for i in range(1000)}, "attention_chunk_size": 131_072,
+    "gradient_clipping": 1e10, "pad_val": 1123581321.0,
     "quantization_config": {"bits": 4, "group_size": 128, "llm_int8_threshold": 6.0},
 }  # fmt: skip
 
@@ -121,7 +122,7 @@ def test_numbers_that_are_no_sizes_pass(tmp_path):
 def test_a_tensor_without_numbers_makes_no_room(tmp_path):
     from pronghorn.checkpoint.sizes import check_sizes
 
-    (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_labels": 9}')
+    (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_heads": 9}')
     weights = tmp_path / "model.safetensors"
     assert check_sizes(tmp_path, {weights: [(64, 64)]}).state == "ok"
     assert check_sizes(tmp_path, {weights: [(8, 4), (10**12, 0)]}).state == "failed"

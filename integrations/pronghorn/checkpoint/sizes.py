@@ -13,16 +13,17 @@ from pronghorn.checkpoint import CONFIGS, Finding, failed, ok
 from pronghorn.checkpoint.files import read_json
 
 BUILT_FROM = {*CONFIGS, "generation_config.json", "scheduler_config.json"}
-# Whose values count nothing: ids, frequencies, rates and seeds, a trainer's steps, and what Qwen keeps unused.
+# Whose values count nothing: ids, frequencies, rates, seeds, bounds, steps of a trainer, and what Qwen keeps unused.
 NO_SIZE = re.compile(
     r"(^|_)(ids?|index|indices|suppress_tokens|seed|theta|base|base_freq|max_period|rate|max_window_layers)$"
-    r"|(decay|warmup|training|total|online|offline)_steps$|buffer_capacity$"
+    r"|(decay|warmup|training|total|online|offline)_steps$|buffer_capacity$|clip|pad_val(ue)?$|limits?$"
 )
 POSITIONS = re.compile(r"position|seq(uence)?_?len|(^|_)(length|ctx|window|attention_chunk_size)$")
 ITEMS = "items of "
 COUNTS_LAYERS = re.compile(rf"(^|_)n?(layers?|blocks|stages)($|_per_)|^(\w*coder_)?depths?$|^{ITEMS}")
 COUNTS_PARTS = re.compile(r"(^|_)n?(experts?|labels|classes|heads?|groups?|codebooks|quantizers)($|_per_)")
 MOST_POSITIONS = 1 << 24  # the longest context that a model states has ten million
+FEW_PARTS = 1024  # experts, labels and heads that may be named without weights: base models keep their classes' number
 LONGEST_LIST = 4096  # of numbers; tables of noise have a thousand
 NUMBERS_OF_BUFFERS = 1 << 24  # which are not stored, as the masks of old models
 CODES_IN_A_NUMBER = 32  # of one bit in an int32
@@ -111,5 +112,5 @@ def _most(name: str, room: Room) -> float:
     if COUNTS_LAYERS.search(name):
         return room.tensors
     if COUNTS_PARTS.search(name):
-        return max(room.tensors, room.widest)
+        return max(room.tensors, room.widest, FEW_PARTS)
     return max(room.numbers, MOST_POSITIONS if POSITIONS.search(name) else 0)
