@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
+from pronghorn.checkpoint.source import SourceError
 from pronghorn.methods import entry_points, is_disabled
 from pronghorn.versions import installed, obstacle, remedy
 
@@ -115,6 +116,8 @@ def _guarded(name: str, run: Callable[[], Iterable[Finding]]) -> Iterator[Findin
     """The findings; an error on the way is the last of them."""
     try:
         yield from run()
+    except SourceError:  # says nothing about the folder
+        raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a library raises is what was to be found
         detail = " ".join(f"{type(error).__name__}: {error}".split())
         yield failed(name, detail[:2000], "mend what the message names; it is what users would see")
