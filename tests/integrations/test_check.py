@@ -247,7 +247,7 @@ def test_a_source_that_is_none_is_no_fault_of_the_checkpoint(whole, tmp_path, mo
         monkeypatch.setattr(loading, "load_whole", None)  # nothing is loaded before
     with pytest.raises(SourceError, match=f"^--source: .*{re.escape(source)}"):
         list(in_transformers(whole, source))
-    with pytest.raises(SourceError, match="^--source: "):  # no finding on the folder
+    with pytest.raises(SourceError, match=r"^--source: "):  # no finding on the folder
         list(check(whole, "transformers", source))
 
 
