@@ -159,6 +159,16 @@ def statistics(autoencoder, photos, folder):
     return Case(arguments, [], ["pronghorn.dcae.latents:statistics_of_images"], DIFFUSERS)
 
 
+def reconstruct(autoencoder, photos, folder):
+    arguments = ["dcae", "reconstruct", autoencoder, photos, folder / "pictures"]
+    return Case(arguments, [folder / "pictures"], ["pronghorn.dcae.reconstruct:reconstruct"], DIFFUSERS)
+
+
+def compare(autoencoder, photos, folder):
+    arguments = ["dcae", "compare", autoencoder, photos, folder / "pictures", "--size", 192, "--batch-size", 4]
+    return Case(arguments, [folder / "pictures"], ["pronghorn.dcae.compare:compare"], DIFFUSERS)
+
+
 def train_autoencoder(autoencoder, photos, folder):
     arguments = [
         "dcae", "train", autoencoder, photos, folder / "out", "--phase", 1, "--resolution", 32, "--steps", 10,
@@ -208,6 +218,18 @@ def test_encoding_images(autoencoder, photos, tmp_path, figure):
 @pytest.mark.alone
 def test_statistics_of_images(autoencoder, photos, tmp_path, figure):
     assert_as_said(statistics(autoencoder, photos, tmp_path), figure, time=True)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_reconstructing_images(autoencoder, photos, tmp_path, figure):
+    assert_as_said(reconstruct(autoencoder, photos, tmp_path), figure, time=True)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_comparing_autoencoders(autoencoder, photos, tmp_path, figure):
+    assert_as_said(compare(autoencoder, photos, tmp_path), figure, time=True)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from pronghorn.dcae.folders import targets
+from pronghorn.dcae.folders import linked, targets
 from pronghorn.dcae.images import find_images, load_image, to_image
 from pronghorn.dcae.metrics import Features, Reconstruction, ReconstructionMetrics, encoded, reconstructed
+from pronghorn.estimate import Estimate, StepClock, folder_bytes, peak_bytes
 
 FONT_SIZE, MARGIN = 13, 4
 
@@ -102,6 +104,7 @@ def compare(
     vaes: dict[str, Any], images: str | Path, output: str | Path, *, size: int, tokens: int | None = None,
     batch_size: int = 4, features: Features | None = None,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None, verbose: bool = True,
+    on_batch: Callable[[], object] | None = None,
 ) -> list[Compared]:  # fmt: skip
     """Reconstruct images with several autoencoders: a picture for each image, and metrics of all.
 
@@ -115,6 +118,7 @@ def compare(
         features: see `Reconstruction`.
         perceptual: see there.
         verbose: show progress.
+        on_batch: called after every batch.
 
     Raises:
         ValueError: see `budgets` and `Reconstruction`; there are no images, two would have the same picture, or
@@ -137,11 +141,29 @@ def compare(
                 row.append((name, f"{_called(allowed[name])}, {decibels:.2f} dB", picture))
         for path, row in zip(part, shown, strict=True):
             _side_by_side(row).save(pictures[path])
+        if on_batch is not None:
+            on_batch()
     compared = [Compared(name, allowed[name], found[name].compute()) for name in vaes]
     partial = output / "metrics.json.part"
     partial.write_text(json.dumps({"size": size, "models": [one.to_dict() for one in compared]}, indent=1) + "\n")
     partial.replace(output / "metrics.json")
     return compared
+
+
+def rehearse_comparison(vaes: dict[str, Any], images: str | Path, *, batch_size: int = 4, **options: Any) -> Estimate:
+    """What `compare` takes, from three batches, or all images if there are fewer; arguments likewise."""
+    paths = find_images(images)
+    tried, clock = paths[: 3 * batch_size], StepClock()
+    with tempfile.TemporaryDirectory() as name:
+        chosen, pictures = Path(name) / "images", Path(name) / "pictures"
+        linked(tried, chosen)
+        compare(vaes, chosen, pictures, batch_size=batch_size, verbose=False, on_batch=clock, **options)
+        written = folder_bytes(pictures)
+    seconds = clock.over(-(-len(paths) // batch_size))
+    device = next(next(iter(vaes.values())).parameters()).device
+    return Estimate(
+        peak_bytes(device), written * len(paths) // len(tried), seconds, f"{len(tried)} of {len(paths)} images"
+    )
 
 
 def _latent_shape(name: str, vae: Any, size: int) -> tuple[int, int]:

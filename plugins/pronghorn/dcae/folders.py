@@ -55,6 +55,13 @@ def targets(paths: Sequence[Path], folder: Path, output: Path, *, suffix: str, f
     return found
 
 
+def linked(paths: Sequence[Path], folder: Path, *, first: int = 0) -> None:
+    """Links to images in a folder, which is made, under numbers from `first` on."""
+    folder.mkdir(exist_ok=True)
+    for number, path in enumerate(paths, first):
+        (folder / f"{number:06d}{path.suffix}").symlink_to(path.resolve())
+
+
 def _walked(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     for path in folder.iterdir():
         if path.is_dir():

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.dcae.dump_record import NAME, check_dump, check_scaling_factor, dump_record, write_dump_record
-from pronghorn.dcae.folders import targets
+from pronghorn.dcae.folders import linked, targets
 from pronghorn.dcae.images import find_images, load_image
 from pronghorn.dcae.metrics import compression_ratio, encoded
 from pronghorn.estimate import Estimate, StepClock, folder_bytes, peak_bytes
@@ -105,9 +105,9 @@ def rehearse_statistics(vae: Any, paths: Sequence[Path], *, size: int, batch_siz
     """What `statistics_of_images` takes, from three batches, or all images if there are fewer; arguments likewise."""
     tried, clock = paths[: 3 * batch_size], StepClock()
     statistics_of_images(vae, tried, size=size, batch_size=batch_size, on_batch=clock)
-    batches = -(-len(paths) // batch_size)
-    seconds = clock.scaled(batches) if len(clock.ended) > 1 else clock.ended[0] - clock.started
-    return Estimate(peak_bytes(vae.device), 0, seconds, f"{len(tried)} of {len(paths)} images")
+    return Estimate(
+        peak_bytes(vae.device), 0, clock.over(-(-len(paths) // batch_size)), f"{len(tried)} of {len(paths)} images"
+    )
 
 
 def read_latent(path: Path) -> Tensor:
@@ -203,11 +203,9 @@ def rehearse_dump(vae: Any, images: str | Path, *, batch_size: int = 8, **option
     tried = paths[: 3 * batch_size]
     with tempfile.TemporaryDirectory() as name:
         chosen, latents = Path(name) / "images", Path(name) / "latents"
-        chosen.mkdir()
         times = [0.0, 0.0]
         for turn, batch in enumerate((tried[:batch_size], tried[batch_size:])):
-            for index, path in enumerate(batch):
-                (chosen / f"{turn}-{index}{path.suffix}").symlink_to(path.resolve())
+            linked(batch, chosen, first=turn * batch_size)
             started = time.perf_counter()
             dump_latents(vae, chosen, latents, batch_size=batch_size, verbose=False, **options)
             times[turn] = time.perf_counter() - started

@@ -46,26 +46,24 @@ def convert(
 @app.command()
 def reconstruct(
     model: Model, images: Images, output: Annotated[Path, typer.Argument(help="Folder for the pictures.")],
-    config: Config = None, tile: Tile = 0, device: Device = None,
+    config: Config = None, tile: Tile = 0, device: Device = None, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Encode and decode images; each picture has the image on the left, cut to what the ratio divides."""
-    import torch
-
-    from pronghorn.dcae.diffusers import accelerate_dcae, tiled_decode, tiled_encode
+    from pronghorn.dcae.diffusers import accelerate_dcae
     from pronghorn.dcae.folders import targets
-    from pronghorn.dcae.images import find_images, load_image, to_image
+    from pronghorn.dcae.images import find_images
+    from pronghorn.dcae.reconstruct import reconstruct, rehearse_reconstruction
 
     pictures = targets(find_images(images), images, output, suffix=".png", flat=True)
     vae = on(_load(model, config), device)
-    output.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad(), accelerate_dcae(vae):
+    with accelerate_dcae(vae):
+        if dry_run:
+            typer.echo(rehearse_reconstruction(vae, list(pictures), tile=tile))
+            return
+        output.mkdir(parents=True, exist_ok=True)
         for path, target in pictures.items():
-            x = load_image(path, multiple=vae.spatial_compression_ratio)[None].to(vae.device)
-            z = tiled_encode(vae, x, tile=tile) if tile else vae.encode(x).latent
-            y = tiled_decode(vae, z, tile=tile) if tile else vae.decode(z).sample
-            error = (y.clamp(-1, 1) - x).square().mean() / 4
-            to_image(torch.cat([x[0], y[0]], dim=2)).save(target)
-            typer.echo(f"{path.name}: {tuple(z.shape[1:])}, PSNR {-10 * error.log10().item():.2f} dB -> {target}")
+            found = reconstruct(vae, path, target, tile=tile)
+            typer.echo(f"{path.name}: {found.latent}, PSNR {found.psnr:.2f} dB -> {target}")
 
 
 @app.command()
@@ -120,7 +118,7 @@ def compare(
     models: Annotated[list[str], typer.Argument(help="Several, as of other commands, or other classes of diffusers.")],
     images: Images, output: Annotated[Path, typer.Argument(help="Folder for pictures and metrics.json.")],
     size: Size = 512, tokens: Annotated[int | None, typer.Option(help="Of an image, for the diffusion model.")] = None,
-    batch_size: BatchSize = 4, device: Device = None,
+    batch_size: BatchSize = 4, device: Device = None, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Reconstruct images with several autoencoders, each with the patch size that gives as many tokens as the others.
 
@@ -129,7 +127,7 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
-    from pronghorn.dcae.compare import compare
+    from pronghorn.dcae.compare import compare, rehearse_comparison
     from pronghorn.dcae.diffusers.loading import load_autoencoder
     from pronghorn.dcae.images import find_images
     from pronghorn.dcae.texture import texture_statistics
@@ -140,7 +138,11 @@ def compare(
     names = [name if names.count(name) == 1 else model for name, model in zip(names, models, strict=True)]
     vaes = {name: on(load_autoencoder(model), device) for name, model in zip(names, models, strict=True)}
     features = texture_statistics if len(find_images(images)) > 1 else None  # of one image there is no spread
-    found = compare(vaes, images, output, size=size, tokens=tokens, batch_size=batch_size, features=features)
+    how: dict[str, Any] = {"size": size, "tokens": tokens, "batch_size": batch_size, "features": features}
+    if dry_run:
+        typer.echo(rehearse_comparison(vaes, images, **how))
+        return
+    found = compare(vaes, images, output, **how)
     table = Table("model", "latent", "patch", "tokens", "numbers", "a token", "PSNR dB", "SSIM", "texture")
     for one in found:
         of, metrics = one.budget, one.metrics
