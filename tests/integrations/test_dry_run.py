@@ -204,32 +204,11 @@ def test_training_a_diffusion_model(tmp_path, figure):
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_training_an_autoencoder(autoencoder, photos, tmp_path, figure):
-    assert_as_said(train_autoencoder(autoencoder, photos, tmp_path), figure, time=True)
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-def test_encoding_images(autoencoder, photos, tmp_path, figure):
-    assert_as_said(encode(autoencoder, photos, tmp_path), figure, time=True)
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-def test_statistics_of_images(autoencoder, photos, tmp_path, figure):
-    assert_as_said(statistics(autoencoder, photos, tmp_path), figure, time=True)
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-def test_reconstructing_images(autoencoder, photos, tmp_path, figure):
-    assert_as_said(reconstruct(autoencoder, photos, tmp_path), figure, time=True)
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-def test_comparing_autoencoders(autoencoder, photos, tmp_path, figure):
-    assert_as_said(compare(autoencoder, photos, tmp_path), figure, time=True)
+@pytest.mark.parametrize(
+    "work", [train_autoencoder, encode, statistics, reconstruct, compare], ids=lambda work: work.__name__
+)
+def test_autoencoders_at_work(work, autoencoder, photos, tmp_path, figure):
+    assert_as_said(work(autoencoder, photos, tmp_path), figure, time=True)
 
 
 @pytest.mark.slow
