@@ -95,7 +95,7 @@ def main(ecosystem, root):
 @pytest.mark.fault(3)
 @pytest.mark.parametrize("ecosystem", CHECKPOINTS)
 def test_what_asks_for_the_world_is_refused_at_once(tmp_path, ecosystem, figure):
-    pytest.importorskip(ecosystem)
+    pytest.importorskip(ecosystem, reason=f"the {ecosystem} extra is not installed")
     found = run_as_program(__file__, ecosystem, tmp_path, seconds=200)
     assert found.pop("whole")["failed"] == []
     hostile = CHECKPOINTS[ecosystem][1]

@@ -72,7 +72,7 @@ def check_sizes(folder: Path, shapes: dict[Path, list[tuple[int, ...]]]) -> Find
     return ok("sizes", "of the configurations are within what is stored")
 
 
-def check_room(model: Any, shapes: Iterable[tuple[int, ...]], packed: bool) -> Finding | None:
+def check_model_size(model: Any, shapes: Iterable[tuple[int, ...]], packed: bool) -> Finding | None:
     """What is wrong if a model that was built on "meta" needs more memory than its weights justify.
 
     Sizes that are each within what is stored can be beyond it together.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
-from pronghorn.checkpoint.sizes import check_room
+from pronghorn.checkpoint.sizes import check_model_size
 from pronghorn.checkpoint.source import read_as_source, source_folder
 from pronghorn.checkpoint.weights import stored_shapes
 
@@ -140,7 +140,7 @@ def _check_built(kind: Any, folder: Path) -> None:
             model = kind.from_config(kind.load_config(str(folder)))
         else:
             model = kind(kind.config_class.from_pretrained(str(folder)))
-    beyond = check_room(model, stored_shapes(folder), packed=hasattr(model.config, "quantization_config"))
+    beyond = check_model_size(model, stored_shapes(folder), packed=hasattr(model.config, "quantization_config"))
     if beyond:
         raise ValueError(f"{folder.name}: {beyond.detail}")
 

@@ -65,6 +65,9 @@ def told_of_room(path: Path, needed: int) -> Iterator[None]:
         raise no_room(error.errno, path, needed) from error
     except Exception as error:
         told = _TOLD.search(str(error))
-        if told is None:
+        number = int(told[1]) if told else 0
+        if not number:
             raise
-        raise no_room(int(told[1]), path, needed) from error
+        if number not in OUT_OF_ROOM:
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise no_room(number, path, needed) from error

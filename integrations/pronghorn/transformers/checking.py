@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
-from pronghorn.checkpoint.sizes import check_room
+from pronghorn.checkpoint.sizes import check_model_size
 from pronghorn.checkpoint.source import read_as_source, source_folder
 from pronghorn.checkpoint.weights import stored_shapes
 from pronghorn.transformers.answers import Answers, agreement, observe, positions_of, windows
@@ -97,7 +97,7 @@ def check_built(folder: Path) -> Finding | None:
     config, kind = _class_of(folder)
     with torch.device("meta"):
         model = kind(config)
-    return check_room(model, stored_shapes(folder), packed=hasattr(config, "quantization_config"))
+    return check_model_size(model, stored_shapes(folder), packed=hasattr(config, "quantization_config"))
 
 
 def _class_of(folder: str | Path) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tests.faults.limited_disk import limited_disk
 from tests.plugins.conftest import letters_tokenizer
@@ -32,6 +33,13 @@ def test_a_full_disk_has_one_error(name, tmp_path):
     ):
         WRITERS[name](folder)
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_what_a_library_says_of_the_system_is_its_error(tmp_path):
+    denied = pytest.raises(PermissionError, match=r"Permission denied: '.*target'$")
+    with denied as found, made_whole(tmp_path / "target", needed=1):
+        raise SafetensorError("I/O error: Permission denied (os error 13)")
+    assert "bytes" not in str(found.value), "there is room"
 
 
 def test_other_errors_stay_what_they_are(tmp_path):

@@ -112,7 +112,7 @@ def _instructions(env: Any) -> list[str]:
     for name in ("task_description", "task"):
         try:
             return [str(text) for text in env.call(name)]
-        except (AttributeError, NotImplementedError):
+        except (AttributeError, NotImplementedError):  # the environments' ways to say that they have none
             continue
     return [""] * env.num_envs
 
