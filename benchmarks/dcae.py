@@ -4,8 +4,9 @@
 - compiled: the same against `torch.compile` of that with channels last (a graph for every shape, default mode).
 - memory: decoding 8192 x 8192 pixels in tiles, and what tiles change at 4096 x 4096.
 - uvit: UViT-H for images of 512 x 512 pixels, on latents of f64c128 in patches of 1, against latents as Stable
-  Diffusion's in patches of 2: training steps, sampling (30 times one evaluation of the network, not compiled), and
-  sampling with the decoders (ours accelerated; Stable Diffusion's with channels last). Each side at its best batch.
+  Diffusion's in patches of 2: training steps, sampling (30 times one evaluation of the network), and sampling with the
+  decoders (ours accelerated; Stable Diffusion's with channels last). Each side at its best batch; as called, and with
+  `compile_repeated_blocks`.
 
 Calls are timed one by one from the host until the GPU is done, as a user waits for them. Words on the command line name
 parts, each of which then has a results file of its own; without any, all go to one. dc-ae-f32c32-sana-1.0 and 1.1 have
@@ -60,6 +61,7 @@ IMAGE_SIZE, EVALUATIONS = 512 if GPU else 128, 30
 DEEP, SHALLOW = (64, 128, 1), (8, 4, 2)
 FIRST_BATCH, LAST_BATCH = (16, 1 << 16) if GPU else (1, 2)
 SAMPLING_REACH, TRAINING_REACH = 19.1, 17.9
+HOW = {False: "", True: ", blocks compiled"}
 DECODED_BATCH = 16 if GPU else 1
 
 Rows = list[dict[str, Any]]
@@ -236,19 +238,24 @@ def seam_row(about: str, against: str, seam: float, bound: float, reach: float |
 
 def uvit_rows() -> Iterator[Rows]:
     """One diffusion model on deep and on shallow latents."""
-    yield from going_on(training_rows)
-    yield from going_on(sampling_rows)
+    for compiled in (False, True):
+        yield from going_on(partial(training_rows, compiled))
+        for upcast in (False, True):
+            yield from going_on(partial(sampling_rows, compiled, upcast))
 
 
-def uvit(latents: tuple[int, int, int], **options: Any) -> Any:
+def uvit(latents: tuple[int, int, int], compiled: bool, **options: Any) -> Any:
     """The network on latents of images."""
     ratio, channels, patch_size = latents
     torch.manual_seed(0)
     with device():
-        return UViT2DModel(
+        model = UViT2DModel(
             sample_size=IMAGE_SIZE // ratio, patch_size=patch_size, in_channels=channels, depth=DEPTH,
             hidden_size=HIDDEN_SIZE, num_attention_heads=HEADS, **options,
         )  # fmt: skip
+    if compiled:
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    return model
 
 
 def fastest(run_of: Callable[[int], Callable[[], Any]], per_call: int = 1) -> tuple[dict[str, float], str]:
@@ -261,6 +268,7 @@ def fastest(run_of: Callable[[int], Callable[[], Any]], per_call: int = 1) -> tu
     measured: dict[int, tuple[dict[str, float], str]] = {}
 
     def fits(batch: int) -> bool:
+        torch.compiler.reset()  # each batch is a graph of its own, and they may be only so many
         try:
             timing = timed(run_of(batch), device(), repeats=5 if GPU else 2)
         except torch.OutOfMemoryError:
@@ -296,11 +304,11 @@ def batch_of(model: Any, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return z, torch.full((batch,), 500.0, device=where), torch.zeros(batch, dtype=torch.long, device=where)
 
 
-def training_rows() -> Rows:
+def training_rows(compiled: bool) -> Rows:
     """Steps of AdamW in mixed precision."""
 
     def steps(latents: tuple[int, int, int]) -> tuple[dict[str, float], str]:
-        model = uvit(latents).train()
+        model = uvit(latents, compiled).train()
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=2e-4, betas=(0.99, 0.99), weight_decay=0.03, fused=GPU
         )  # fmt: skip
@@ -320,18 +328,17 @@ def training_rows() -> Rows:
         return fastest(run_of)
 
     (ours, about), (theirs, their) = steps(DEEP), steps(SHALLOW)
-    return [row(f"training, {NETWORK} on f64c128p1", "on f8c4p2", f"{IMAGE_SIZE} px", ours, theirs, unit="images/s",
-                reach=TRAINING_REACH, higher_is_better=True,
+    return [row(f"training, {NETWORK} on f64c128p1{HOW[compiled]}", "on f8c4p2", f"{IMAGE_SIZE} px", ours, theirs,
+                unit="images/s", reach=TRAINING_REACH, higher_is_better=True,
                 note=f"bf16 autocast, AdamW, on latents; {about} against {their}")]  # fmt: skip
 
 
 @torch.no_grad()
-def sampling_rows() -> Rows:
-    """Evaluations of the network, in two precisions of attention, and with the decoders."""
-    rows = []
+def sampling_rows(compiled: bool, upcast: bool) -> Rows:
+    """Evaluations of the network, and with the decoders."""
 
-    def evaluations(latents: tuple[int, int, int], upcast: bool) -> tuple[dict[str, float], str]:
-        model = uvit(latents, upcast_attention=upcast).eval().to(DTYPE)
+    def evaluations(latents: tuple[int, int, int]) -> tuple[dict[str, float], str]:
+        model = uvit(latents, compiled, upcast_attention=upcast).eval().to(DTYPE)
 
         def run_of(batch: int) -> Callable[[], Any]:
             z, times, labels = batch_of(model, batch, DTYPE)
@@ -340,16 +347,15 @@ def sampling_rows() -> Rows:
         return fastest(run_of, EVALUATIONS)
 
     shape, (deep, shallow) = f"{IMAGE_SIZE} px, {EVALUATIONS} evaluations", decoder_seconds()
-    for upcast, how in ((False, "attention in bf16"), (True, "attention in float32 as published")):
-        (ours, about), (theirs, their) = evaluations(DEEP, upcast), evaluations(SHALLOW, upcast)
-        note = f"no guidance; {about} against {their}"
-        rows.append(row(f"sampling, {NETWORK} on f64c128p1, {how}", "on f8c4p2", shape, ours, theirs, unit="images/s",
-                        reach=SAMPLING_REACH, higher_is_better=True, note=f"without decoders; {note}"))  # fmt: skip
-        ours, theirs = with_decoder(ours, deep), with_decoder(theirs, shallow)
-        note = f"{note}; decoders at batch {DECODED_BATCH}: {1 / deep:.1f} against {1 / shallow:.1f} images/s"
-        rows.append(row(f"sampling and decoding, {NETWORK} on f64c128p1, {how}", "on f8c4p2", shape, ours, theirs,
-                        unit="images/s", higher_is_better=True, note=note))  # fmt: skip
-    return rows
+    how = ("attention in float32 as published" if upcast else "attention in bf16") + HOW[compiled]
+    (ours, about), (theirs, their) = evaluations(DEEP), evaluations(SHALLOW)
+    note = f"no guidance; {about} against {their}"
+    alone = row(f"sampling, {NETWORK} on f64c128p1, {how}", "on f8c4p2", shape, ours, theirs, unit="images/s",
+                reach=SAMPLING_REACH, higher_is_better=True, note=f"without decoders; {note}")  # fmt: skip
+    ours, theirs = with_decoder(ours, deep), with_decoder(theirs, shallow)
+    note = f"{note}; decoders at batch {DECODED_BATCH}: {1 / deep:.1f} against {1 / shallow:.1f} images/s"
+    return [alone, row(f"sampling and decoding, {NETWORK} on f64c128p1, {how}", "on f8c4p2", shape, ours, theirs,
+                       unit="images/s", higher_is_better=True, note=note)]  # fmt: skip
 
 
 def with_decoder(images: dict[str, float], seconds: float) -> dict[str, float]:

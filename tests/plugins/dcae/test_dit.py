@@ -66,6 +66,21 @@ def test_computes_what_diffusers_own_does():
     torch.testing.assert_close(ours(*given()).sample, stock(*given()).sample)
 
 
+@torch.no_grad()
+def test_blocks_compile_to_one_graph():
+    torch.compiler.reset()
+    model, graphs = tiny(), []
+    wanted = model(*given()).sample
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model.compile_repeated_blocks(backend=backend, fullgraph=True)
+    assert torch.equal(model(*given()).sample, wanted)
+    assert len(graphs) == 1
+
+
 def test_frequencies_of_times():
     found = embedding(tiny(), 0).time_proj(torch.tensor([3, 700]))
     angles = torch.tensor([3, 700])[:, None] * 10000 ** (-torch.arange(128) / 128)

@@ -48,6 +48,21 @@ def test_checkpointing_changes_no_gradient():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_blocks_compile_to_a_graph_for_each_kind():
+    torch.compiler.reset()
+    model, graphs = tiny(), []
+    wanted = model(*given()).sample
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model.compile_repeated_blocks(backend=backend, fullgraph=True)
+    assert torch.equal(model(*given()).sample, wanted)
+    assert len(graphs) == 2  # with a skip and without, however many blocks
+
+
 def test_guidance_of_one_is_the_class_itself():
     model = tiny().eval()
     sample, time, labels = given()

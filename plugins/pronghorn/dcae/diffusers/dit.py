@@ -51,6 +51,8 @@ class DiT2DModel(WholeCheckpoints, DiTTransformer2DModel):  # type: ignore[misc]
     Source: Peebles and Xie, Scalable Diffusion Models with Transformers (arXiv 2212.09748).
     """
 
+    _repeated_blocks = ("BasicTransformerBlock",)  # what `compile_repeated_blocks` compiles
+
     @register_to_config
     def __init__(
         self,

@@ -42,6 +42,7 @@ class UViT2DModel(WholeCheckpoints, ModelMixin, ConfigMixin):  # type: ignore[mi
     """
 
     _supports_gradient_checkpointing = True
+    _repeated_blocks = ("_Block",)  # what `compile_repeated_blocks` compiles
 
     @register_to_config
     def __init__(
