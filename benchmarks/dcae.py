@@ -1,7 +1,8 @@
 """DC-AE at its published sizes with random weights, in bf16: autoencoders, large images, and diffusion on latents.
 
 - autoencoder: encoding and decoding, as CUDA graphs and without, against diffusers' own class as it is loaded.
-- compiled: the same against `torch.compile` of that with channels last (a graph for every shape, default mode).
+- compiled: the same, and with fused convolutions, against `torch.compile` of that with channels last (a graph for every
+  shape, default mode).
 - memory: decoding 8192 x 8192 pixels in tiles, and what tiles change at 4096 x 4096.
 - uvit: UViT-H for images of 512 x 512 pixels, on latents of f64c128 in patches of 1, against latents as Stable
   Diffusion's in patches of 2: training steps, sampling (30 times one evaluation of the network), and sampling with the
@@ -48,6 +49,7 @@ SHAPES = [(512, 1), (512, 16), (1024, 1), (1024, 8), (4096, 1)] if GPU else [(16
 COMPILED_SHAPES = {"dc-ae-f32c32-in-1.0": [(1024, 8)], "dc-ae-f32c32-sana-1.1": [(1024, 8)],
                    "dc-ae-f64c128-in-1.0": [(512, 16)], "tiny": [(16, 1)]}  # fmt: skip
 OURS = {"accelerated_graphs": "", "accelerated": ", without CUDA graphs"}
+FUSED = {"accelerated_fused": ", convolutions fused", **OURS}
 REPEATS = 10 if GPU else 2
 FEWER_PIXELS = 2 << 20  # beyond, a call is long enough for half the repeats
 EAGER_REACH, COMPILED_REACH = 1.8, 1.2
@@ -93,7 +95,7 @@ def compiled_rows() -> Iterator[Rows]:
     for name, config in MODELS.items():
         vae = stock(config)
         for shape in COMPILED_SHAPES[name]:
-            yield from going_on(partial(speed_rows, name, vae, shape, OURS, peers, None))
+            yield from going_on(partial(speed_rows, name, vae, shape, FUSED, peers, None))
 
 
 def going_on(measure: Callable[[], Rows]) -> Iterator[Rows]:

@@ -14,8 +14,13 @@ from torch import Tensor
 
 from pronghorn.dcae.diffusers import accelerate_dcae
 
-# As diffusers has it; the same with a pixel's channels side by side, and that compiled; ours, and ours as CUDA graphs.
-FORMS = ("stock", "channels_last", "compiled", "accelerated", "accelerated_graphs")
+# As diffusers has it; the same with a pixel's channels side by side, and that compiled; ours, ours as CUDA graphs, and
+# those with fused convolutions.
+OURS: dict[str, dict[str, bool]] = {
+    "accelerated": {}, "accelerated_graphs": {"cuda_graphs": True},
+    "accelerated_fused": {"cuda_graphs": True, "fused_convolutions": True},
+}  # fmt: skip
+FORMS = ("stock", "channels_last", "compiled", *OURS)
 WARM_UP = 2
 
 
@@ -112,8 +117,8 @@ def in_form(vae: Any, form: str) -> Iterator[dict[str, Callable[[Tensor], Tensor
     """
     _check_forms(form)
     of: AbstractContextManager[Any] = _laid_out(vae, form != "stock")
-    if form.startswith("accelerated"):
-        of = accelerate_dcae(vae, cuda_graphs=form.endswith("graphs"))
+    if form in OURS:
+        of = accelerate_dcae(vae, **OURS[form])
     with of:
         sides: dict[str, Callable[[Tensor], Tensor]] = {"encode": vae.encoder, "decode": vae.decoder}
         if form == "compiled":

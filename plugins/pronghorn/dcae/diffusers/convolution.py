@@ -5,6 +5,7 @@ PyTorch adds a bias in a pass of its own, which on large images takes as long as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pronghorn.kernels.bias_activation import bias_activation
+
+Convolve = Callable[..., Tensor]  # as `convolved`
 
 
 def convolved(
@@ -36,7 +39,7 @@ def convolved(
     if bias is not None and residual is None:
         if activation is None and _of_pixels(conv, x):
             return functional.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-        if activation == "relu" and _in_cudnn(x):
+        if activation == "relu" and in_cudnn(x):
             result: Tensor = torch.cudnn_convolution_relu(
                 x, weight, bias, conv.stride, padding, conv.dilation, conv.groups
             )
@@ -47,8 +50,8 @@ def convolved(
     return bias_activation(y, bias, residual=residual, activation=activation)
 
 
-def _in_cudnn(x: Tensor) -> bool:
-    """Whether cuDNN computes a convolution with its bias and ReLU: for inference, and not in float64."""
+def in_cudnn(x: Tensor) -> bool:
+    """Whether cuDNN may compute a convolution with what follows it: for inference, and not in float64."""
     there = x.is_cuda and torch.version.hip is None and torch.backends.cudnn.enabled
     return there and x.dtype != torch.float64 and not torch.is_grad_enabled()
 
@@ -57,6 +60,24 @@ def _of_pixels(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether it is a matrix product with the channels of pixels, which lie side by side."""
     alone = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and not any(conv.padding)
     return alone and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def convolved_cells(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The 4 x 4 convolution of stride 2 with a margin of 1, as a product with all numbers that its kernel covers.
+
+    For few channels, as an image has: cuDNN has no fast kernel for three.
+
+    Args:
+        x: [batch, channels, height, width], both sizes even.
+        weight: [results, channels, 4, 4].
+        bias: [results], or None.
+    """
+    batch, channels, height, width = x.shape
+    lying = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
+    image, row, column, _ = lying.stride()
+    shape = batch, height // 2, width // 2, 4, 4 * channels  # adjacent pixels of a row lie side by side
+    below = lying.as_strided(shape, (image, 2 * row, 2 * column, row, 1)).flatten(3)
+    return functional.linear(below, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

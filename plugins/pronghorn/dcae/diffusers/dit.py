@@ -51,7 +51,7 @@ class DiT2DModel(WholeCheckpoints, DiTTransformer2DModel):  # type: ignore[misc]
     Source: Peebles and Xie, Scalable Diffusion Models with Transformers (arXiv 2212.09748).
     """
 
-    _repeated_blocks = ("BasicTransformerBlock",)  # what `compile_repeated_blocks` compiles
+    _repeated_blocks = ["BasicTransformerBlock"]  # noqa: RUF012 - diffusers' own attribute, for `compile_repeated_blocks`
 
     @register_to_config
     def __init__(

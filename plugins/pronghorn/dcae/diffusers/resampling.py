@@ -6,11 +6,15 @@ from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d
 from torch import Tensor, nn
-from torch.nn import functional
 
-from pronghorn.dcae.diffusers.convolution import convolved, shuffled_weight, unshuffling_weight
+from pronghorn.dcae.diffusers.convolution import (
+    Convolve,
+    convolved,
+    convolved_cells,
+    shuffled_weight,
+    unshuffling_weight,
+)
 from pronghorn.dcae.diffusers.inference_only import InferenceOnly
-from pronghorn.kernels.bias_activation import bias_activation
 from pronghorn.kernels.shuffle_shortcut import shuffle_add, unshuffle_add
 
 
@@ -30,16 +34,17 @@ class _Derived(InferenceOnly):
 class FastDownBlock(InferenceOnly):
     """A residual block that halves a grid."""
 
-    def __init__(self, block: DCDownBlock2d) -> None:
+    def __init__(self, block: DCDownBlock2d, convolve: Convolve) -> None:
         super().__init__()
-        self.conv, self.factor = block.conv, block.factor
+        self.conv, self.factor, self.convolve = block.conv, block.factor, convolve
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [batch, channels, height, width] to [batch, channels of the next stage, height / 2, width / 2]."""
         self.refuse_gradients()
         conv: Any = self._modules["conv"]
         bias = conv._parameters["bias"]
-        return unshuffle_add(convolved(conv, x, weight=conv._parameters["weight"]), x, factor=self.factor, bias=bias)
+        y = self.convolve(conv, x, weight=conv._parameters["weight"])
+        return unshuffle_add(y, x, factor=self.factor, bias=bias)
 
 
 class FastStem(_Derived):
@@ -53,19 +58,19 @@ class FastStem(_Derived):
         self.refuse_gradients()
         if self.weight is None:
             return convolved(self.conv, x)
-        return bias_activation(functional.conv2d(x, self.weight, None, stride=2, padding=1), self.bias)
+        return convolved_cells(x, self.weight, self.bias)
 
 
 class FastUpBlock(_Derived):
     """A residual block that doubles a grid. What was to be doubled before a convolution is shuffled after it."""
 
-    def __init__(self, block: DCUpBlock2d) -> None:
+    def __init__(self, block: DCUpBlock2d, convolve: Convolve) -> None:
         super().__init__(block.conv, *(shuffled_weight(block.conv) if block.interpolate else (None, None)))
-        self.factor = block.factor
+        self.factor, self.convolve = block.factor, convolve
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [batch, channels, height, width] to [batch, channels of the next stage, height * 2, width * 2]."""
         self.refuse_gradients()
         conv: Any = self._modules["conv"]
         own = conv._parameters if self._buffers["weight"] is None else self._buffers
-        return shuffle_add(convolved(conv, x, weight=own["weight"]), x, factor=self.factor, bias=own["bias"])
+        return shuffle_add(self.convolve(conv, x, weight=own["weight"]), x, factor=self.factor, bias=own["bias"])

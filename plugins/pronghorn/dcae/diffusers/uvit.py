@@ -42,7 +42,7 @@ class UViT2DModel(WholeCheckpoints, ModelMixin, ConfigMixin):  # type: ignore[mi
     """
 
     _supports_gradient_checkpointing = True
-    _repeated_blocks = ("_Block",)  # what `compile_repeated_blocks` compiles
+    _repeated_blocks = ["_Block"]  # noqa: RUF012 - diffusers' own attribute, for `compile_repeated_blocks`
 
     @register_to_config
     def __init__(
