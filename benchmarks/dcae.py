@@ -242,7 +242,7 @@ def uvit_rows() -> Iterator[Rows]:
     """One diffusion model on deep and on shallow latents."""
     for compiled in (False, True):
         yield from going_on(partial(training_rows, compiled))
-        for upcast in (False, True):
+        for upcast in (False,) if compiled else (False, True):
             yield from going_on(partial(sampling_rows, compiled, upcast))
 
 
