@@ -57,7 +57,7 @@ class FusedConvolutions:
             return convolved(conv, x, **given)
         key = (x.shape, x.dtype, x.device, weight.shape, conv.stride, conv.padding, conv.dilation, activation,
                bias is not None, residual is not None)  # fmt: skip
-        with self._lock:
+        with self._lock, torch.cuda.device_of(x):
             if key not in self._fastest:
                 if torch.cuda.is_current_stream_capturing():  # nothing can be timed
                     return convolved(conv, x, **given)
@@ -117,7 +117,7 @@ class FusedConvolutions:
             graph.validate()
             graph.build_operation_graph()
             graph.create_execution_plans([cudnn.heur_mode.A])
-        except cudnn.cudnnGraphNotSupportedError:
+        except (cudnn.cudnnGraphNotSupportedError, RuntimeError):  # channels that it has no kernel for, among others
             return []
         found = (self._plan(graph, index, places, conv, handle)
                  for index in range(min(TRIED, graph.get_execution_plan_count())))  # fmt: skip
