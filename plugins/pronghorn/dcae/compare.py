@@ -111,7 +111,8 @@ def compare(
     Args:
         vaes: autoencoders of diffusers in evaluation mode, by the names that they are shown under.
         images: folder of images.
-        output: folder for the pictures (the image, then each reconstruction, all in full) and `metrics.json`.
+        output: folder for the pictures (the image, then each reconstruction, all in full) and `metrics.json`, which
+            also names the features.
         size: edge of the square that is cut from each image's middle.
         tokens: see `budgets`.
         batch_size: images at a time.
@@ -144,8 +145,9 @@ def compare(
         if on_batch is not None:
             on_batch()
     compared = [Compared(name, allowed[name], found[name].compute()) for name in vaes]
+    told = {"size": size, "features": _name_of(features), "models": [one.to_dict() for one in compared]}
     partial = output / "metrics.json.part"
-    partial.write_text(json.dumps({"size": size, "models": [one.to_dict() for one in compared]}, indent=1) + "\n")
+    partial.write_text(json.dumps(told, indent=1) + "\n")
     partial.replace(output / "metrics.json")
     return compared
 
@@ -172,6 +174,14 @@ def _latent_shape(name: str, vae: Any, size: int) -> tuple[int, int]:
     if latent.dim() != 4 or size % latent.shape[3] or latent.shape[2] != latent.shape[3]:
         raise ValueError(f"size: {name} makes a latent {tuple(latent.shape)} of {size} pixels, wanted another size")
     return size // latent.shape[3], latent.shape[1]
+
+
+def _name_of(features: Features | None) -> str | None:
+    """What a Fréchet distance is of, for those who read it later."""
+    if features is None:
+        return None
+    of: Any = features if hasattr(features, "__qualname__") else type(features)
+    return f"{of.__module__}:{of.__qualname__}"
 
 
 def _called(budget: Budget) -> str:

@@ -25,6 +25,7 @@ class DiffusionConfig(Recipe):
         ema_decay: 0.9999 in the paper, for its 500 thousand steps of 1024 images after 5 thousand of warm-up.
         label_dropout: share of the images that have no label, for guidance.
         channels: numbers of first latent channels to learn at once, of an adaptive autoencoder (1.5).
+        channel_draws: how many of these a batch draws.
 
     All others are those of `Recipe`.
 
@@ -44,6 +45,7 @@ class DiffusionConfig(Recipe):
     ema_decay: float = 0.9999
     label_dropout: float = 0.1
     channels: tuple[int, ...] = ()
+    channel_draws: int = 1
 
     @property
     def kind(self) -> str:
@@ -64,5 +66,6 @@ class DiffusionConfig(Recipe):
             ValueError: a value is out of its range.
         """
         return OBJECTIVES[self.method](
-            num_classes=num_classes, label_dropout=self.label_dropout, channels=self.channels
-        )
+            num_classes=num_classes, label_dropout=self.label_dropout, channels=self.channels,
+            channel_draws=self.channel_draws,
+        )  # fmt: skip

@@ -33,24 +33,30 @@ class LatentStatistics:
     """How latents are distributed.
 
     Attributes:
-        scaling_factor: 1 / the root of their mean square, what diffusion multiplies them with.
+        scaling_factor: 1 / the root of their mean square, less the shift, what diffusion multiplies them with.
         mean: of each channel.
         std: of each channel; (z - mean) / std is another way to scale.
         count: numbers of a channel that were seen.
+        shift_factor: what is taken off before; 0 for most.
     """
 
     scaling_factor: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
     count: int
+    shift_factor: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def latent_statistics(latents: Iterable[Tensor]) -> LatentStatistics:
-    """Statistics of latents [batch, channels, height, width], summed up in float64.
+def latent_statistics(latents: Iterable[Tensor], *, shift_factor: float = 0.0) -> LatentStatistics:
+    """Statistics of latents, summed up in float64.
+
+    Args:
+        latents: [batch, channels, height, width] each.
+        shift_factor: what is taken off before they are scaled.
 
     Raises:
         ValueError: there are none, channels differ, or a number is not finite.
@@ -70,15 +76,15 @@ def latent_statistics(latents: Iterable[Tensor]) -> LatentStatistics:
         raise ValueError("latents: there are none")
     mean = total / count
     std = (square / count - mean.square()).clamp_min(0).sqrt()
-    scale = float((square.sum() / (count * len(square))).rsqrt())
-    return LatentStatistics(scale, tuple(mean.tolist()), tuple(std.tolist()), count)
+    scale = float((std.square() + (mean - shift_factor).square()).mean().rsqrt())
+    return LatentStatistics(scale, tuple(mean.tolist()), tuple(std.tolist()), count, shift_factor)
 
 
 @torch.no_grad()
 def statistics_of_images(
     vae: Any, paths: Sequence[Path], *, size: int, batch_size: int = 8, on_batch: Callable[[], None] | None = None
 ) -> LatentStatistics:
-    """`latent_statistics` of what an autoencoder makes of images.
+    """`latent_statistics` of what an autoencoder makes of images, with its own shift.
 
     Args:
         vae: any autoencoder of diffusers, in evaluation mode.
@@ -98,7 +104,7 @@ def statistics_of_images(
             if on_batch is not None:
                 on_batch()
 
-    return latent_statistics(latents())
+    return latent_statistics(latents(), shift_factor=_shift(vae))
 
 
 def rehearse_statistics(vae: Any, paths: Sequence[Path], *, size: int, batch_size: int = 8) -> Estimate:
@@ -165,7 +171,7 @@ def dump_latents(
         raise ValueError(f"size: got {size}, wanted a multiple of {ratio}")
     images, folder = Path(images), Path(folder)
     scale = vae.config.get("scaling_factor", 1) if scaling_factor is None else scaling_factor
-    shift = vae.config.get("shift_factor") or 0
+    shift = _shift(vae)
     if scaling_factor is None and scale == 1:
         raise ValueError(
             "scaling_factor: got None, and the autoencoder has none; `pronghorn dcae stats MODEL IMAGES --write` "
@@ -214,6 +220,11 @@ def rehearse_dump(vae: Any, images: str | Path, *, batch_size: int = 8, **option
     seconds = times[0] + (len(paths) - batch_size) * times[1] / later if later > 0 else times[0]
     peak = peak_bytes(next(vae.parameters()).device)
     return Estimate(peak, written * len(paths) // len(tried), seconds, f"{len(tried)} of {len(paths)} images")
+
+
+def _shift(vae: Any) -> float:
+    """What of latents an autoencoder's configuration wants taken off, as FLUX's does."""
+    return float(vae.config.get("shift_factor") or 0)
 
 
 def _write(path: Path, values: np.ndarray) -> None:

@@ -8,6 +8,12 @@ from typing import Any, ClassVar
 from pronghorn.dcae.recipe import Recipe
 
 ALL, MIDDLE, HEAD = 1, 2, 3
+MAX, MIN_MAX = "max", "min_max"
+# Settings that mean nothing in other phases.
+OF_A_PHASE = {
+    "middle_blocks": MIDDLE, "head_blocks": HEAD, "adversarial_weight": HEAD, "adaptive": HEAD,
+    "discriminator_start": HEAD, "discriminator_learning_rate": HEAD,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +34,11 @@ class PhaseConfig(Recipe):
         adversarial_weight: of the discriminator's judgement, in phase 3.
         adaptive: whether that is also weighted to a gradient as large as the other losses'.
         discriminator_start: the step after which it counts.
-        channel_samples: how many numbers of latent channels a step draws for an adaptive model (1.5), beside all of
-            them; 0 trains all channels alone.
+        discriminator_learning_rate: None: as `learning_rate`.
+        channel_samples: how many numbers of latent channels a step draws for an adaptive model (1.5), beside those that
+            it always has.
+        always_channels: those that it always has: "max" is all of them, "min_max" also the fewest that the model was
+            made for.
         zoom: images are shrunk so that their shorter edge is at most so many times the resolution.
 
     All others are those of `Recipe`.
@@ -55,7 +64,9 @@ class PhaseConfig(Recipe):
     adversarial_weight: float = 0.5
     adaptive: bool = True
     discriminator_start: int = 0
+    discriminator_learning_rate: float | None = None
     channel_samples: int = 1
+    always_channels: str = MAX
     zoom: float = 2.0
 
     @property
@@ -73,6 +84,10 @@ class PhaseConfig(Recipe):
         self._check_switch("adaptive")
         if self.zoom < 1:
             raise ValueError(f"zoom: got {self.zoom!r}, wanted at least 1")
-        for name, phase in (("middle_blocks", MIDDLE), ("head_blocks", HEAD)):
-            if getattr(self, name) and self.phase != phase:
+        if self.discriminator_learning_rate is not None:
+            self._check_number("discriminator_learning_rate")
+        if self.always_channels not in (MAX, MIN_MAX):
+            raise ValueError(f"always_channels: got {self.always_channels!r}, accepted are {MAX} and {MIN_MAX}")
+        for name, phase in OF_A_PHASE.items():
+            if getattr(self, name) != getattr(PhaseConfig, name) and self.phase != phase:
                 raise ValueError(f"{name}: got {getattr(self, name)}, it belongs to phase {phase}")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pronghorn.dcae.diffusers.tiling import tiled_decode, tiled_encode
 from pronghorn.dcae.images import load_image, to_image
+from pronghorn.dcae.metrics import Reconstruction
 from pronghorn.estimate import Estimate, of_pieces
 
 
@@ -30,7 +31,9 @@ class Reconstructed:
 
 
 @torch.no_grad()
-def reconstruct(vae: Any, path: Path, target: Path, *, tile: int = 0) -> Reconstructed:
+def reconstruct(
+    vae: Any, path: Path, target: Path, *, tile: int = 0, metrics: Reconstruction | None = None
+) -> Reconstructed:
     """Encode and decode an image, and write it, cut to what the ratio divides, with its reconstruction on the right.
 
     Args:
@@ -38,25 +41,30 @@ def reconstruct(vae: Any, path: Path, target: Path, *, tile: int = 0) -> Reconst
         path: of the image.
         target: of the picture.
         tile: edge of a tile in pixels; 0 takes the image whole.
+        metrics: takes the image and its reconstruction, too.
 
     Raises:
-        ValueError: the image cannot be read, or the tile does not fit.
+        ValueError: the image cannot be read, the tile does not fit, or see `Reconstruction.update`.
     """
     x = load_image(path, multiple=vae.spatial_compression_ratio)[None].to(vae.device)
     z = tiled_encode(vae, x, tile=tile) if tile else vae.encode(x).latent
     y = tiled_decode(vae, z, tile=tile) if tile else vae.decode(z).sample
+    if metrics is not None:
+        metrics.update(x, y)
     error = (y.clamp(-1, 1) - x).square().mean() / 4
     to_image(torch.cat([x[0], y[0]], dim=2)).save(target)
     return Reconstructed(tuple(z.shape[1:]), -10 * error.log10().item())
 
 
-def rehearse_reconstruction(vae: Any, paths: Sequence[Path], *, tile: int = 0) -> Estimate:
+def rehearse_reconstruction(
+    vae: Any, paths: Sequence[Path], *, tile: int = 0, metrics: Reconstruction | None = None
+) -> Estimate:
     """What `reconstruct` takes of so many images, from the smallest to the largest of five; arguments likewise."""
     with tempfile.TemporaryDirectory() as folder:
 
         def work(index: int) -> int:
             target = Path(folder) / f"{index}.png"
-            reconstruct(vae, paths[index], target, tile=tile)
+            reconstruct(vae, paths[index], target, tile=tile, metrics=metrics)
             return target.stat().st_size
 
         return of_pieces([_pixels(path) for path in paths], work, vae.device, "images")

@@ -61,11 +61,12 @@ class Sources:
             raise ValueError(f"image {which}: {error}") from error
         return Image.fromarray(((found + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
-    def check(self, least: int) -> None:
+    def check(self, least: int, *, argument: str = "images") -> None:
         """Look at the head of every image, and decode none.
 
         Args:
             least: pixels that each must have on both edges.
+            argument: what an error calls the images.
 
         Raises:
             ValueError: some are smaller, or cannot be read; all of them are named. TypeError: one is none.
@@ -77,7 +78,7 @@ class Sources:
             wrong = {which: told for which, told in enumerate(tqdm(found, total=count, desc="heads", delay=3)) if told}
         if wrong:
             lines = [f"{self.name(which)}: {told}" for which, told in wrong.items()]
-            raise ValueError("\n".join((f"images: {len(wrong)} of {count} cannot be used:", *lines)))
+            raise ValueError("\n".join((f"{argument}: {len(wrong)} of {count} cannot be used:", *lines)))
 
     def name(self, which: int) -> str:
         """Of a file, or the image's number."""
@@ -101,9 +102,20 @@ class Sources:
         return self._images.select_columns([COLUMN]).cast_column(COLUMN, type(feature)(decode=False))
 
 
-def squares(images: Any, *, size: int) -> list[Tensor]:
-    """The middle square of every image, [3, size, size] from -1 to 1, for evaluation."""
+def squares(images: Any, *, size: int, argument: str = "images") -> list[Tensor]:
+    """The middle square of every image, [3, size, size] from -1 to 1, for evaluation.
+
+    Args:
+        images: see `Sources`.
+        size: of a square; none is made larger to fill it.
+        argument: what an error calls the images.
+
+    Raises:
+        ValueError: some images cannot be read or are smaller, which are all named; there are none. TypeError: see
+            `Sources`.
+    """
     found = Sources(images)
+    found.check(size, argument=argument)
     return [to_tensor(found[which], size=size) for which in range(len(found))]
 
 

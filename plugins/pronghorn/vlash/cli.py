@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from pronghorn.cli.functions import named_function
 from pronghorn.files.outputs import check_output
-from pronghorn.vlash.lookup import check_checkpoint, is_function, named_function, named_pair
+from pronghorn.vlash.lookup import check_checkpoint, is_function, named_pair
 from pronghorn.vlash.serve import serve
 
 app = typer.Typer(no_args_is_help=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from pronghorn.cli.functions import named_function
 
 # A repository of the Hub; what looks otherwise can be a folder alone.
 REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -16,27 +15,6 @@ REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 def is_function(value: str) -> bool:
     """Whether it is `package.module:function` rather than a folder, or a repository of the Hub."""
     return ":" in value and not Path(value).exists()
-
-
-def named_function(option: str, value: str) -> Callable[..., Any]:
-    """What `package.module:function` names, also in the folder that the command was called in.
-
-    Args:
-        option: whose value it is, for errors.
-        value: the name.
-
-    Raises:
-        ValueError: there is no such function.
-    """
-    module, _, function = value.partition(":")
-    sys.path.append(str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option}: got {value!r}, wanted package.module:function; {error}") from error
-    if not callable(found):
-        raise ValueError(f"{option}: got {value!r}, wanted a function, not {type(found).__name__}")
-    return found
 
 
 def named_pair(option: str, value: str, device: str, wanted: str, second: type = object) -> tuple[Any, Any]:

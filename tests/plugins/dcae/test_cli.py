@@ -114,6 +114,11 @@ def test_a_scaling_factor_is_written_where_dump_looks(photos, tmp_path):  # noqa
     assert "3 latents" in run("dump", tmp_path / "vae", *given)
     z = torch.cat([read_latent(path).flatten() for path in sorted((tmp_path / "z").rglob("*.npy"))])
     assert z.square().mean() == pytest.approx(1, rel=1e-4)
+    diffusers.AutoencoderKL(**KL, scaling_factor=0.5).save_pretrained(tmp_path / "kl")
+    run("stats", tmp_path / "kl", photos, "--size", 16, "--device", "cpu", "--write")
+    run("dump", tmp_path / "kl", photos, tmp_path / "of-kl", "--size", 16, "--device", "cpu")
+    z = torch.cat([read_latent(path).flatten() for path in sorted((tmp_path / "of-kl").rglob("*.npy"))])
+    assert z.square().mean() == pytest.approx(1, rel=1e-4)  # also where a shift is taken off first
     for nowhere in ("someone/model", tmp_path / "photos"):
         with pytest.raises(ValueError, match="no place for a scaling factor"):
             run("stats", nowhere, photos, "--write", "--device", "cpu")

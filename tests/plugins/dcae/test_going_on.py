@@ -90,6 +90,16 @@ def test_older_folders_go_on(run, photos):
     assert "made_from" not in json.loads((run / "config.json").read_text())
 
 
+def test_a_setting_that_came_later_had_its_default(run, photos):
+    record = json.loads((run / "config.json").read_text())
+    del record["always_channels"], record["discriminator_learning_rate"], record["l1_weight"]
+    (run / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"l1_weight was 1\.0 and is 2\.0"):
+        fit(photos, run, steps=6, l1_weight=2.0)
+    fit(photos, run, steps=6)
+    assert len(logged(run)) == 6
+
+
 @pytest.mark.fault(9)
 def test_a_start_that_fails_leaves_no_settings_behind(photos, tmp_path):
     vae = model()

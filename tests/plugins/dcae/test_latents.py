@@ -159,7 +159,8 @@ def test_statistics_and_dump_of_other_autoencoders(photos, tmp_path):
     vae, path = diffusers.AutoencoderKL(**KL, scaling_factor=0.5).eval(), photos / "a/one.png"
     wanted = vae.encode(load_image(path, size=16)[None]).latent_dist.mode()
     found = statistics_of_images(vae, [path], size=16)
-    assert found.scaling_factor == pytest.approx(wanted.square().mean().rsqrt().item(), rel=1e-5)
+    assert found.scaling_factor == pytest.approx((wanted - 0.25).square().mean().rsqrt().item(), rel=1e-5)
+    assert found.mean == pytest.approx(wanted.mean(dim=(0, 2, 3)).tolist(), rel=1e-4)
     assert dump_latents(vae, photos, tmp_path / "z", size=16, verbose=False) == 3
     torch.testing.assert_close(read_latent(tmp_path / "z/a/one.npy"), (wanted[0] - 0.25) * 0.5)
     with pytest.raises(ValueError, match="size: got 15, wanted a multiple of 2"):

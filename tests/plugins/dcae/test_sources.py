@@ -50,6 +50,17 @@ def test_all_bad_images_are_named_before_any_work(mixed, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_images_that_are_held_out_are_never_made_larger(mixed, tmp_path):
+    wanted = r"held_out: 3 of 5 cannot be used:\n.*broken\.jpg.*\n.*deep\.png.*\n.*small\.png: is 50 x 12, wanted"
+    with pytest.raises(ValueError, match=wanted):
+        AutoencoderTrainer(model(), config(), [picture()], output=tmp_path / "out", held_out=mixed)
+    with pytest.raises(ValueError, match=r"held_out: 1 of 2 cannot be used:\nimage 1: is 15 x 40, wanted at least 16"):
+        AutoencoderTrainer(
+            model(), config(), [picture()], output=tmp_path / "out", held_out=[picture(16, 16), picture(15, 40)]
+        )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.fault(27)
 def test_heads_are_enough(tmp_path):
     """No image is decoded to know that it is large enough; one whose pixels are broken is named when it is read."""

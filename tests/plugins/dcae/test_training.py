@@ -264,18 +264,47 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         torch.testing.assert_close(value, other.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
-def test_channels_are_drawn_and_all_are_always_among_them(tmp_path, monkeypatch):
-    adaptive = {"encoder_out_shortcut": False, "decoder_in_shortcut": False, "latent_channels_list": (2, 4, 8)}
-    seen = []
+ADAPTIVE = {"encoder_out_shortcut": False, "decoder_in_shortcut": False, "latent_channels_list": (2, 4, 8)}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The numbers of channels that each step reconstructs from."""
+    found = []
     real = room._Reconstruct.forward
     monkeypatch.setattr(
-        room._Reconstruct, "forward", lambda self, x, counts: seen.append(counts) or real(self, x, counts)
+        room._Reconstruct, "forward", lambda self, x, counts: found.append(counts) or real(self, x, counts)
     )
-    train(model(**adaptive), config(steps=12, channel_samples=2), tmp_path)
+    return found
+
+
+def test_channels_are_drawn_and_all_are_always_among_them(tmp_path, seen):
+    train(model(**ADAPTIVE), config(steps=12, channel_samples=2), tmp_path)
     assert all(counts[0] is None and len(counts) == 3 for counts in seen)
     assert {count for counts in seen for count in counts[1:]} == {2, 4, 8}
-    train(model(**adaptive), config(channel_samples=0), tmp_path / "none")
+    train(model(**ADAPTIVE), config(channel_samples=0), tmp_path / "none")
     assert seen[-1] == (None,)
+
+
+def test_the_fewest_channels_may_always_be_among_them_too(tmp_path, seen):
+    train(model(**ADAPTIVE), config(steps=12, channel_samples=2), tmp_path / "max")
+    drawn = [counts[1:] for counts in seen]
+    seen.clear()
+    train(model(**ADAPTIVE), config(steps=12, channel_samples=2, always_channels="min_max"), tmp_path / "both")
+    assert seen == [(None, 2, *counts) for counts in drawn]  # what is drawn does not depend on what is always there
+    train(model(**ADAPTIVE), config(channel_samples=0, always_channels="min_max"), tmp_path / "alone")
+    assert seen[-1] == (None, 2)
+    with pytest.raises(ValueError, match="always_channels: got 'min_max', and the model has no latent_channels_list"):
+        train(model(), config(always_channels="min_max"), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("rate", [None, 2e-4])
+def test_a_discriminator_may_learn_at_a_rate_of_its_own(tmp_path, rate):
+    trainer = AutoencoderTrainer(model(), config(3, discriminator_learning_rate=rate), IMAGES, output=tmp_path)
+    rates = [one.param_groups[0]["lr"] for one in (trainer._optimizer, trainer._critic)]
+    assert rates == [1e-3, 1e-3 if rate is None else rate]
+    trainer.fit()
 
 
 @pytest.mark.fault(6)
@@ -319,6 +348,11 @@ train(vae, config(batch_size=int(sys.argv[1])), sys.argv[2])
         ({"ema_decay": 1.0}, "ema_decay"), ({"mixed_precision": "fp8"}, "accepted are no, bf16, fp16"),
         ({"head_blocks": 1}, "belongs to phase 3"), ({"phase": 3, "middle_blocks": 1}, "belongs to phase 2"),
         ({"learning_rate": float("nan")}, "learning_rate"), ({"zoom": 0.5}, "zoom"),
+        ({"always_channels": "min"}, "always_channels: got 'min', accepted are max and min_max"),
+        ({"adversarial_weight": 0.1}, "adversarial_weight: got 0.1, it belongs to phase 3"),
+        ({"phase": 2, "adaptive": False}, "adaptive: got False, it belongs to phase 3"),
+        ({"discriminator_start": 5}, "discriminator_start: got 5, it belongs to phase 3"),
+        ({"phase": 3, "discriminator_learning_rate": -1.0}, "discriminator_learning_rate: got -1.0"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused(changed, message):

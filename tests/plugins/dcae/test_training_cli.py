@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 import types
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from tests.plugins.dcae.test_cli import run
 from tests.plugins.dcae.test_crops import picture
 from tests.plugins.dcae.test_diffusion_training import dumped
 from tests.plugins.dcae.test_training import BrokenOffError
+from typer.main import get_command
+from typer.testing import CliRunner
 
-from pronghorn.dcae import CONFIGURATIONS, DCAEDiTPipeline, DiT2DModel, UViT2DModel
+from pronghorn.dcae import CONFIGURATIONS, DCAEDiTPipeline, DiffusionConfig, DiT2DModel, PhaseConfig, UViT2DModel
+from pronghorn.dcae.cli import app
 from pronghorn.dcae.crops import batches
 from pronghorn.dcae.diffusers.loading import load_dcae, start_dcae
 from pronghorn.dcae.diffusers.training import autoencoder as room
@@ -69,6 +73,60 @@ def test_three_phases(described, photos, tmp_path):
     assert moved == [{"encoder", "decoder"}, {"decoder"}]
     found = json.loads((tmp_path / "3" / "config.json").read_text())
     assert (found["head_blocks"], found["gradient_accumulation_steps"], found["learning_rate"]) == (1, 2, 5.4e-5)
+
+
+def reached(command, kind, aliases):
+    """Settings of a configuration that a command has no option for."""
+    options = {name.lstrip("-").replace("-", "_") for one in get_command(app).commands[command].params
+               for name in one.opts}  # fmt: skip
+    return {field.name for field in fields(kind)} - options - aliases
+
+
+def test_every_setting_has_an_option():
+    assert not reached("train", PhaseConfig, set())
+    assert not reached("train-diffusion", DiffusionConfig, {"evaluate_every"})  # which has nothing to evaluate
+
+
+def test_settings_arrive(described, photos, tmp_path):
+    given = {
+        "weight_decay": 0.02, "betas": [0.4, 0.8], "max_grad_norm": 0.5, "l1_weight": 2.0, "perceptual_weight": 0.125,
+        "adversarial_weight": 0.25, "discriminator_start": 1, "discriminator_learning_rate": 1e-4,
+        "channel_samples": 2, "zoom": 1.5, "ema_decay": 0.5, "warmup_steps": 1, "adaptive": False,
+    }  # fmt: skip
+    words = [word for name, value in given.items() if name not in ("adaptive", "betas")
+             for word in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
+    run("train", described, photos, tmp_path / "out", "--phase", 3, "--resolution", 32, *SHORT, *words,
+        "--betas", "0.4,0.8", "--no-adaptive")  # fmt: skip
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: found[name] for name in given} == given
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line.get("adversarial_weight") for line in lines] == [None, 0.25]
+    assert lines[1]["loss"] == pytest.approx(
+        2 * lines[1]["l1"] + 0.125 * lines[1]["perceptual"] + 0.25 * lines[1]["adversarial"], rel=1e-4
+    )
+    done = CliRunner().invoke(app, ["train", str(described), str(photos), str(tmp_path / "none"), "--phase", "1",
+                                    "--steps", "1", "--betas", "0.9"])  # fmt: skip
+    assert done.exit_code == 2
+    assert "wanted two numbers with a comma, got '0.9'" in " ".join(done.output.replace("│", " ").split())
+    with pytest.raises(ValueError, match="discriminator_start: got 2, it belongs to phase 3"):
+        run("train", described, photos, tmp_path / "none", "--phase", 1, *SHORT, "--discriminator-start", 2)
+    with pytest.raises(ValueError, match="always_channels: got 'min', accepted are max and min_max"):
+        run("train", described, photos, tmp_path / "none", "--phase", 1, *SHORT, "--always-channels", "min")
+
+
+def test_lengths_of_latents_arrive(photos, tmp_path):
+    adaptive = small(encoder_out_shortcut=False, decoder_in_shortcut=False, latent_channels_list=(2, 8))
+    (tmp_path / "adaptive.json").write_text(json.dumps(adaptive.architecture.to_dict()))
+    run("train", tmp_path / "adaptive.json", photos, tmp_path / "vae", "--phase", 1, "--resolution", 16, *SHORT,
+        "--always-channels", "min_max")  # fmt: skip
+    assert json.loads((tmp_path / "vae/config.json").read_text())["always_channels"] == "min_max"
+    run("train-diffusion", dumped(tmp_path / "latents"), tmp_path / "out", *OWN, *SHORT, "--channels", "2,8",
+        "--channel-draws", 2, "--weight-decay", 0.02, "--betas", "0.4,0.8", "--max-grad-norm", 0.5)  # fmt: skip
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    wanted = {"channels": [2, 8], "channel_draws": 2, "weight_decay": 0.02, "betas": [0.4, 0.8], "max_grad_norm": 0.5}
+    assert {name: found[name] for name in wanted} == wanted
+    with pytest.raises(ValueError, match="channel_draws: got 2, wanted 1, or with channels also more"):
+        run("train-diffusion", tmp_path / "latents", tmp_path / "no", *OWN, *SHORT, "--channel-draws", 2)
 
 
 def test_a_card_stands_beside_what_was_trained(described, photos, tmp_path):

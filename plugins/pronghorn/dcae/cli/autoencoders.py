@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pronghorn.dcae.cli.options import BaseModel, Config, Device, NoReport, numbers, on
+from pronghorn.dcae.cli.options import BaseModel, Config, Device, NoReport, Rfid, features_of, numbers, on
 
 app = typer.Typer()
 
@@ -18,6 +18,7 @@ Images = Annotated[Path, typer.Argument(help="Folder of images.")]
 Size = Annotated[int, typer.Option(help="Edge of the square that is cut from each image's middle.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Tile = Annotated[int, typer.Option(help="Edge of a tile of large images; 0 takes them whole.")]
+TRIED = 256  # pixels on the edge of the images that features are tried on, where images keep their own sizes
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Try some images, print peak memory, time and disk, and stop.")]
 
 
@@ -46,24 +47,33 @@ def convert(
 @app.command()
 def reconstruct(
     model: Model, images: Images, output: Annotated[Path, typer.Argument(help="Folder for the pictures.")],
-    config: Config = None, tile: Tile = 0, device: Device = None, dry_run: DryRun = False,
+    config: Config = None, tile: Tile = 0, rfid: Rfid = None, device: Device = None, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
-    """Encode and decode images; each picture has the image on the left, cut to what the ratio divides."""
+    """Encode and decode images; each picture has the image on the left, cut to what the ratio divides.
+
+    With --rfid, it sees images one by one in their own sizes, and mean PSNR, SSIM and rFID are told in the end.
+    """
     from pronghorn.dcae.diffusers import accelerate_dcae
     from pronghorn.dcae.folders import targets
     from pronghorn.dcae.images import find_images
+    from pronghorn.dcae.metrics import Reconstruction
     from pronghorn.dcae.reconstruct import reconstruct, rehearse_reconstruction
 
     pictures = targets(find_images(images), images, output, suffix=".png", flat=True)
     vae = on(_load(model, config), device)
+    features = features_of(rfid, images=len(pictures), size=TRIED, device=vae.device)
+    metrics = None if features is None else Reconstruction(features=features)
     with accelerate_dcae(vae):
         if dry_run:
-            typer.echo(rehearse_reconstruction(vae, list(pictures), tile=tile))
+            typer.echo(rehearse_reconstruction(vae, list(pictures), tile=tile, metrics=metrics))
             return
         output.mkdir(parents=True, exist_ok=True)
         for path, target in pictures.items():
-            found = reconstruct(vae, path, target, tile=tile)
+            found = reconstruct(vae, path, target, tile=tile, metrics=metrics)
             typer.echo(f"{path.name}: {found.latent}, PSNR {found.psnr:.2f} dB -> {target}")
+    if metrics is not None:
+        of = metrics.compute()
+        typer.echo(f"{of.images} images: PSNR {of.psnr:.2f} dB, SSIM {of.ssim:.4f}, rFID {of.frechet:.4g} by {rfid}")
 
 
 @app.command()
@@ -118,11 +128,11 @@ def compare(
     models: Annotated[list[str], typer.Argument(help="Several, as of other commands, or other classes of diffusers.")],
     images: Images, output: Annotated[Path, typer.Argument(help="Folder for pictures and metrics.json.")],
     size: Size = 512, tokens: Annotated[int | None, typer.Option(help="Of an image, for the diffusion model.")] = None,
-    batch_size: BatchSize = 4, device: Device = None, dry_run: DryRun = False,
+    batch_size: BatchSize = 4, rfid: Rfid = None, device: Device = None, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Reconstruct images with several autoencoders, each with the patch size that gives as many tokens as the others.
 
-    A picture for each image, and PSNR, SSIM and a Fréchet distance of textures, which is no FID.
+    A picture for each image, and PSNR, SSIM and a Fréchet distance: of textures, which is no FID, or rFID with --rfid.
     """
     from rich.console import Console
     from rich.table import Table
@@ -137,13 +147,18 @@ def compare(
     names = [Path(model).name for model in models]
     names = [name if names.count(name) == 1 else model for name, model in zip(names, models, strict=True)]
     vaes = {name: on(load_autoencoder(model), device) for name, model in zip(names, models, strict=True)}
-    features = texture_statistics if len(find_images(images)) > 1 else None  # of one image there is no spread
+    count, where = len(find_images(images)), next(next(iter(vaes.values())).parameters()).device
+    features = features_of(rfid, images=count, size=size, device=where)
+    if rfid is None and count > 1:  # of one image there is no spread
+        features = texture_statistics
     how: dict[str, Any] = {"size": size, "tokens": tokens, "batch_size": batch_size, "features": features}
     if dry_run:
         typer.echo(rehearse_comparison(vaes, images, **how))
         return
     found = compare(vaes, images, output, **how)
-    table = Table("model", "latent", "patch", "tokens", "numbers", "a token", "PSNR dB", "SSIM", "texture")
+    table = Table(
+        "model", "latent", "patch", "tokens", "numbers", "a token", "PSNR dB", "SSIM", "rFID" if rfid else "texture"
+    )
     for one in found:
         of, metrics = one.budget, one.metrics
         counts = (of.patch_size, of.tokens, of.numbers, of.numbers_per_token)

@@ -11,6 +11,14 @@ Config = Annotated[str | None, typer.Option(help="Published name of the architec
 NoReport = Annotated[bool, typer.Option("--no-report", help="Do not compare with MODEL, write no model card.")]
 BaseModel = Annotated[str | None, typer.Option(help="MODEL's hub name for the card, where it is a folder.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu …; the GPU if there is one.")]
+Rfid = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="FID's Inception, for rFID: a function that gives one row of features for each of a batch of images from "
+        "-1 to 1. Wants more images than features; papers have 50000.",
+    ),
+]
 
 
 def numbers(text: str) -> list[int]:
@@ -23,6 +31,19 @@ def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"wanted numbers with commas, got {text!r}") from None
+
+
+def pair(text: str | None) -> tuple[float, float] | None:
+    """Of "0.9,0.999".
+
+    Raises:
+        typer.BadParameter: it is something else.
+    """
+    try:
+        one, other = (None, None) if text is None else map(float, text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"wanted two numbers with a comma, got {text!r}") from None
+    return None if one is None or other is None else (one, other)
 
 
 def class_numbers(text: str, names: Sequence[str]) -> list[int]:
@@ -44,6 +65,20 @@ def class_numbers(text: str, names: Sequence[str]) -> list[int]:
     if len(set(found)) < len(found):
         raise ValueError(f"classes: got {text}, wanted each once; more pictures of a class are `--each`")
     return found
+
+
+def features_of(rfid: str | None, *, images: int, size: int, device: Any) -> Any:
+    """What `--rfid` names, tried before any work; None where it names nothing.
+
+    Raises:
+        ValueError: there is no such function, or see `checked_features`.
+    """
+    if rfid is None:
+        return None
+    from pronghorn.cli.functions import named_function
+    from pronghorn.dcae.features import checked_features
+
+    return checked_features(rfid, named_function("rfid", rfid), images=images, size=size, device=device)
 
 
 def on(module: Any, device: str | None) -> Any:

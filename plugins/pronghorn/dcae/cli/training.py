@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from pronghorn.dcae.cli.options import BaseModel, Config, Device, NoReport, class_numbers, on
+from pronghorn.dcae.cli.options import (
+    BaseModel,
+    Config,
+    Device,
+    NoReport,
+    Rfid,
+    class_numbers,
+    features_of,
+    numbers,
+    on,
+    pair,
+)
 from pronghorn.dcae.phases import PhaseConfig
 
 app = typer.Typer()
@@ -16,6 +27,9 @@ Output = Annotated[Path, typer.Argument(help="Folder for checkpoints, the log an
 Steps = Annotated[int, typer.Option(help="Updates of the weights.")]
 BatchSize = Annotated[int, typer.Option(help="Images of a step, on each device.")]
 LearningRate = Annotated[float | None, typer.Option(help="The paper's by default.")]
+WeightDecay = Annotated[float | None, typer.Option(help="Of AdamW; the paper's by default.")]
+Betas = Annotated[str | None, typer.Option(help="Of AdamW, two numbers with a comma; the paper's by default.")]
+MaxGradNorm = Annotated[float, typer.Option(help="Gradients are shortened to this; 0 leaves them.")]
 Warmup = Annotated[int, typer.Option(help="Steps over which the learning rate rises.")]
 Accumulation = Annotated[int, typer.Option(help="Batches of a step.")]
 EmaDecay = Annotated[float, typer.Option(help="Of the mean of the weights, which is what is kept; 0 keeps the last.")]
@@ -27,6 +41,19 @@ Seed = Annotated[int, typer.Option(help="Of all that is drawn.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Try a few steps, print peak memory, time and disk, and stop.")]
 LogWith = Annotated[str | None, typer.Option(help="A tracker of accelerate's, as tensorboard.")]
 PERCEPTUAL = ("pyramid", "lpips")
+
+L1Weight = Annotated[float, typer.Option(help="Of the mean absolute difference.")]
+Perceptual = Annotated[str, typer.Option(help="pyramid, which is a stand-in, or lpips.")]
+PerceptualWeight = Annotated[float, typer.Option(help="Of that distance; 0 leaves it out.")]
+AdversarialWeight = Annotated[float, typer.Option(help="Phase 3: of the discriminator's judgement.")]
+Adaptive = Annotated[bool, typer.Option(help="Phase 3: weight that also to a gradient as large as the other losses'.")]
+DiscriminatorStart = Annotated[int, typer.Option(help="Phase 3: the step after which the discriminator counts.")]
+DiscriminatorLearningRate = Annotated[float | None, typer.Option(help="Phase 3: by default as --learning-rate.")]
+ChannelSamples = Annotated[int, typer.Option(help="Version 1.5: numbers of channels that a step draws.")]
+AlwaysChannels = Annotated[str, typer.Option(help="Version 1.5: max, or min_max, which each step has beside these.")]
+Zoom = Annotated[float, typer.Option(help="Images are shrunk to a shorter edge of at most so many times --resolution.")]
+Channels = Annotated[str | None, typer.Option(help="Version 1.5: numbers of first channels to learn, with commas.")]
+ChannelDraws = Annotated[int, typer.Option(help="Version 1.5: how many of these a batch draws.")]
 
 
 @app.command()
@@ -43,13 +70,20 @@ def train(
     held_out: Annotated[Path | None, typer.Option(help="Folder of images for evaluation.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Edge of an image; by default 256, 1024 and 256.")] = None,
     batch_size: BatchSize = PhaseConfig.batch_size, learning_rate: LearningRate = None,
+    weight_decay: WeightDecay = None, betas: Betas = None, max_grad_norm: MaxGradNorm = PhaseConfig.max_grad_norm,
     warmup_steps: Warmup = PhaseConfig.warmup_steps,
     gradient_accumulation_steps: Accumulation = PhaseConfig.gradient_accumulation_steps,
     middle_blocks: Annotated[int, typer.Option(help="Phase 2: also so many blocks on both sides of the latent.")] = 0,
     head_blocks: Annotated[int, typer.Option(help="Phase 3: also so many of the decoder's last blocks.")] = 0,
-    perceptual: Annotated[str, typer.Option(help="pyramid, which is a stand-in, or lpips.")] = PERCEPTUAL[0],
+    l1_weight: L1Weight = PhaseConfig.l1_weight, perceptual: Perceptual = PERCEPTUAL[0],
+    perceptual_weight: PerceptualWeight = PhaseConfig.perceptual_weight,
+    adversarial_weight: AdversarialWeight = PhaseConfig.adversarial_weight, adaptive: Adaptive = PhaseConfig.adaptive,
+    discriminator_start: DiscriminatorStart = PhaseConfig.discriminator_start,
+    discriminator_learning_rate: DiscriminatorLearningRate = PhaseConfig.discriminator_learning_rate,
+    channel_samples: ChannelSamples = PhaseConfig.channel_samples,
+    always_channels: AlwaysChannels = PhaseConfig.always_channels, zoom: Zoom = PhaseConfig.zoom,
     ema_decay: EmaDecay = PhaseConfig.ema_decay, mixed_precision: Precision = PhaseConfig.mixed_precision,
-    gradient_checkpointing: Checkpointing = False,
+    gradient_checkpointing: Checkpointing = False, rfid: Rfid = None,
     evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = PhaseConfig.evaluate_every,
     save_every: SaveEvery = PhaseConfig.save_every, workers: Workers = PhaseConfig.workers,
     seed: Seed = PhaseConfig.seed, log_with: LogWith = None, dry_run: DryRun = False,
@@ -63,19 +97,24 @@ def train(
 
     settings = PhaseConfig(
         phase=phase, steps=steps, resolution=resolution, batch_size=batch_size, learning_rate=learning_rate,
-        warmup_steps=warmup_steps, gradient_accumulation_steps=gradient_accumulation_steps,
-        middle_blocks=middle_blocks, head_blocks=head_blocks, ema_decay=ema_decay, mixed_precision=mixed_precision,
+        weight_decay=weight_decay, betas=pair(betas), max_grad_norm=max_grad_norm, warmup_steps=warmup_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps, middle_blocks=middle_blocks, head_blocks=head_blocks,
+        l1_weight=l1_weight, perceptual_weight=perceptual_weight, adversarial_weight=adversarial_weight,
+        adaptive=adaptive, discriminator_start=discriminator_start,
+        discriminator_learning_rate=discriminator_learning_rate, channel_samples=channel_samples,
+        always_channels=always_channels, zoom=zoom, ema_decay=ema_decay, mixed_precision=mixed_precision,
         gradient_checkpointing=gradient_checkpointing, evaluate_every=evaluate_every, save_every=save_every,
         workers=workers, seed=seed,
     )  # fmt: skip
-    distance = _distance(perceptual)
+    distance, features = _distance(perceptual), _features(rfid, held_out, settings)
     _seed(seed)
     vae = start_dcae(model, config=config)
 
     def trainer(settings: PhaseConfig, output: Path) -> AutoencoderTrainer:
         return AutoencoderTrainer(
-            vae, settings, images, output=output, held_out=held_out, perceptual=distance, log_with=log_with
-        )
+            vae, settings, images, output=output, held_out=held_out, perceptual=distance, features=features,
+            log_with=log_with,
+        )  # fmt: skip
 
     if dry_run:
         _say(str(rehearse(settings, trainer)))
@@ -84,6 +123,7 @@ def train(
     report = None if no_report else TrainingReport(made, None if starts_random(model) else model, base_model)
     metrics = made.fit()
     found = "" if metrics is None else f", PSNR {metrics.psnr:.2f} dB and SSIM {metrics.ssim:.4f} of {held_out}"
+    found += "" if metrics is None or metrics.frechet is None else f", rFID {metrics.frechet:.4g} by {rfid}"
     _say(f"{output / 'model'}: phase {phase}, {steps} steps{found}")
     if report is not None and _is_first():
         typer.echo(report.write(output / "model", metrics))
@@ -100,9 +140,11 @@ def train_diffusion(
     heads: Annotated[int | None, typer.Option(help="Attention heads, likewise.")] = None,
     patch_size: Annotated[int, typer.Option(help="Places of a token's edge.")] = 1,
     batch_size: BatchSize = PhaseConfig.batch_size, learning_rate: LearningRate = None,
+    weight_decay: WeightDecay = None, betas: Betas = None, max_grad_norm: MaxGradNorm = PhaseConfig.max_grad_norm,
     warmup_steps: Warmup = PhaseConfig.warmup_steps,
     gradient_accumulation_steps: Accumulation = PhaseConfig.gradient_accumulation_steps,
     label_dropout: Annotated[float, typer.Option(help="Share of images without their label, for guidance.")] = 0.1,
+    channels: Channels = None, channel_draws: ChannelDraws = 1,
     ema_decay: EmaDecay = 0.9999, mixed_precision: Precision = PhaseConfig.mixed_precision,
     gradient_checkpointing: Checkpointing = False, save_every: SaveEvery = PhaseConfig.save_every,
     workers: Workers = PhaseConfig.workers, seed: Seed = PhaseConfig.seed, log_with: LogWith = None,
@@ -116,8 +158,10 @@ def train_diffusion(
     from pronghorn.dcae.report import write_diffusion_report
 
     settings = DiffusionConfig(
-        method=method, steps=steps, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=warmup_steps,
-        gradient_accumulation_steps=gradient_accumulation_steps, label_dropout=label_dropout, ema_decay=ema_decay,
+        method=method, steps=steps, batch_size=batch_size, learning_rate=learning_rate,
+        weight_decay=weight_decay, betas=pair(betas), max_grad_norm=max_grad_norm, warmup_steps=warmup_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps, label_dropout=label_dropout,
+        channels=() if channels is None else tuple(numbers(channels)), channel_draws=channel_draws, ema_decay=ema_decay,
         mixed_precision=mixed_precision, gradient_checkpointing=gradient_checkpointing, save_every=save_every,
         workers=workers, seed=seed,
     )  # fmt: skip
@@ -206,6 +250,21 @@ def _distance(perceptual: str) -> Any:
     from accelerate import PartialState
 
     return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(PartialState().device)
+
+
+def _features(rfid: str | None, held_out: Path | None, settings: PhaseConfig) -> Any:
+    """What evaluations take rFID of; see `features_of`."""
+    if rfid is None:
+        return None
+    if held_out is None:
+        raise ValueError(f"rfid: got {rfid!r}, and no images are held out for it; wanted --held-out")
+    from accelerate import PartialState
+
+    from pronghorn.dcae.images import find_images
+
+    return features_of(
+        rfid, images=len(find_images(held_out)), size=int(settings.resolution or 0), device=PartialState().device
+    )
 
 
 def _seed(seed: int) -> None:

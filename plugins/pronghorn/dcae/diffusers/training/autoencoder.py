@@ -22,7 +22,7 @@ from pronghorn.dcae.discriminator import PatchDiscriminator
 from pronghorn.dcae.images import to_image
 from pronghorn.dcae.losses import adaptive_weight, hinge_of_discriminator, hinge_of_generator, pyramid_distance
 from pronghorn.dcae.metrics import Features, ReconstructionMetrics, evaluate
-from pronghorn.dcae.phases import HEAD, PhaseConfig
+from pronghorn.dcae.phases import HEAD, MIN_MAX, PhaseConfig
 from pronghorn.dcae.sources import squares
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class AutoencoderTrainer:
         config: the phase.
         images: a folder, files, images, tensors or a `datasets.Dataset`, see `Sources`.
         output: folder for checkpoints, `log.jsonl`, sample grids, and in the end the model.
-        held_out: images likewise, for evaluation; none without.
+        held_out: images likewise, for evaluation by the square of their middle; none without.
         perceptual: distance of two batches of images from -1 to 1, as `lpips.LPIPS(net="vgg")` from PyPI is with its
             weights; by default `pyramid_distance`, which is a stand-in.
         features: of images, for the Fréchet distance in evaluations, which is rFID if they are of FID's Inception.
@@ -52,7 +52,7 @@ class AutoencoderTrainer:
     Raises:
         TypeError: the autoencoder is another one, as diffusers' own.
         ValueError: the resolution is no multiple of the autoencoder's ratio, images cannot be read or are smaller than
-            that, or the folder holds another training.
+            that, the autoencoder has no channels to draw from, or the folder holds another training.
 
     Examples:
         >>> AutoencoderTrainer(vae, PhaseConfig(phase=1, steps=100_000), "photos", output="phase-1").fit()
@@ -73,11 +73,15 @@ class AutoencoderTrainer:
         ratio, size = vae.spatial_compression_ratio, int(config.resolution or 0)
         if size % ratio:
             raise ValueError(f"resolution: got {size}, wanted a multiple of {ratio}")
+        channels = tuple(vae.config.latent_channels_list)
+        if config.always_channels == MIN_MAX and not channels:
+            raise ValueError("always_channels: got 'min_max', and the model has no latent_channels_list; wanted 'max'")
         self.vae, self.config, self.output = vae, config, Path(output)
         self.perceptual, self.features = perceptual or pyramid_distance, features
         self._modules = trained_modules(vae, config)
         select(vae, self._modules)
         crops = Crops(images, size=size, seed=config.seed, zoom=config.zoom)
+        self._held_out = [] if held_out is None else squares(held_out, size=size, argument="held_out")
         self._loop = Loop(output, config, vae, crops, origin=made_from(vae, crops.digest()), log_with=log_with)
         accelerator = self._loop.accelerator
         vae.to(accelerator.device)
@@ -86,8 +90,7 @@ class AutoencoderTrainer:
         self._synchronizes = _several_gpus(accelerator)
         if self._synchronizes:
             nn.SyncBatchNorm.convert_sync_batchnorm(vae)
-        self._held_out = [] if held_out is None else squares(held_out, size=size)
-        self._channels = tuple(vae.config.latent_channels_list) if config.channel_samples else ()
+        self._channels = channels
         self._random = torch.Generator().manual_seed(config.seed)
         self._reconstruct = accelerator.prepare(_Reconstruct(vae))
         self._optimizer, self._schedule = self._loop.optimizer(self._loop.trained)
@@ -95,7 +98,9 @@ class AutoencoderTrainer:
         if config.phase == HEAD:
             self._discriminator = accelerator.prepare(PatchDiscriminator(vae.config.in_channels))
             self._critics = list(self._discriminator.parameters())
-            self._critic, self._critic_schedule = self._loop.optimizer(self._critics)
+            self._critic, self._critic_schedule = self._loop.optimizer(
+                self._critics, config.discriminator_learning_rate
+            )
 
     @property
     def device(self) -> torch.device:
@@ -188,12 +193,13 @@ class AutoencoderTrainer:
         return {name: value.item() for name, value in losses.items()}
 
     def _counts(self, step: int) -> tuple[int | None, ...]:
-        """Latent channels to reconstruct from: all, and what is drawn; the same draw if the step is done again."""
+        """Latent channels to reconstruct from: all, perhaps the fewest, and what is drawn, alike if done again."""
         if not self._channels:
             return (None,)
+        fewest = (min(self._channels),) if self.config.always_channels == MIN_MAX else ()
         self._random.manual_seed(self.config.seed * 1_000_003 + step)
         drawn = torch.randint(len(self._channels), (self.config.channel_samples,), generator=self._random)
-        return None, *(self._channels[place] for place in drawn.tolist())
+        return None, *fewest, *(self._channels[place] for place in drawn.tolist())
 
     def _evaluated(self, step: int) -> dict[str, float]:
         """Metrics of images that were held out, and a picture of some of them beside what is made of them."""

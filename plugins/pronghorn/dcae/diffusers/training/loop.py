@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ class Loop:
             self.accelerator.state.destroy_process_group()
 
     def _check_folder(self) -> None:
-        check_record(self.output, self.config.to_dict(), self.origin)
+        usual = {field.name: field.default for field in fields(self.config)}
+        check_record(self.output, self.config.to_dict(), self.origin, usual)
         done = max((int(path.name) for path in self._checkpoints()), default=0)
         if done > self.config.steps:
             raise ValueError(

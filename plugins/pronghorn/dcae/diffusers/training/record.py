@@ -51,15 +51,23 @@ def write_record(folder: Path, settings: dict[str, Any], origin: dict[str, Any])
         write_atomically(folder / CONFIG, (json.dumps({**settings, MADE_FROM: origin}, indent=1) + "\n").encode())
 
 
-def check_record(folder: Path, settings: dict[str, Any], origin: dict[str, Any]) -> None:
-    """Raise ValueError, with the names of what differs, if a folder holds a training that was given something else."""
+def check_record(folder: Path, settings: dict[str, Any], origin: dict[str, Any], usual: dict[str, Any]) -> None:
+    """Raise ValueError, with the names of what differs, if a folder holds a training that was given something else.
+
+    Args:
+        folder: of the training.
+        settings: of the one that is to go on.
+        origin: what that is made from, see `made_from`.
+        usual: defaults of settings. A record from before there was a setting lacks it: its default is what was done.
+    """
     found = read_record(folder)
     if not found:
         return
-    # What the record lacks is not compared: older ones do, and users take out what they change on purpose.
+    # What it lacks of this is not compared: older ones do, and users take out what they change on purpose.
     before = found.pop(MADE_FROM, {})
     names = sorted({*found, *settings} - {*FREE})
-    other = _differing({name: found.get(name) for name in names}, {name: settings.get(name) for name in names})
+    were = {name: found.get(name, usual.get(name)) for name in names}
+    other = _differing(were, {name: settings.get(name) for name in names})
     changed = _differing(_flat(before), _flat(origin))
     if other or changed:
         remedy = f". To go on nevertheless, take it out of {MADE_FROM!r} in {folder / CONFIG}" if changed else ""
