@@ -24,6 +24,8 @@ def made_whole(target: Path, *, needed: int, overwrite: bool = False) -> Iterato
     Raises:
         OSError: no room or no permission; nothing is left behind.
     """
+    if target.is_symlink():
+        target = target.resolve()
     check_target(target, needed)
     target.parent.mkdir(parents=True, exist_ok=True)
     with told_of_room(target, needed):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.awq.config import AwqConfig
+from pronghorn.checkpoint import REPORT
 from pronghorn.files.json_files import parse_json
 from pronghorn.files.sealed import INDEX as SEAL
-from pronghorn.files.sealed import check_seal, seal
+from pronghorn.files.sealed import SEALED, check_seal, seal
 from pronghorn.files.tensor_files import opened
 from pronghorn.files.whole_folders import made_whole
 from pronghorn.kernels.dequantize_weight.layouts import pack, unpack
@@ -34,6 +35,7 @@ def convert_checkpoint(
     *,
     overwrite: bool = False,
     progress: bool = True,
+    report: Callable[[Path], object] | None = None,
 ) -> AwqConfig:
     """Write the checkpoint in `source` to `target` in another format; codes, scales and zero points stay what they are.
 
@@ -43,6 +45,7 @@ def convert_checkpoint(
         version: a format of `AwqConfig.version`.
         overwrite: replace an existing `target`.
         progress: show a bar.
+        report: writes what there is to say of the new checkpoint beside it, before it appears.
 
     Returns:
         The configuration of the new checkpoint.
@@ -80,7 +83,9 @@ def convert_checkpoint(
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         model_config["quantization_config"] = new.to_dict()
         (folder / "config.json").write_text(json.dumps(model_config, indent=2, sort_keys=True) + "\n")
-        seal(folder)
+        if report is not None:
+            report(folder)
+        seal(folder, (*SEALED, REPORT))
     return new
 
 

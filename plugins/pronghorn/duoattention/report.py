@@ -37,14 +37,14 @@ class DuoReport:
         length = WINDOWS * config.window
         self.quality = QualityReport(model, tokenizer, source, base_model=base_model, length=length)
 
-    def write(self, folder: Path, duo: DuoAttention) -> str:
-        """Write `quality.json` and `README.md` beside the model; what they say, in a line."""
+    def write(self, folder: Path, duo: DuoAttention, name: str | None = None) -> str:
+        """Write `quality.json` and `README.md` beside the model, of this name; what they say, in a line."""
         config, heads = duo.config, [full for layer in duo.full_heads for full in layer]
         recipe = {name: value for name, value in config.to_dict().items() if name != "gates"}
         written = self.quality.write(
             folder, duo.model, method="DuoAttention", recipe=recipe, tags=("duoattention", "kv-cache"),
             seed=config.seed, figures={"full key/value heads": sum(heads), "key/value heads": len(heads)},
-            usage=USAGE, make_cache=duo.make_cache, chunk=max(1, config.recent_size // 2),
+            usage=USAGE, make_cache=duo.make_cache, chunk=max(1, config.recent_size // 2), name=name,
         )  # fmt: skip
         agreed, apart = written.figures["top-1 agreement"], written.figures["KL divergence, nats a token"]
-        return f"{folder}: top-1 agreement {agreed:.4f}, KL {apart:.5f}; model card in {written.seconds:.1f} s"
+        return f"top-1 agreement {agreed:.4f}, KL {apart:.5f}; model card in {written.seconds:.1f} s"
