@@ -283,11 +283,16 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     to: Annotated[str, typer.Option(help="gemm, gemv, gemv_fast, llm-awq, exllama, marlin or natural.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Change a checkpoint's format without loss."""
-    from pronghorn.awq.convert import convert_checkpoint
+    from pronghorn.awq.convert import check_conversion, conversion_estimate, convert_checkpoint
     from pronghorn.awq.report import write_conversion_report
 
+    if dry_run:
+        check_conversion(source, out, overwrite)
+        typer.echo(str(conversion_estimate(source, to)))
+        return
     said: list[str] = []
     convert_checkpoint(
         source, out, to, overwrite=overwrite,

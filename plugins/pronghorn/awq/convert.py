@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.awq.config import AwqConfig
 from pronghorn.checkpoint import REPORT
+from pronghorn.estimate import Estimate, in_turn, of_pieces, peak_bytes
 from pronghorn.files.json_files import parse_json
+from pronghorn.files.room import check_target
 from pronghorn.files.sealed import INDEX as SEAL
 from pronghorn.files.sealed import SEALED, check_seal, seal
 from pronghorn.files.tensor_files import opened
@@ -57,10 +62,7 @@ def convert_checkpoint(
         OSError: no room or no permission for it; nothing is left behind.
     """
     source, target = Path(source), Path(target)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; give overwrite=True to replace it")
-    if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ValueError(f"target: {target} is or holds the source, which would be lost")
+    check_conversion(source, target, overwrite)
     check_seal(source)
     model_config, old = _read_config(source)
     new = AwqConfig.from_dict({**old.to_dict(), "version": version})
@@ -87,6 +89,52 @@ def convert_checkpoint(
             report(folder)
         seal(folder, (*SEALED, REPORT))
     return new
+
+
+def check_conversion(source: Path, target: Path, overwrite: bool) -> None:
+    """See whether a checkpoint can be converted into a folder, before it is read.
+
+    Raises:
+        ValueError: the source would be lost.
+        FileExistsError: `target` exists.
+        OSError: it cannot be made.
+    """
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; give overwrite=True to replace it")
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"target: {target} is or holds the source, which would be lost")
+    check_target(target)
+
+
+def conversion_estimate(source: Path, version: str) -> Estimate:
+    """What `convert_checkpoint` and its report take, from some linears and some other tensors.
+
+    Raises:
+        ValueError: see `convert_checkpoint`; of the weights only what is tried is looked at.
+    """
+    _, old = _read_config(source)
+    new = AwqConfig.from_dict({**old.to_dict(), "version": version})
+    files, before = _weight_files(source), peak_bytes("cpu")
+    read, beside = (sum(path.stat().st_size for path in paths) for paths in (files, _other_files(source)))
+    with ExitStack() as stack:
+        owner = {name: held for path in files for held in (stack.enter_context(_opened(path)),) for name in held}
+        touched: dict[str, int] = {}
+
+        def work(names: list[str]) -> int:
+            touched.update({name: owner[name][name].nbytes for name in names})
+            return _try_piece({name: owner[name][name] for name in names}, old, new)
+
+        parts = [
+            of_pieces([sum(owner[name][name].nbytes for name in names) for names in pieces],
+                      lambda index, of=pieces: work(of[index]), "cpu", kind)  # type: ignore[misc]
+            for kind, pieces in _pieces(owner).items()
+            if pieces
+        ]  # fmt: skip
+    found = in_turn(parts)
+    # In the end both checkpoints are in memory, as the system reads files; what was tried is there already.
+    there = sum(touched.values()) if files[0].suffix not in PICKLED else read
+    memory = before + read + found.disk_bytes + max(0, peak_bytes("cpu") - before - there)
+    return replace(found, memory_bytes=memory, disk_bytes=found.disk_bytes + beside)
 
 
 def read_awq_config(folder: str | os.PathLike[str]) -> AwqConfig:
@@ -231,6 +279,34 @@ def _opened(path: Path) -> Iterator[Mapping[str, Tensor]]:
         return
     with opened(path) as file:
         yield _LazyTensors(file)
+
+
+def _pieces(names: Iterable[str]) -> dict[str, list[list[str]]]:
+    """Names of tensors that are converted together, by their kind."""
+    names = set(names)
+    linears = sorted(name.removesuffix(".qweight") for name in names if name.endswith(".qweight"))
+    packed = [[name for part in PACKED if (name := f"{linear}.{part}") in names] for linear in linears]
+    others = sorted(names.difference(*packed))
+    return {"linears": packed, "other tensors": [[name] for name in others]}
+
+
+def _try_piece(tensors: Mapping[str, Tensor], old: AwqConfig, new: AwqConfig) -> int:
+    """Convert a linear or another tensor, seal and read it as the whole is, and throw it away; bytes of its file."""
+    parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+    is_linear = "qweight" in parts
+    converted = _repack(parts, old, new) if is_linear else dict(tensors)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "piece.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in converted.items()}, path)
+        seal(folder)
+        check_seal(folder)
+        with _opened(path) as again:
+            before, after = (
+                (_unpacked(parts, old), _unpacked(again, new)) if is_linear else (tensors.values(), again.values())
+            )
+            for one, other in zip(before, after, strict=True):
+                torch.equal(one, other)
+        return path.stat().st_size
 
 
 class _LazyTensors(Mapping[str, Tensor]):

@@ -164,10 +164,11 @@ def apply(
     dtype: Dtype = "auto",
     no_report: Annotated[bool, typer.Option("--no-report", help="Do not compare with MODEL, write no card.")] = False,
     base_model: Annotated[str | None, typer.Option(help="MODEL's hub name for the card, where it is a folder.")] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Save MODEL with its full heads first in every layer, and the pattern for that order in OUT/duoattention."""
     from pronghorn.checkpoint.written import write_checkpoint
-    from pronghorn.duoattention.report import DuoReport
+    from pronghorn.duoattention.report import DuoReport, application_estimate
     from pronghorn.duoattention.transformers import apply_duo
     from pronghorn.estimate import tensor_bytes
     from pronghorn.files.room import check_target
@@ -180,6 +181,9 @@ def apply(
     loaded, tokenizer = _load(model, dtype, "cpu")
     needed = tensor_bytes(list(loaded.state_dict().values()))
     check_target(out, needed)
+    if dry_run:
+        typer.echo(application_estimate(loaded, tokenizer, config, model, with_report=not no_report))
+        return
     report = None if no_report else DuoReport(loaded, tokenizer, config, model, base_model)
     duo = apply_duo(loaded, config, reorder=True)
     fixed = {**config.to_dict(), "gates": [[float(full) for full in row] for row in duo.full_heads]}
