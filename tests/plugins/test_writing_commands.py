@@ -83,8 +83,20 @@ def test_no_permission(commands, name):
         assert "cannot be made" in str(found.exception)
 
 
+DRY = ["search", "quantize", "pack", "convert", "apply"]
+
+
+@pytest.mark.usefixtures("no_search")
+@pytest.mark.parametrize("name", DRY)
+def test_a_dry_run_leaves_nothing(commands, name, tmp_path):
+    found = call([*commands[name](tmp_path / "out"), "--dry-run"])
+    assert found.exit_code == 0, (found.output, found.exception)
+    assert "peak memory" in found.output
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.fault(10)
-@pytest.mark.parametrize("name", ["search", "quantize", "pack", "convert", "apply"])
+@pytest.mark.parametrize("name", DRY)
 def test_a_dry_run_says_so_too(commands, name):
     found = call([*commands[name]("/proc/nope/out"), "--dry-run"])
     assert isinstance(found.exception, OSError), found.output

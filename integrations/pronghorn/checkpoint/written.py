@@ -15,7 +15,7 @@ def write_checkpoint(
     save: Callable[[Path], object],
     *,
     needed: int,
-    report: Callable[[Path], str] | None = None,
+    report: Callable[[Path], str | None] | None = None,
     sealed: Iterable[str] = SEALED,
     overwrite: bool = False,
     in_spite_of: tuple[type[Exception], ...] = (),
@@ -29,8 +29,8 @@ def write_checkpoint(
         report: writes the report into that folder; gives what it says, in a line.
         sealed: see `seal`; the report is sealed too, the model card is the user's to edit.
         overwrite: replace a folder that is there.
-        in_spite_of: errors of the report that are raised when the folder is there without one: of a checkpoint that
-            took hours to make.
+        in_spite_of: errors of the report that are raised when the folder is there without it, to be looked at: making
+            the checkpoint may have taken hours.
 
     Returns:
         What the report says; None without one.

@@ -10,6 +10,7 @@ from typing import Any
 from pronghorn.checkpoint.card import Report, write_report
 from pronghorn.transformers.answers import PROMPT, agreement, digest, observe, positions_of, windows
 
+UNMEASURED = (ValueError, RuntimeError, MemoryError)  # NaN in a model's answers, or no memory for them
 USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pronghorn.transformers

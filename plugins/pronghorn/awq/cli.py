@@ -121,6 +121,7 @@ def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path, report: AwqR
     from pronghorn.awq.transformers import mark_quantized
     from pronghorn.checkpoint.written import write_checkpoint
     from pronghorn.estimate import tensor_bytes
+    from pronghorn.transformers.quality import UNMEASURED
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -131,7 +132,7 @@ def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path, report: AwqR
     said = write_checkpoint(
         out, save, needed=tensor_bytes(list(model.state_dict().values())),
         report=None if report is None else lambda folder: report.write(folder, model, config, out.name),
-        in_spite_of=(ValueError, RuntimeError, MemoryError),  # NaN in the answers, or no memory for them
+        in_spite_of=UNMEASURED,
     )  # fmt: skip
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     typer.echo(f"{out}: {size / 2**20:.1f} MiB of weights, {config.bits} bits, version {config.version}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,14 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.awq.config import AwqConfig
-from pronghorn.checkpoint import REPORT
+from pronghorn.checkpoint.written import write_checkpoint
 from pronghorn.estimate import Estimate, in_turn, of_pieces, peak_bytes
 from pronghorn.files.json_files import parse_json
 from pronghorn.files.room import check_target
 from pronghorn.files.sealed import INDEX as SEAL
-from pronghorn.files.sealed import SEALED, check_seal, seal
+from pronghorn.files.sealed import check_seal
 from pronghorn.files.tensor_files import opened
-from pronghorn.files.whole_folders import made_whole
 from pronghorn.kernels.dequantize_weight.layouts import pack, unpack
 
 PICKLED = (".bin", ".pt")
@@ -40,7 +40,7 @@ def convert_checkpoint(
     *,
     overwrite: bool = False,
     progress: bool = True,
-    report: Callable[[Path], object] | None = None,
+    report: Callable[[Path], str | None] | None = None,
 ) -> AwqConfig:
     """Write the checkpoint in `source` to `target` in another format; codes, scales and zero points stay what they are.
 
@@ -67,27 +67,16 @@ def convert_checkpoint(
     model_config, old = _read_config(source)
     new = AwqConfig.from_dict({**old.to_dict(), "version": version})
     files = _weight_files(source)
-    with ExitStack() as stack:
-        # A linear's tensors may lie in different files.
-        checkpoint = {path: stack.enter_context(_opened(path)) for path in files}
-        needed = sum(path.stat().st_size for path in (*files, *_other_files(source)))  # repacked, it is about as much
-        folder = stack.enter_context(made_whole(target, needed=needed, overwrite=overwrite))
-        weight_map: dict[str, str] = {}
-        for number, path in enumerate(tqdm(files, desc=f"{old.version} to {new.version}", disable=not progress)):
-            name = path.name if path.suffix == ".safetensors" else _safetensors_name(number, len(files))
-            converted = _convert_file(path, checkpoint, old, new)
-            save_file(converted, folder / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(converted, name)
+
+    def save(folder: Path) -> None:
+        _convert_weights(files, folder, old, new, progress=progress)
         for path in _other_files(source):
             shutil.copy2(path, folder / path.name)
-        if len(files) > 1:
-            index = {"metadata": {}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         model_config["quantization_config"] = new.to_dict()
         (folder / "config.json").write_text(json.dumps(model_config, indent=2, sort_keys=True) + "\n")
-        if report is not None:
-            report(folder)
-        seal(folder, (*SEALED, REPORT))
+
+    needed = sum(path.stat().st_size for path in (*files, *_other_files(source)))  # repacked, it is about as much
+    write_checkpoint(target, save, needed=needed, report=report, overwrite=overwrite)
     return new
 
 
@@ -116,23 +105,23 @@ def conversion_estimate(source: Path, version: str) -> Estimate:
     new = AwqConfig.from_dict({**old.to_dict(), "version": version})
     files, before = _weight_files(source), peak_bytes("cpu")
     read, beside = (sum(path.stat().st_size for path in paths) for paths in (files, _other_files(source)))
+    parts, touched, written = [], {}, []
     with ExitStack() as stack:
-        owner = {name: held for path in files for held in (stack.enter_context(_opened(path)),) for name in held}
-        touched: dict[str, int] = {}
+        checkpoint = [stack.enter_context(_opened(path)) for path in files]
+        owner = {name: held for held in checkpoint for name in held}
+        sizes = {name: held[name].nbytes for name, held in owner.items()}
+        for kind, pieces in _pieces(owner).items():
 
-        def work(names: list[str]) -> int:
-            touched.update({name: owner[name][name].nbytes for name in names})
-            return _try_piece({name: owner[name][name] for name in names}, old, new)
+            def work(index: int, pieces: list[list[str]] = pieces) -> int:
+                touched.update({name: sizes[name] for name in pieces[index]})
+                written.append(_try_piece({name: owner[name][name] for name in pieces[index]}, old, new))
+                return written[-1]
 
-        parts = [
-            of_pieces([sum(owner[name][name].nbytes for name in names) for names in pieces],
-                      lambda index, of=pieces: work(of[index]), "cpu", kind)  # type: ignore[misc]
-            for kind, pieces in _pieces(owner).items()
-            if pieces
-        ]  # fmt: skip
+            if pieces:
+                parts.append(of_pieces([sum(map(sizes.__getitem__, names)) for names in pieces], work, "cpu", kind))
     found = in_turn(parts)
-    # In the end both checkpoints are in memory, as the system reads files; what was tried is there already.
-    there = sum(touched.values()) if files[0].suffix not in PICKLED else read
+    # In the end both checkpoints are in memory, as the system reads files; what was tried of them was there already.
+    there = max(written) + (sum(touched.values()) if files[0].suffix not in PICKLED else read)
     memory = before + read + found.disk_bytes + max(0, peak_bytes("cpu") - before - there)
     return replace(found, memory_bytes=memory, disk_bytes=found.disk_bytes + beside)
 
@@ -174,6 +163,22 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _safetensors_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _convert_weights(files: list[Path], folder: Path, old: AwqConfig, new: AwqConfig, *, progress: bool) -> None:
+    """Write all weights into a folder, with an index where there are several files."""
+    weight_map: dict[str, str] = {}
+    with ExitStack() as stack:
+        # A linear's tensors may lie in different files.
+        checkpoint = {path: stack.enter_context(_opened(path)) for path in files}
+        for number, path in enumerate(tqdm(files, desc=f"{old.version} to {new.version}", disable=not progress)):
+            name = path.name if path.suffix == ".safetensors" else _safetensors_name(number, len(files))
+            converted = _convert_file(path, checkpoint, old, new)
+            save_file(converted, folder / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(converted, name)
+    if len(files) > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _convert_file(
@@ -291,15 +296,16 @@ def _pieces(names: Iterable[str]) -> dict[str, list[list[str]]]:
 
 
 def _try_piece(tensors: Mapping[str, Tensor], old: AwqConfig, new: AwqConfig) -> int:
-    """Convert a linear or another tensor, seal and read it as the whole is, and throw it away; bytes of its file."""
+    """Convert a linear or another tensor, digest and read it as the whole is, and throw it away; bytes of its file."""
     parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
     is_linear = "qweight" in parts
     converted = _repack(parts, old, new) if is_linear else dict(tensors)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "piece.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in converted.items()}, path)
-        seal(folder)
-        check_seal(folder)
+        for _ in ("the source's", "its own"):
+            with path.open("rb") as file:
+                hashlib.file_digest(file, "sha256")
         with _opened(path) as again:
             before, after = (
                 (_unpacked(parts, old), _unpacked(again, new)) if is_linear else (tensors.values(), again.values())

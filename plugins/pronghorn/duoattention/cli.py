@@ -173,6 +173,7 @@ def apply(
     from pronghorn.estimate import tensor_bytes
     from pronghorn.files.room import check_target
     from pronghorn.files.sealed import SEALED
+    from pronghorn.transformers.quality import UNMEASURED
 
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another name or remove it")
@@ -196,6 +197,7 @@ def apply(
     said = write_checkpoint(
         out, save, needed=needed, sealed=(*SEALED, "duoattention/*"),
         report=None if report is None else lambda folder: report.write(folder, duo, out.name),
+        in_spite_of=UNMEASURED,
     )  # fmt: skip
     kept = sum(map(sum, duo.full_heads))
     typer.echo(f"{out}: {kept} of {len(duo.full_heads) * len(duo.full_heads[0])} key/value heads are full")
