@@ -60,8 +60,8 @@ class StepClock:
         """A step has ended."""
         self.ended.append(time.perf_counter())
 
-    def scaled(self, steps: int) -> float:
-        """Seconds of so many steps, of which the first is slower, as it starts things.
+    def scaled(self, steps: float) -> float:
+        """Seconds of so many steps, of which the first is slower, as it starts things; the last may be a part of one.
 
         Raises:
             ValueError: fewer than two were taken.
@@ -71,7 +71,7 @@ class StepClock:
         first, last = self.ended[0], self.ended[-1]
         return first - self.started + (steps - 1) * (last - first) / (len(self.ended) - 1)
 
-    def over(self, steps: int) -> float:
+    def over(self, steps: float) -> float:
         """The same, also where the only step was timed."""
         return self.scaled(steps) if len(self.ended) > 1 else self.ended[0] - self.started
 

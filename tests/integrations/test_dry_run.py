@@ -15,6 +15,8 @@ from PIL import Image
 from tests.plugins.conftest import letters_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pronghorn.duoattention import DuoAttentionConfig
+
 NEAR = 0.15
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "seconds": 1.0, "minutes": 60.0}
 # Of the process, so that other processes do not matter: the clock counts its own work, and the peak is that above
@@ -169,6 +171,16 @@ def compare(autoencoder, photos, folder):
     return Case(arguments, [folder / "pictures"], ["pronghorn.dcae.compare:compare"], DIFFUSERS)
 
 
+def sample(autoencoder, folder):
+    """The last of its batches is half of one."""
+    run(train_diffusion(folder), "--steps", "1")
+    arguments = [
+        "dcae", "sample", autoencoder, folder / "out", folder / "pictures", "--classes", "0,1", "--each", 14,
+        "--batch-size", 8,
+    ]  # fmt: skip
+    return Case(arguments, [folder / "pictures"], ["pronghorn.dcae.sampling:write_samples"], DIFFUSERS)
+
+
 def train_autoencoder(autoencoder, photos, folder):
     arguments = [
         "dcae", "train", autoencoder, photos, folder / "out", "--phase", 1, "--resolution", 32, "--steps", 10,
@@ -213,6 +225,12 @@ def test_autoencoders_at_work(work, autoencoder, photos, tmp_path, figure):
 
 @pytest.mark.slow
 @pytest.mark.alone
+def test_samples(autoencoder, tmp_path, figure):
+    assert_as_said(sample(autoencoder, tmp_path), figure, time=True)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
 def test_finding_heads(language_model, tmp_path, figure):
     arguments = [
         "duoattention", "find", language_model, tmp_path / "pattern", "--steps", 16, "--context-min", 300,
@@ -241,6 +259,29 @@ def test_packing_what_was_searched(language_model, tmp_path, figure):
     works = ["pronghorn.awq.quantize:quantize_model", "pronghorn.awq.report:AwqReport.__init__",
              "pronghorn.awq.report:AwqReport.write"]  # fmt: skip
     assert_as_said(Case(arguments, [tmp_path / "out"], works), figure, time=True)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.parametrize("to", ["gemv", "marlin"])
+def test_converting_what_was_quantized(language_model, tmp_path, figure, to):
+    how = ["--rtn", "--no-report", *(["--symmetric"] if to == "marlin" else [])]
+    run(Case(["awq", "quantize", language_model, tmp_path / "source", *how], [], []))
+    arguments = ["awq", "convert", tmp_path / "source", tmp_path / "out", "--to", to]
+    case = Case(arguments, [tmp_path / "out"], ["pronghorn.awq.convert:convert_checkpoint"])
+    assert_as_said(case, figure, time=True)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.parametrize("no_report", [[], ["--no-report"]], ids=["with a report", "without"])
+def test_applying_a_pattern(language_model, tmp_path, figure, no_report):
+    """Without a report there is little work: its time is not compared."""
+    DuoAttentionConfig(gates=[[0.9, 0.1, 0.2, 0.8, 0.3, 0.7]] * 3).save_pretrained(tmp_path / "pattern")
+    arguments = ["duoattention", "apply", language_model, tmp_path / "pattern", tmp_path / "out", *no_report]
+    works = ["pronghorn.duoattention.report:DuoReport.__init__", "pronghorn.duoattention.report:DuoReport.write",
+             "pronghorn.duoattention.transformers:apply_duo"]  # fmt: skip
+    assert_as_said(Case(arguments, [tmp_path / "out"], works), figure, time=not no_report)
 
 
 @pytest.mark.slow

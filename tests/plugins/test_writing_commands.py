@@ -1,19 +1,30 @@
 """Commands that write checkpoints, where there is no room or no permission: said before the work, or with its bytes."""
 
+import json
 import shutil
 from itertools import product
 
 import pytest
+from tests.faults.fail_at_call import FailAtCall
 from tests.faults.limited_disk import limited_disk
+from tests.plugins.dcae.test_autoencoder import small
 from typer.testing import CliRunner
 
 from pronghorn.awq.search import AwqSearch
+from pronghorn.checkpoint.card import write_report
 from pronghorn.cli import app
 from pronghorn.duoattention import DuoAttentionConfig
+from pronghorn.files.sealed import check_seal
 
 PACKING = ["--group-size", "32", "--device", "cpu"]
 SEARCHING = [*PACKING, "--samples", "1", "--seq-len", "32", "--no-clip"]
-NAMES = ["search", "quantize", "pack", "convert", "apply"]
+NAMES = ["search", "quantize", "pack", "convert", "apply", "autoencoder"]
+# Where each finds what writes its report.
+REPORTS = {
+    "quantize": "pronghorn.transformers.quality", "pack": "pronghorn.transformers.quality",
+    "convert": "pronghorn.awq.report", "apply": "pronghorn.transformers.quality",
+    "autoencoder": "pronghorn.dcae.report",
+}  # fmt: skip
 
 
 def call(arguments):
@@ -26,6 +37,7 @@ def commands(letters, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     pattern, data = folder / "pattern", folder / "data.txt"
     DuoAttentionConfig(gates=[[0.9, 0.1], [0.2, 0.7]]).save_pretrained(pattern)
+    small().save_pretrained(folder / "vae")
     data.write_text("the quick brown fox jumps over the lazy dog. " * 40)
     made = {
         "search": lambda out: ["awq", "search", letters, out, "--data", data, *SEARCHING],
@@ -33,6 +45,7 @@ def commands(letters, tmp_path_factory):
         "pack": lambda out: ["awq", "pack", letters, folder / "search", out, *PACKING, "--no-report"],
         "convert": lambda out: ["awq", "convert", folder / "quantize", out, "--to", "gemv"],
         "apply": lambda out: ["duoattention", "apply", letters, pattern, out, "--no-report"],
+        "autoencoder": lambda out: ["dcae", "convert", folder / "vae", out, "--no-report"],
     }
     for name in NAMES:
         found = call(made[name](folder / name))
@@ -70,8 +83,20 @@ def test_no_permission(commands, name):
         assert "cannot be made" in str(found.exception)
 
 
+DRY = ["search", "quantize", "pack", "convert", "apply"]
+
+
+@pytest.mark.usefixtures("no_search")
+@pytest.mark.parametrize("name", DRY)
+def test_a_dry_run_leaves_nothing(commands, name, tmp_path):
+    found = call([*commands[name](tmp_path / "out"), "--dry-run"])
+    assert found.exit_code == 0, (found.output, found.exception)
+    assert "peak memory" in found.output
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.fault(10)
-@pytest.mark.parametrize("name", ["search", "quantize", "pack"])
+@pytest.mark.parametrize("name", DRY)
 def test_a_dry_run_says_so_too(commands, name):
     found = call([*commands[name]("/proc/nope/out"), "--dry-run"])
     assert isinstance(found.exception, OSError), found.output
@@ -95,3 +120,23 @@ def test_no_room_is_said_before_the_work(commands, name, tmp_path, monkeypatch):
 def test_a_search_is_no_folder(commands, tmp_path):
     found = call(commands["search"](tmp_path))
     assert isinstance(found.exception, IsADirectoryError)
+
+
+@pytest.mark.fault(8)
+@pytest.mark.parametrize("name", REPORTS)
+def test_a_checkpoint_has_its_report_before_it_has_its_name(commands, name, tmp_path, monkeypatch):
+    arguments = [word for word in commands[name](tmp_path / "out") if word != "--no-report"]
+    with monkeypatch.context() as patch:
+        fails = FailAtCall(write_report, 1, OSError(5, "killed, so to speak"))
+        patch.setattr(f"{REPORTS[name]}.write_report", fails)
+        assert isinstance(call(arguments).exception, OSError)
+        assert fails.fired
+    assert not list(tmp_path.iterdir())
+    found = call(arguments)
+    assert found.exit_code == 0, found.output
+    folder = tmp_path / "out"
+    assert str(folder) in found.output
+    assert ".out." not in found.output + (folder / "README.md").read_text()
+    assert "quality.json" in json.loads((folder / "pronghorn.json").read_text())["files"]
+    (folder / "README.md").write_text("edited")
+    assert check_seal(folder)

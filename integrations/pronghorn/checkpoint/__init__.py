@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 CONFIGS = ("config.json", "model_index.json")
+REPORT = "quality.json"
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
+from pronghorn.checkpoint import REPORT
 from pronghorn.checkpoint.provenance import provenance
 from pronghorn.files.atomic import write_atomically
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-REPORT, CARD = "quality.json", "README.md"
+CARD = "README.md"
 COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 WORST_LAYERS = 5
 
@@ -65,8 +66,13 @@ class Report:
         return Path(self.source).resolve().name if Path(self.source).exists() else self.source
 
 
-def write_report(folder: Path, report: Report) -> None:
+def write_report(folder: Path, report: Report, name: str | None = None) -> None:
     """Write `quality.json` and `README.md` into a checkpoint's folder, and copy the source's licence.
+
+    Args:
+        folder: of the checkpoint.
+        report: what there is to say.
+        name: that the folder will have, where it has another one yet.
 
     Raises:
         OSError: no room or no permission.
@@ -84,7 +90,7 @@ def write_report(folder: Path, report: Report) -> None:
         base_model=report.base, library_name=report.library_name, tags=[*report.tags, "pronghorn"], **given
     )
     header = f"---\n{data.to_yaml()}\n---\n\n"
-    write_atomically(folder / CARD, (header + _text(report, made, folder.name)).encode())
+    write_atomically(folder / CARD, (header + _text(report, made, name or folder.name)).encode())
     here = report.source is not None and Path(report.source).exists()
     for path in _folder(str(report.source)).glob("LICENSE*") if here else ():
         if path.is_file():

@@ -7,12 +7,15 @@ is read only if each file in it is the one that was sealed, none is missing, and
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pronghorn.files.json_files import load_json, save_json
+
+logger = logging.getLogger(__name__)
 
 INDEX = "pronghorn.json"
 FORMAT = 2
@@ -24,6 +27,8 @@ SEALED = (WEIGHTS, "config.json", "*.index.json")
 def seal(folder: str | os.PathLike[str], patterns: Iterable[str] = SEALED) -> None:
     """Write the index of a folder that is complete, or write it anew after files were changed on purpose.
 
+    What an index of before has beside the patterns, as a method's own files, stays sealed; what was removed does not.
+
     Args:
         folder: the checkpoint.
         patterns: of the files' names, below the folder; weights of all kinds, their index and configuration by default.
@@ -33,10 +38,9 @@ def seal(folder: str | os.PathLike[str], patterns: Iterable[str] = SEALED) -> No
         OSError: the folder cannot be written.
     """
     folder = Path(folder)
-    names = sorted(
-        {str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-        - {INDEX}
-    )
+    found = {str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    kept = {name for name in _sealed_before(folder) if (folder / name).is_file()}
+    names = sorted((found | kept) - {INDEX})
     if not names:
         raise ValueError(f"{folder}: has nothing to seal; wanted files like {', '.join(patterns)}")
     save_json(folder / INDEX, {"files": _digests(folder, names)}, format=FORMAT)
@@ -52,10 +56,7 @@ def check_seal(folder: str | os.PathLike[str]) -> bool:
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         return False
-    content = load_json(folder / INDEX, newest=FORMAT)
-    sealed = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(sealed, dict) or not all(_is_inside(name) for name in sealed):
-        raise ValueError(f"{folder / INDEX}: damaged, or none that a checkpoint was sealed with; {_REMEDY}")
+    sealed = _read_index(folder)
     missing = [name for name in sealed if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder / missing[0]}: is missing, {INDEX} has it; the checkpoint is not whole")
@@ -70,6 +71,30 @@ def check_seal(folder: str | os.PathLike[str]) -> bool:
 
 
 _REMEDY = f"bring back a copy; or, if it was changed on purpose, `pronghorn seal` the folder or delete {INDEX}"
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Digests by the files' names.
+
+    Raises:
+        ValueError: the index is damaged, or names what is not in the folder.
+    """
+    content = load_json(folder / INDEX, newest=FORMAT)
+    sealed = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(sealed, dict) or not all(_is_inside(name) for name in sealed):
+        raise ValueError(f"{folder / INDEX}: damaged, or none that a checkpoint was sealed with; {_REMEDY}")
+    return sealed
+
+
+def _sealed_before(folder: Path) -> list[str]:
+    """Names that an index has which is there; none of a damaged one, which is what sealing anew mends."""
+    if not (folder / INDEX).is_file():
+        return []
+    try:
+        return list(_read_index(folder))
+    except ValueError as error:
+        logger.warning("what was sealed before is not known, the usual files are sealed: %s", error)
+        return []
 
 
 def _is_inside(name: str) -> bool:

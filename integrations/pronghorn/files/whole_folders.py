@@ -24,6 +24,8 @@ def made_whole(target: Path, *, needed: int, overwrite: bool = False) -> Iterato
     Raises:
         OSError: no room or no permission; nothing is left behind.
     """
+    if target.is_symlink():
+        target = target.resolve()
     check_target(target, needed)
     target.parent.mkdir(parents=True, exist_ok=True)
     with told_of_room(target, needed):
@@ -34,14 +36,26 @@ def made_whole(target: Path, *, needed: int, overwrite: bool = False) -> Iterato
             for path in (*folder.rglob("*"), folder):
                 _wait_for_disk(path)
             old = target.with_name(f".{target.name}.replaced")
-            if overwrite and target.exists():
-                target.rename(old)
-            folder.rename(target)
+            _take_name(folder, target, old if overwrite and target.exists() else None)
             _wait_for_disk(target.parent)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _take_name(folder: Path, target: Path, old: Path | None) -> None:
+    """Rename a folder; the one that is there is called `old` from then on, or stays where that fails."""
+    if old is None:
+        folder.rename(target)
+        return
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed when its new folder was there already
+    target.rename(old)
+    try:
+        folder.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
 
 
 def _wait_for_disk(path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from pronghorn.checkpoint.card import Report, write_report
 from pronghorn.transformers.answers import PROMPT, agreement, digest, observe, positions_of, windows
 
+UNMEASURED = (ValueError, RuntimeError, MemoryError)  # NaN in a model's answers, or no memory for them
 USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pronghorn.transformers
@@ -54,6 +55,7 @@ class QualityReport:
         usage: str = USAGE,
         make_cache: Callable[[], Any] | None = None,
         chunk: int | None = None,
+        name: str | None = None,
     ) -> Report:
         """Ask the changed model, and write `quality.json` and `README.md` into its checkpoint's folder.
 
@@ -68,6 +70,7 @@ class QualityReport:
             usage: Python that loads the checkpoint.
             make_cache: see `observe`.
             chunk: see there.
+            name: see `write_report`.
 
         Raises:
             ValueError: the changed model's logits hold NaN or Inf; no report is written.
@@ -86,7 +89,7 @@ class QualityReport:
             usage=usage, texts=self._texts(after.generated), tags=tags, seed=seed, base_model=self.base_model,
             seconds=self.before.seconds + after.seconds,
         )  # fmt: skip
-        write_report(folder, report)
+        write_report(folder, report, name)
         return report
 
     def _texts(self, generated: list[int]) -> dict[str, str]:

@@ -119,20 +119,25 @@ def _packing(loaded: Any, tokenizer: Any, model: str, config: AwqConfig, no_repo
 def _save(model: Any, tokenizer: Any, config: AwqConfig, out: Path, report: AwqReport | None) -> None:
     from pronghorn.awq.quantize import quantize_model
     from pronghorn.awq.transformers import mark_quantized
+    from pronghorn.checkpoint.written import write_checkpoint
     from pronghorn.estimate import tensor_bytes
-    from pronghorn.files.sealed import seal
-    from pronghorn.files.whole_folders import made_whole
+    from pronghorn.transformers.quality import UNMEASURED
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
     quantize_model(model, config)
     mark_quantized(model, config)
-    with made_whole(out, needed=tensor_bytes(list(model.state_dict().values()))) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        seal(folder)
+    said = write_checkpoint(
+        out, save, needed=tensor_bytes(list(model.state_dict().values())),
+        report=None if report is None else lambda folder: report.write(folder, model, config, out.name),
+        in_spite_of=UNMEASURED,
+    )  # fmt: skip
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     typer.echo(f"{out}: {size / 2**20:.1f} MiB of weights, {config.bits} bits, version {config.version}")
-    if report is not None:
-        typer.echo(report.write(out, model, config))
+    if said is not None:
+        typer.echo(f"{out}: {said}")
 
 
 def _check_new(out: Path) -> None:
@@ -279,13 +284,22 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     to: Annotated[str, typer.Option(help="gemm, gemv, gemv_fast, llm-awq, exllama, marlin or natural.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Change a checkpoint's format without loss."""
-    from pronghorn.awq.convert import convert_checkpoint
+    from pronghorn.awq.convert import check_conversion, conversion_estimate, convert_checkpoint
     from pronghorn.awq.report import write_conversion_report
 
-    convert_checkpoint(source, out, to, overwrite=overwrite)
-    typer.echo(f"{out}: version {to}, {write_conversion_report(source, out)}")
+    if dry_run:
+        check_conversion(source, out, overwrite)
+        typer.echo(str(conversion_estimate(source, to)))
+        return
+    said: list[str] = []
+    convert_checkpoint(
+        source, out, to, overwrite=overwrite,
+        report=lambda folder: said.append(write_conversion_report(source, folder, out.name)),
+    )  # fmt: skip
+    typer.echo(f"{out}: version {to}, {said[0]}")
 
 
 @app.command("eval")

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from pronghorn.awq.config import AwqConfig
+from pronghorn.checkpoint.written import write_checkpoint
+from pronghorn.estimate import Estimate, in_turn, of_pieces, peak_bytes
 from pronghorn.files.json_files import parse_json
+from pronghorn.files.room import check_target
 from pronghorn.files.sealed import INDEX as SEAL
-from pronghorn.files.sealed import check_seal, seal
+from pronghorn.files.sealed import check_seal
 from pronghorn.files.tensor_files import opened
-from pronghorn.files.whole_folders import made_whole
 from pronghorn.kernels.dequantize_weight.layouts import pack, unpack
 
 PICKLED = (".bin", ".pt")
@@ -34,6 +40,7 @@ def convert_checkpoint(
     *,
     overwrite: bool = False,
     progress: bool = True,
+    report: Callable[[Path], str | None] | None = None,
 ) -> AwqConfig:
     """Write the checkpoint in `source` to `target` in another format; codes, scales and zero points stay what they are.
 
@@ -43,6 +50,7 @@ def convert_checkpoint(
         version: a format of `AwqConfig.version`.
         overwrite: replace an existing `target`.
         progress: show a bar.
+        report: writes what there is to say of the new checkpoint beside it, before it appears.
 
     Returns:
         The configuration of the new checkpoint.
@@ -54,34 +62,68 @@ def convert_checkpoint(
         OSError: no room or no permission for it; nothing is left behind.
     """
     source, target = Path(source), Path(target)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; give overwrite=True to replace it")
-    if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ValueError(f"target: {target} is or holds the source, which would be lost")
+    check_conversion(source, target, overwrite)
     check_seal(source)
     model_config, old = _read_config(source)
     new = AwqConfig.from_dict({**old.to_dict(), "version": version})
     files = _weight_files(source)
-    with ExitStack() as stack:
-        # A linear's tensors may lie in different files.
-        checkpoint = {path: stack.enter_context(_opened(path)) for path in files}
-        needed = sum(path.stat().st_size for path in (*files, *_other_files(source)))  # repacked, it is about as much
-        folder = stack.enter_context(made_whole(target, needed=needed, overwrite=overwrite))
-        weight_map: dict[str, str] = {}
-        for number, path in enumerate(tqdm(files, desc=f"{old.version} to {new.version}", disable=not progress)):
-            name = path.name if path.suffix == ".safetensors" else _safetensors_name(number, len(files))
-            converted = _convert_file(path, checkpoint, old, new)
-            save_file(converted, folder / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(converted, name)
+
+    def save(folder: Path) -> None:
+        _convert_weights(files, folder, old, new, progress=progress)
         for path in _other_files(source):
             shutil.copy2(path, folder / path.name)
-        if len(files) > 1:
-            index = {"metadata": {}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         model_config["quantization_config"] = new.to_dict()
         (folder / "config.json").write_text(json.dumps(model_config, indent=2, sort_keys=True) + "\n")
-        seal(folder)
+
+    needed = sum(path.stat().st_size for path in (*files, *_other_files(source)))  # repacked, it is about as much
+    write_checkpoint(target, save, needed=needed, report=report, overwrite=overwrite)
     return new
+
+
+def check_conversion(source: Path, target: Path, overwrite: bool) -> None:
+    """See whether a checkpoint can be converted into a folder, before it is read.
+
+    Raises:
+        ValueError: the source would be lost.
+        FileExistsError: `target` exists.
+        OSError: it cannot be made.
+    """
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; give overwrite=True to replace it")
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"target: {target} is or holds the source, which would be lost")
+    check_target(target)
+
+
+def conversion_estimate(source: Path, version: str) -> Estimate:
+    """What `convert_checkpoint` and its report take, from some linears and some other tensors.
+
+    Raises:
+        ValueError: see `convert_checkpoint`; of the weights only what is tried is looked at.
+    """
+    _, old = _read_config(source)
+    new = AwqConfig.from_dict({**old.to_dict(), "version": version})
+    files, before = _weight_files(source), peak_bytes("cpu")
+    read, beside = (sum(path.stat().st_size for path in paths) for paths in (files, _other_files(source)))
+    parts, touched, written = [], {}, []
+    with ExitStack() as stack:
+        checkpoint = [stack.enter_context(_opened(path)) for path in files]
+        owner = {name: held for held in checkpoint for name in held}
+        sizes = {name: held[name].nbytes for name, held in owner.items()}
+        for kind, pieces in _pieces(owner).items():
+
+            def work(index: int, pieces: list[list[str]] = pieces) -> int:
+                touched.update({name: sizes[name] for name in pieces[index]})
+                written.append(_try_piece({name: owner[name][name] for name in pieces[index]}, old, new))
+                return written[-1]
+
+            if pieces:
+                parts.append(of_pieces([sum(map(sizes.__getitem__, names)) for names in pieces], work, "cpu", kind))
+    found = in_turn(parts)
+    # In the end both checkpoints are in memory, as the system reads files; what was tried of them was there already.
+    there = max(written) + (sum(touched.values()) if files[0].suffix not in PICKLED else read)
+    memory = before + read + found.disk_bytes + max(0, peak_bytes("cpu") - before - there)
+    return replace(found, memory_bytes=memory, disk_bytes=found.disk_bytes + beside)
 
 
 def read_awq_config(folder: str | os.PathLike[str]) -> AwqConfig:
@@ -121,6 +163,22 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _safetensors_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _convert_weights(files: list[Path], folder: Path, old: AwqConfig, new: AwqConfig, *, progress: bool) -> None:
+    """Write all weights into a folder, with an index where there are several files."""
+    weight_map: dict[str, str] = {}
+    with ExitStack() as stack:
+        # A linear's tensors may lie in different files.
+        checkpoint = {path: stack.enter_context(_opened(path)) for path in files}
+        for number, path in enumerate(tqdm(files, desc=f"{old.version} to {new.version}", disable=not progress)):
+            name = path.name if path.suffix == ".safetensors" else _safetensors_name(number, len(files))
+            converted = _convert_file(path, checkpoint, old, new)
+            save_file(converted, folder / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(converted, name)
+    if len(files) > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _convert_file(
@@ -226,6 +284,35 @@ def _opened(path: Path) -> Iterator[Mapping[str, Tensor]]:
         return
     with opened(path) as file:
         yield _LazyTensors(file)
+
+
+def _pieces(names: Iterable[str]) -> dict[str, list[list[str]]]:
+    """Names of tensors that are converted together, by their kind."""
+    names = set(names)
+    linears = sorted(name.removesuffix(".qweight") for name in names if name.endswith(".qweight"))
+    packed = [[name for part in PACKED if (name := f"{linear}.{part}") in names] for linear in linears]
+    others = sorted(names.difference(*packed))
+    return {"linears": packed, "other tensors": [[name] for name in others]}
+
+
+def _try_piece(tensors: Mapping[str, Tensor], old: AwqConfig, new: AwqConfig) -> int:
+    """Convert a linear or another tensor, digest and read it as the whole is, and throw it away; bytes of its file."""
+    parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+    is_linear = "qweight" in parts
+    converted = _repack(parts, old, new) if is_linear else dict(tensors)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "piece.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in converted.items()}, path)
+        for _ in ("the source's", "its own"):
+            with path.open("rb") as file:
+                hashlib.file_digest(file, "sha256")
+        with _opened(path) as again:
+            before, after = (
+                (_unpacked(parts, old), _unpacked(again, new)) if is_linear else (tensors.values(), again.values())
+            )
+            for one, other in zip(before, after, strict=True):
+                torch.equal(one, other)
+        return path.stat().st_size
 
 
 class _LazyTensors(Mapping[str, Tensor]):

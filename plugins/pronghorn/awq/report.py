@@ -16,7 +16,8 @@ from pronghorn.awq.convert import read_awq_config, unpacked_tensors
 from pronghorn.awq.evaluate import perplexity
 from pronghorn.awq.layers import AwqLinear
 from pronghorn.awq.quantize import decoder_linears
-from pronghorn.checkpoint.card import REPORT, Report, write_report
+from pronghorn.checkpoint import REPORT
+from pronghorn.checkpoint.card import Report, write_report
 from pronghorn.estimate import Estimate, folder_bytes, peak_bytes
 from pronghorn.files.json_files import parse_json
 from pronghorn.transformers.answers import positions_of
@@ -47,18 +48,18 @@ class AwqReport:
         self.search = search
         self.before = self._perplexity(model)
 
-    def write(self, folder: Path, model: Any, config: AwqConfig) -> str:
-        """Write `quality.json` and `README.md` beside the quantized model; what they say, in a line."""
+    def write(self, folder: Path, model: Any, config: AwqConfig, name: str | None = None) -> str:
+        """Write `quality.json` and `README.md` beside the quantized model, of this name; what they say, in a line."""
         after = self._perplexity(model)
         recipe = {name: value for name, value in config.to_dict().items() if name not in OF_THE_SEARCH}
         written = self.quality.write(
             folder, model, method="AWQ", recipe={**recipe, "search": self.search},
-            tags=(*TAGS, f"{config.bits}-bit"),
+            tags=(*TAGS, f"{config.bits}-bit"), name=name,
             figures={"perplexity of the source": self.before, "perplexity": after},
         )  # fmt: skip
         agreed, apart = written.figures["top-1 agreement"], written.figures["KL divergence, nats a token"]
         return (
-            f"{folder}: top-1 agreement {agreed:.4f}, KL {apart:.5f}, perplexity {self.before:.3f} -> {after:.3f}; "
+            f"top-1 agreement {agreed:.4f}, KL {apart:.5f}, perplexity {self.before:.3f} -> {after:.3f}; "
             f"model card in {written.seconds:.1f} s"
         )
 
@@ -68,7 +69,7 @@ class AwqReport:
         return perplexity(model, tokenizer, text, window=window, max_windows=WINDOWS, progress=False).perplexity
 
 
-def write_conversion_report(source: Path, folder: Path) -> str:
+def write_conversion_report(source: Path, folder: Path, name: str | None = None) -> str:
     """Write `quality.json` and `README.md` beside a converted checkpoint; what they say, in a line.
 
     Both are read again and compared: codes, scales and zero points, and all that is not packed. What the source's own
@@ -77,6 +78,7 @@ def write_conversion_report(source: Path, folder: Path) -> str:
     Args:
         source: folder that was converted.
         folder: what was made of it.
+        name: see `write_report`.
     """
     started = time.perf_counter()
     linears: list[bool] = []
@@ -99,6 +101,7 @@ def write_conversion_report(source: Path, folder: Path) -> str:
             usage=USAGE, tags=(*TAGS, f"{config['bits']}-bit"),
             seconds=time.perf_counter() - started,
         ),
+        name,
     )  # fmt: skip
     return (
         f"{sum(linears)} of {len(linears)} linears and {sum(others)} of {len(others)} other tensors equal bit for bit"

@@ -30,7 +30,9 @@ USAGE = {
 }
 
 
-def write_conversion_report(folder: Path, vae: Any, source: str, layout: str, base_model: str | None = None) -> str:
+def write_conversion_report(
+    folder: Path, vae: Any, source: str, layout: str, base_model: str | None = None, name: str | None = None
+) -> str:
     """Read a converted autoencoder back, compare it with its source, and write `quality.json` and `README.md`.
 
     Args:
@@ -39,6 +41,7 @@ def write_conversion_report(folder: Path, vae: Any, source: str, layout: str, ba
         source: where it was loaded from.
         layout: that was written, "diffusers" or "efficientvit".
         base_model: what the card calls the source; by default its hub name, or its folder's name.
+        name: see `write_report`.
 
     Returns:
         What the report says, in a line.
@@ -65,10 +68,9 @@ def write_conversion_report(folder: Path, vae: Any, source: str, layout: str, ba
             data=f"a random picture of {edge} x {edge} pixels", usage=_usage(vae, layout),
             tags=("dc-ae", "autoencoder"), seed=SEED, base_model=base_model, seconds=seconds,
         ),
+        name,
     )  # fmt: skip
-    return (
-        f"{folder}: {equal} of {len(before)} tensors equal, pictures at most {apart:g} apart; card in {seconds:.1f} s"
-    )
+    return f"{equal} of {len(before)} tensors equal, pictures at most {apart:g} apart; card in {seconds:.1f} s"
 
 
 class TrainingReport:

@@ -164,14 +164,16 @@ def apply(
     dtype: Dtype = "auto",
     no_report: Annotated[bool, typer.Option("--no-report", help="Do not compare with MODEL, write no card.")] = False,
     base_model: Annotated[str | None, typer.Option(help="MODEL's hub name for the card, where it is a folder.")] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Save MODEL with its full heads first in every layer, and the pattern for that order in OUT/duoattention."""
-    from pronghorn.duoattention.report import DuoReport
+    from pronghorn.checkpoint.written import write_checkpoint
+    from pronghorn.duoattention.report import DuoReport, application_estimate
     from pronghorn.duoattention.transformers import apply_duo
     from pronghorn.estimate import tensor_bytes
     from pronghorn.files.room import check_target
-    from pronghorn.files.sealed import SEALED, seal
-    from pronghorn.files.whole_folders import made_whole
+    from pronghorn.files.sealed import SEALED
+    from pronghorn.transformers.quality import UNMEASURED
 
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another name or remove it")
@@ -180,18 +182,27 @@ def apply(
     loaded, tokenizer = _load(model, dtype, "cpu")
     needed = tensor_bytes(list(loaded.state_dict().values()))
     check_target(out, needed)
+    if dry_run:
+        typer.echo(application_estimate(loaded, tokenizer, config, model, with_report=not no_report))
+        return
     report = None if no_report else DuoReport(loaded, tokenizer, config, model, base_model)
     duo = apply_duo(loaded, config, reorder=True)
     fixed = {**config.to_dict(), "gates": [[float(full) for full in row] for row in duo.full_heads]}
-    with made_whole(out, needed=needed) as folder:
+
+    def save(folder: Path) -> None:
         loaded.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         type(config).from_dict({**fixed, "sparsity": None, "threshold": 0.5}).save_pretrained(folder / "duoattention")
-        seal(folder, (*SEALED, "duoattention/*"))
+
+    said = write_checkpoint(
+        out, save, needed=needed, sealed=(*SEALED, "duoattention/*"),
+        report=None if report is None else lambda folder: report.write(folder, duo, out.name),
+        in_spite_of=UNMEASURED,
+    )  # fmt: skip
     kept = sum(map(sum, duo.full_heads))
     typer.echo(f"{out}: {kept} of {len(duo.full_heads) * len(duo.full_heads[0])} key/value heads are full")
-    if report is not None:
-        typer.echo(report.write(out, duo))
+    if said is not None:
+        typer.echo(f"{out}: {said}")
 
 
 @app.command()

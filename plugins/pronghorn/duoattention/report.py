@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from pronghorn.duoattention.config import DuoAttentionConfig
-from pronghorn.duoattention.transformers import DuoAttention
+from pronghorn.duoattention.transformers import DuoAttention, apply_duo
+from pronghorn.estimate import Estimate, folder_bytes, peak_bytes, tensor_bytes
 from pronghorn.transformers.quality import QualityReport
 
 WINDOWS = 3  # windows of streaming heads that a text is long: what they forget must show
@@ -37,14 +40,32 @@ class DuoReport:
         length = WINDOWS * config.window
         self.quality = QualityReport(model, tokenizer, source, base_model=base_model, length=length)
 
-    def write(self, folder: Path, duo: DuoAttention) -> str:
-        """Write `quality.json` and `README.md` beside the model; what they say, in a line."""
+    def write(self, folder: Path, duo: DuoAttention, name: str | None = None) -> str:
+        """Write `quality.json` and `README.md` beside the model, of this name; what they say, in a line."""
         config, heads = duo.config, [full for layer in duo.full_heads for full in layer]
         recipe = {name: value for name, value in config.to_dict().items() if name != "gates"}
         written = self.quality.write(
             folder, duo.model, method="DuoAttention", recipe=recipe, tags=("duoattention", "kv-cache"),
             seed=config.seed, figures={"full key/value heads": sum(heads), "key/value heads": len(heads)},
-            usage=USAGE, make_cache=duo.make_cache, chunk=max(1, config.recent_size // 2),
+            usage=USAGE, make_cache=duo.make_cache, chunk=max(1, config.recent_size // 2), name=name,
         )  # fmt: skip
         agreed, apart = written.figures["top-1 agreement"], written.figures["KL divergence, nats a token"]
-        return f"{folder}: top-1 agreement {agreed:.4f}, KL {apart:.5f}; model card in {written.seconds:.1f} s"
+        return f"top-1 agreement {agreed:.4f}, KL {apart:.5f}; model card in {written.seconds:.1f} s"
+
+
+def application_estimate(
+    model: Any, tokenizer: Any, config: DuoAttentionConfig, source: str, *, with_report: bool = True
+) -> Estimate:
+    """What reordering a model, its report and saving both take: all is done but the saving, which has no time here."""
+    started = time.perf_counter()
+    report = DuoReport(model, tokenizer, config, source, None) if with_report else None
+    duo = apply_duo(model, config, reorder=True)
+    weights = list(model.state_dict().values())
+    for weight in weights:
+        weight.sum()  # saving reads all of them; until then files are but mapped
+    written = tensor_bytes(weights)
+    if report is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            report.write(Path(folder), duo)
+            written += folder_bytes(Path(folder))
+    return Estimate(peak_bytes(model.device), written, time.perf_counter() - started, "all but the saving was done")

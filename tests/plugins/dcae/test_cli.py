@@ -14,6 +14,7 @@ from pronghorn.dcae import CONFIGURATIONS, AutoencoderDC
 from pronghorn.dcae.cli import app
 from pronghorn.dcae.diffusers.loading import load_dcae
 from pronghorn.dcae.latents import read_latent
+from pronghorn.files.sealed import seal
 
 
 def run(*words):
@@ -64,6 +65,7 @@ def test_what_is_converted_is_read_again_whatever_it_is_called(folder, tmp_path,
         run("convert", folder, tmp_path / "x", "--to", "efficientvit")
     assert not (tmp_path / "x").exists()
     (tmp_path / "official" / "config.json").write_text('{"model_name": "tiny", "architecture": {"width": 3}}')
+    seal(tmp_path / "official")
     with pytest.raises(ValueError, match=r"config\.json: architecture: width: no setting"):
         load_dcae(tmp_path / "official")
 

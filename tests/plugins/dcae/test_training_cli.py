@@ -245,6 +245,11 @@ def test_samples_by_name_in_batches(tmp_path, described, photos, monkeypatch):
 
     said, whole = sample("dog,cat", "whole")
     assert "6 pictures of 1 dog, 0 cat" in said
+    assert "5 of 5 pictures" in run(
+        "sample", tmp_path / "vae", tmp_path / "out", tmp_path / "dry", "--classes", "0", "--each", 5,
+        "--batch-size", 4, "--device", "cpu", "--dry-run",
+    )  # fmt: skip
+    assert not (tmp_path / "dry").exists()
     calls, real = [], DCAEDiTPipeline.__call__
 
     def counted(self, labels, **more):

@@ -1,4 +1,7 @@
-"""`duoattention apply`, killed before any change that it makes to the disk: its folder is whole, or not there."""
+"""`duoattention apply`, killed before any change that it makes to the disk: its folder is whole, or not there.
+
+Whole is with its report, which says when it was made, and with the digest of that.
+"""
 
 import json
 import shutil
@@ -15,14 +18,24 @@ from typer.testing import CliRunner
 
 from pronghorn.duoattention import DuoAttentionConfig
 from pronghorn.duoattention.cli import app
+from pronghorn.files.sealed import check_seal
+
+TIMED = {"quality.json", "README.md", "pronghorn.json"}
 
 
 def applied(folder, place, kill_at, notes):
     watch = WatchFiles(place, kill_at)
-    arguments = ["apply", folder / "model", folder / "pattern", place / "duo", "--no-report"]
+    arguments = ["apply", folder / "model", folder / "pattern", place / "duo"]
     found = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert found.exit_code == 0, found.output
     notes.write_text(json.dumps(watch.seen))
+
+
+def is_whole(folder, wanted):
+    found = contents(folder)
+    if found.keys() != wanted.keys():
+        return False
+    return all(found[name] == wanted[name] for name in wanted.keys() - TIMED) and check_seal(folder)
 
 
 def killed(folder):
@@ -41,10 +54,10 @@ def killed(folder):
         place.mkdir()
         status = in_a_fork(applied, folder, place, point, notes)
         found = contents(place / "duo")
-        state = "new" if found == wanted else "none" if found is None else "half"
+        state = "none" if found is None else "new" if is_whole(place / "duo", wanted) else "half"
         seen.append({"signal": status, "state": state})
         if state == "none":
-            seen[-1]["again"] = in_a_fork(applied, folder, place, 0, notes) == 0 and contents(place / "duo") == wanted
+            seen[-1]["again"] = in_a_fork(applied, folder, place, 0, notes) == 0 and is_whole(place / "duo", wanted)
     return seen
 
 

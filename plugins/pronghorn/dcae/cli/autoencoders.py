@@ -29,19 +29,19 @@ def convert(
     name: Annotated[str | None, typer.Option(help="Model name to write; by default the published one.")] = None,
     no_report: NoReport = False, base_model: BaseModel = None,
 ) -> None:  # fmt: skip
-    """Write weights in diffusers' or the official layout, bit for bit."""
-    if to not in ("diffusers", "efficientvit"):
-        raise ValueError(f"to: got {to!r}, accepted are diffusers and efficientvit")
-    vae = _load(model, config)
-    if to == "diffusers":
-        vae.save_pretrained(output)
-    else:
-        vae.save_efficientvit(output, model_name=name)
-    typer.echo(f"{output}: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters in {to}'s layout")
-    if not no_report:
-        from pronghorn.dcae.report import write_conversion_report
+    """Write weights in diffusers' or the official layout, bit for bit; a checkpoint that is there is replaced."""
+    from pronghorn.dcae.conversion import LAYOUTS, check_replaceable, convert_autoencoder
 
-        typer.echo(write_conversion_report(output, vae, model, to, base_model))
+    if to not in LAYOUTS:
+        raise ValueError(f"to: got {to!r}, accepted are {' and '.join(LAYOUTS)}")
+    check_replaceable(output, model)
+    vae = _load(model, config)
+    said = convert_autoencoder(
+        vae, output, to, source=model, model_name=name, base_model=base_model, with_report=not no_report
+    )
+    typer.echo(f"{output}: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters in {to}'s layout")
+    if said is not None:
+        typer.echo(f"{output}: {said}")
 
 
 @app.command()

@@ -197,14 +197,16 @@ def sample(
     scaling_factor: Annotated[float | None, typer.Option(help="As of `dump`; by default the autoencoder's.")] = None,
     config: Config = None, batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0, device: Device = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Try two batches, print peak memory, time and disk, and stop.")
+    ] = False,
 ) -> None:  # fmt: skip
     """Pictures of classes, by a diffusion model that was trained here; the same ones whatever the batch size."""
-    import torch
-
     from pronghorn.dcae.diffusers import DCAEDiTPipeline, DiT2DModel, USiTPipeline, UViT2DModel, UViTPipeline
     from pronghorn.dcae.diffusers.loading import load_dcae
     from pronghorn.dcae.diffusers.training.record import MADE_FROM, read_record
     from pronghorn.dcae.dump_record import check_scaling_factor
+    from pronghorn.dcae.sampling import rehearse_samples, write_samples
 
     kinds: dict[str, tuple[Any, Any]] = {
         "uvit": (UViTPipeline, UViT2DModel), "usit": (USiTPipeline, UViT2DModel), "dit": (DCAEDiTPipeline, DiT2DModel),
@@ -221,16 +223,14 @@ def sample(
     if scaling_factor is not None:
         vae.register_to_config(scaling_factor=scaling_factor)
     pipe = on(pipeline(vae, kind.from_pretrained(training / "model").eval()), device)
-    given = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    how: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+    if guidance_scale is not None:
+        how["guidance_scale"] = guidance_scale
     wanted = [(number, place) for number in numbers for place in range(each)]
-    seeds = torch.randint(2**63 - 1, (len(wanted),), generator=torch.Generator().manual_seed(seed)).tolist()
-    for start in range(0, len(wanted), batch_size):
-        part = wanted[start : start + batch_size]
-        noise = [torch.Generator().manual_seed(one) for one in seeds[start : start + batch_size]]
-        images = pipe([number for number, _ in part], generator=noise, **given).images
-        output.mkdir(parents=True, exist_ok=True)
-        for (number, place), image in zip(part, images, strict=True):
-            image.save(output / f"{number:04d}-{place:03d}.png")
+    if dry_run:
+        typer.echo(rehearse_samples(pipe, wanted, **how))
+        return
+    write_samples(pipe, wanted, output, **how)
     told = ", ".join(f"{number} {names[number]}" if number < len(names) else str(number) for number in numbers)
     typer.echo(f"{len(wanted)} pictures of {told} -> {output}")
 

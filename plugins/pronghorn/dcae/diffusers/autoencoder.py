@@ -23,6 +23,7 @@ from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
 from pronghorn.dcae.diffusers.whole_checkpoints import WholeCheckpoints, check_numbers
 from pronghorn.files.atomic import write_atomically
 from pronghorn.files.json_files import parse_json
+from pronghorn.files.sealed import check_seal
 from pronghorn.files.tensor_files import load_tensors, save_tensors
 
 WEIGHTS = "model.safetensors"
@@ -135,10 +136,12 @@ class AutoencoderDC(WholeCheckpoints, DiffusersAutoencoderDC):  # type: ignore[m
             config: the architecture, or the name of a published one; by default what the folder says.
 
         Raises:
-            ValueError: there is no configuration, the file is of another kind, or weights are missing, left over or of
-                another shape. FileNotFoundError: there is no such file.
+            ValueError: there is no configuration, the file is of another kind, weights are missing, left over or of
+                another shape, or the folder is not as sealed. FileNotFoundError: there is no such file.
         """
         path = Path(path)
+        if path.is_dir():
+            check_seal(path)
         if config is None:
             named = path / "config.json"
             if not named.is_file():
