@@ -121,6 +121,8 @@ def _square(image: Image.Image, size: int) -> Image.Image:
         raise ValueError(f"image: is {image.size[0]} x {image.size[1]}, wanted at least one pixel")
     while min(image.size) >= 2 * size:
         image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
+    if min(image.size) < size:
+        _warn_once(f"images whose shorter edge is below {size} pixels are enlarged to it, as the official code does")
     scale = size / min(image.size)
     width, height = (round(edge * scale) for edge in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -50,7 +50,10 @@ def reconstruct(
     z = tiled_encode(vae, x, tile=tile) if tile else vae.encode(x).latent
     y = tiled_decode(vae, z, tile=tile) if tile else vae.decode(z).sample
     if metrics is not None:
-        metrics.update(x, y)
+        try:
+            metrics.update(x, y)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     error = (y.clamp(-1, 1) - x).square().mean() / 4
     to_image(torch.cat([x[0], y[0]], dim=2)).save(target)
     return Reconstructed(tuple(z.shape[1:]), -10 * error.log10().item())

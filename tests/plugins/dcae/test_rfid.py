@@ -74,6 +74,9 @@ def test_reconstruct(networks, folder, photos, tmp_path):  # noqa: F811
     figures = f"PSNR {wanted.psnr:.2f} dB, SSIM {wanted.ssim:.4f}, rFID {wanted.frechet:.4g}"
     assert said == f"3 images: {figures} by my_networks:colours"
     assert "images" in run(*given, "--rfid", "my_networks:colours", "--dry-run")
+    picture(30, 8).save(photos / "small.png")
+    with pytest.raises(ValueError, match=r"small\.png: .*11"):
+        run(*given, "--rfid", "my_networks:colours")
 
 
 def test_compare(networks, folder, photos, tmp_path, monkeypatch):  # noqa: F811

@@ -12,7 +12,7 @@ from tests.plugins.dcae.test_training import config, model
 
 from pronghorn.dcae import AutoencoderTrainer
 from pronghorn.dcae.crops import Crops
-from pronghorn.dcae.images import load_image, open_image
+from pronghorn.dcae.images import _warn_once, load_image, open_image
 from pronghorn.dcae.sources import Sources, squares
 
 DEEP = Image.fromarray(np.full((20, 20), 4000, np.uint16))
@@ -107,6 +107,19 @@ def test_an_orientation_that_cannot_be_read_is_said_and_ends_nothing(tmp_path, c
     with caplog.at_level(logging.WARNING, logger="pronghorn"):
         assert open_image(tmp_path / "0.webp").size == (20, 16)
     assert "orientation of an image cannot be read" in caplog.text
+
+
+@pytest.mark.fault(27)
+def test_images_that_are_enlarged_are_told_of_once(tmp_path, caplog):
+    for number, size in enumerate([(40, 30), (14, 9), (8, 30)]):
+        picture(*size).save(tmp_path / f"{number}.png")
+    _warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="pronghorn"):
+        assert load_image(tmp_path / "0.png", size=16).shape == (3, 16, 16)
+        assert not caplog.text
+        for number in (1, 2):
+            assert load_image(tmp_path / f"{number}.png", size=16).shape == (3, 16, 16)
+    assert caplog.text.count("images whose shorter edge is below 16 pixels are enlarged") == 1
 
 
 @pytest.mark.fault(27)
