@@ -106,7 +106,7 @@ def test_fewer_channels_are_the_first_ones(image):
 
 @pytest.mark.parametrize("synchronized", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_checkpointing_changes_nothing_but_memory(image, training, synchronized):
+def test_checkpointing_changes_nothing_but_memory(image, training, synchronized, no_process_group):
     found = []
     for checkpointed in (False, True):
         model = small().train(training)

@@ -240,7 +240,7 @@ def test_accumulation_is_as_a_larger_batch(tmp_path):
     assert_moved_alike(weights(one), weights(many), weights(model(**plain)))
 
 
-def test_batch_norms_that_several_gpus_shared_are_plain_again(tmp_path, monkeypatch):
+def test_batch_norms_that_several_gpus_shared_are_plain_again(tmp_path, monkeypatch, no_process_group):
     """In one process they do not talk to others, and train as plain ones do."""
     plain, shared = model(), model()
     train(plain, config(), tmp_path / "plain")
