@@ -52,8 +52,8 @@ def reconstruct(
     if metrics is not None:
         try:
             metrics.update(x, y)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        except ValueError as reason:
+            raise ValueError(f"{path}: {reason}") from reason
     error = (y.clamp(-1, 1) - x).square().mean() / 4
     to_image(torch.cat([x[0], y[0]], dim=2)).save(target)
     return Reconstructed(tuple(z.shape[1:]), -10 * error.log10().item())
