@@ -65,7 +65,9 @@ def _one(content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         limit = "" if row["roofline"] is None else f"{row['roofline']:.0%}"
         lines.append(f"| {row['what']} | {row['shape']} | {ours} | {theirs} ({row['against']}) | {ratio} | {limit} |")
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    measured = f"{content['device']}, {versions}, commit {content['commit'][:10]}, {content['date'][:10]}"
+    earlier = sorted({row["commit"][:10] for row in rows if "commit" in row})  # of rows that a later run has kept
+    commit = content["commit"][:10] + (f" (some rows {', '.join(earlier)})" if earlier else "")
+    measured = f"{content['device']}, {versions}, commit {commit}, {content['date'][:10]}"
     return "\n".join([*lines, "", f"Measured on {measured}: medians, ratio above 1 where ours is better.", ""])
 
 

@@ -323,10 +323,11 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--mode", default="", help="of torch.compile, in place of LeRobot's default")
     parser.add_argument("--steps", type=int, nargs="+", default=[Size.steps], help="of LeRobot's compiled chunks")
-    parser.add_argument("--onto", type=Path, help="results of an earlier run, whose rows are kept")
+    parser.add_argument("--onto", type=Path, help="results of an earlier run, whose rows are kept with their commit")
     asked = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    rows: list[dict[str, Any]] = json.loads(asked.onto.read_text())["rows"] if asked.onto else []
+    earlier = json.loads(asked.onto.read_text()) if asked.onto else {"rows": []}
+    rows: list[dict[str, Any]] = [{"commit": earlier["commit"], **row} for row in earlier["rows"]]
     for name in asked.parts or PARTS:
         start = time.monotonic()
         for part in _parts(name, asked):
