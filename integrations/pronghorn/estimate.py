@@ -17,7 +17,8 @@ class Estimate:
     """What all of a run takes.
 
     Attributes:
-        memory_bytes: its peak: of the whole process on a CPU, allocated by torch on a GPU.
+        memory_bytes: its peak: of the whole process on a CPU, which moves with what malloc keeps of freed memory;
+            allocated by torch on a GPU.
         disk_bytes: the most that it has written at a time.
         seconds: of the run, on this machine as it is now.
         basis: the piece of the work that was done to know it.

@@ -149,8 +149,8 @@ def accelerate_dcae(
         cuda_graphs: also record the encoder and the decoder, for each of the last shapes, and replay them: for few and
             small images, whose layers are shorter than their launches. Each recording keeps its memory.
         fused_convolutions: also let cuDNN's compiler join convolutions with the bias, activation or sum after them, in
-            half precision on a GPU, and keep the fastest of its kernels: for large images and batches of one shape. At
-            each new shape it searches for some seconds. Needs nvidia-cudnn-frontend (`pronghorn[cudnn]`).
+            half precision on a GPU, and keep the fastest of its kernels: for large images and batches of one shape. The
+            first call with a new shape searches for them. Needs nvidia-cudnn-frontend (`pronghorn[cudnn]`).
 
     Returns:
         The handle of the autoencoder, also a context manager.
