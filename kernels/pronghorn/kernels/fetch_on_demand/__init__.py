@@ -28,7 +28,8 @@ def fetch_on_demand(
 
     Differentiable in `x`, `weight` and `scale`. An output may stand in many pairs, also of one offset. Sums are in
     float32 and in any order, so results differ in their last bits from call to call on a GPU, and so does the gradient
-    of `x`; that of `weight` is summed in a fixed order.
+    of `x`; that of `weight` is summed in a fixed order. Where `torch.use_deterministic_algorithms` is on, the reference
+    computes the former two, in a fixed order.
 
     Args:
         x: [inputs, input channels] in fp16, bf16 or fp32 (fp64 in the reference).
@@ -84,7 +85,8 @@ def _fetch_on_demand(
     x: Tensor, weight: Tensor, sources: Tensor, targets: Tensor, starts: Tensor, scale: Tensor | None, outputs: int,
     tf32: bool,
 ) -> Tensor:  # fmt: skip
-    if _triton(x, weight.shape[2]) and len(weight):
+    ordered = torch.are_deterministic_algorithms_enabled()
+    if _triton(x, weight.shape[2]) and len(weight) and not ordered:
         from pronghorn.kernels.fetch_on_demand import triton
 
         return triton.fetch_on_demand(x, weight, sources, targets, starts, scale, outputs, tf32)

@@ -72,7 +72,7 @@ def _forward(inputs: list[Tensor], output_gradients: list[Tensor], lengths: Tens
         from pronghorn.kernels.ghost_norm_linear import triton
 
         return triton.ghost_norm_linear(there, lengths)
-    squares = [reference.ghost_norm_linear(x, gradient, lengths) for x, gradient in pairs]
+    squares = [reference.ghost_norm_linear(x.contiguous(), gradient.contiguous(), lengths) for x, gradient in pairs]
     return torch.stack(squares).sum(0)
 
 

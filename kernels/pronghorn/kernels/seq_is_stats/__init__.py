@@ -82,7 +82,8 @@ def _forward(
         from pronghorn.kernels.seq_is_stats import triton
 
         return triton.seq_is_stats(log_probs, sampler_log_probs, mask, limit)
-    return reference.seq_is_stats(log_probs, sampler_log_probs, mask, limit)
+    given = (tensor.contiguous() for tensor in (log_probs, sampler_log_probs, mask))
+    return reference.seq_is_stats(*given, limit)
 
 
 def _fake(log_probs: Tensor, *_: object) -> tuple[Tensor, ...]:
