@@ -82,8 +82,7 @@ def _forward(
         from pronghorn.kernels.seq_is_stats import triton
 
         return triton.seq_is_stats(log_probs, sampler_log_probs, mask, limit)
-    given = (tensor.contiguous() for tensor in (log_probs, sampler_log_probs, mask))
-    return reference.seq_is_stats(*given, limit)
+    return reference.seq_is_stats(log_probs.contiguous(), sampler_log_probs.contiguous(), mask.contiguous(), limit)
 
 
 def _fake(log_probs: Tensor, *_: object) -> tuple[Tensor, ...]:
