@@ -20,6 +20,8 @@ def sections() -> str:
     contents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("reliability-*.json"))]
     tests = [_Test(name, {**test, **content["runs"][test["run"]]}) for content in contents
              for name, test in content["tests"].items()]  # fmt: skip
+    passed = {test.name for test in tests if test.outcome == "passed"}
+    tests = [test for test in tests if test.outcome != "skipped" or test.name not in passed]  # it ran elsewhere
     recorded = {test.function for test in tests}
     waiting = {function: rows for function, rows in marked().items() if function not in recorded}
     rows = []
@@ -62,7 +64,7 @@ class _Test:
     """A recorded case of a test."""
 
     def __init__(self, name: str, entry: dict[str, Any]) -> None:
-        self.function = name.split("[")[0]
+        self.name, self.function = name, name.split("[")[0]
         self.rows: list[int | str] = entry["rows"]
         self.outcome: str = entry["outcome"]
         self.reason: str = entry.get("reason", "")
@@ -96,6 +98,15 @@ def _section(row: Any, tests: list[_Test], waiting: list[str]) -> str:
 
 
 def _line(function: str, cases: list[_Test]) -> str:
+    devices = dict.fromkeys(case.device for case in cases)
+    said = [_said([case for case in cases if case.device == device]) for device in devices]
+    if len(said) > 1:
+        said = [f"{device}: {text}" for device, text in zip(devices, said, strict=True)]
+    return f"- `{function}`: {'. '.join(said)}"
+
+
+def _said(cases: list[_Test]) -> str:
+    """Outcomes and figures of a test on one device."""
     outcomes = [case.outcome for case in cases]
     told = [
         f"{outcomes.count(outcome)} {outcome}" for outcome in ("passed", "failed", "skipped") if outcome in outcomes
@@ -103,8 +114,7 @@ def _line(function: str, cases: list[_Test]) -> str:
     reasons = sorted({case.reason for case in cases if case.reason})
     figures = [f"{name}: {_figure([case.figures[name] for case in cases if name in case.figures])}"
                for name in dict.fromkeys(name for case in cases for name in case.figures)]  # fmt: skip
-    said = [", ".join(told) + (f" ({'; '.join(reasons)})" if reasons else ""), *figures]
-    return f"- `{function}`: {'; '.join(said)}"
+    return "; ".join([", ".join(told) + (f" ({'; '.join(reasons)})" if reasons else ""), *figures])
 
 
 def _figure(values: list[Any]) -> str:

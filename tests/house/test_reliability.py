@@ -72,6 +72,24 @@ def test_the_page_claims_no_more_than_was_seen(page, tmp_path, monkeypatch):
     assert f"| {row.title} | **fails** | 2 of 3 passed |" in said()
 
 
+def test_what_one_machine_skips_another_may_show(page, tmp_path, monkeypatch):
+    skipped = {"rows": [9], "outcome": "skipped", "reason": "needs a GPU", "seconds": 0, "figures": {}, "run": "r"}
+    passed = {"rows": [9], "outcome": "passed", "seconds": 1, "figures": {"n": 2}, "run": "r"}
+    ran = {
+        "cpu": ("CPU", {"t.py::test_a[1]": skipped, "t.py::test_a[2]": skipped, "t.py::test_b": passed}),
+        "gpu": ("GPU", {"t.py::test_a[1]": passed, "t.py::test_a[2]": skipped, "t.py::test_b": passed}),
+    }
+    for name, (device, tests) in ran.items():
+        content = {"topic": "reliability", "runs": {"r": {**RUN, "device": device}}, "tests": tests}
+        (tmp_path / f"reliability-{name}.json").write_text(json.dumps(content))
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    monkeypatch.setattr(page, "marked", dict)
+    text = page.sections()
+    assert f"| 9 | {page.ROWS[8].title} | partly | 3 of 5 passed |" in text
+    assert "- `t.py::test_a`: CPU: 1 skipped (needs a GPU). GPU: 1 passed, 1 skipped (needs a GPU); n: 2" in text
+    assert "- `t.py::test_b`: CPU: 1 passed; n: 2. GPU: 1 passed; n: 2" in text
+
+
 def test_runs_are_merged_by_tests(record, tmp_path):
     here = f"tests/house/{Path(__file__).name}"
     path, entry = tmp_path / "found.json", {"rows": [9], "outcome": "passed", "seconds": 0.1, "figures": {}}

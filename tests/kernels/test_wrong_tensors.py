@@ -14,7 +14,6 @@ from tests.kernels.harness import DEVICE, alike, backend
 from pronghorn.kernels._operation import operations, relative_error
 
 OPERATIONS = {operation.name: operation for operation in operations()}
-ELSEWHERE = torch.device("cpu" if DEVICE.type == "cuda" else "meta")
 NAMED = re.compile(r"(\w+)[\w.\[\], ]*: ")
 # What a docstring says where a gradient is not passed on.
 NO_GRADIENT = re.compile(r"othing is\s+differentiable|no\s+gradient|weight is constant", re.IGNORECASE)
@@ -33,13 +32,21 @@ def public(operation):
     return [function for function in map(room.__dict__.get, room.__all__) if inspect.isfunction(function)]
 
 
+def elsewhere(tensor):
+    """A device that it is not on."""
+    if DEVICE.type == "cpu":
+        return torch.device("meta")
+    return torch.device("cpu") if tensor.is_cuda else DEVICE
+
+
 def wrong(tensor):
     """Names of what is wrong, as the error must give them, and how to make it so."""
     dtypes = [torch.complex64, torch.float8_e4m3fn]
     dtypes += [torch.int32, torch.bool] if tensor.is_floating_point() else [torch.float32, torch.int16]
     if tensor.dtype != torch.bool and not tensor.is_floating_point():
         dtypes.append(torch.bool)
-    yield ELSEWHERE.type, lambda t: t.to(ELSEWHERE)
+    there = elsewhere(tensor)
+    yield there.type, lambda t: t.to(there)
     yield "torch.sparse_coo", lambda t: t.to_sparse()
     for dtype in dtypes:
         yield str(dtype), lambda t, dtype=dtype: t.to(dtype)
@@ -56,7 +63,7 @@ def test_a_wrong_tensor_is_refused_by_name(name, figure):
         for path in places:
             for what, make in wrong(at(arguments, path)):
                 changed = replaced(arguments, path, make)
-                if what == ELSEWHERE.type and len(places) == 1:
+                if what == elsewhere(at(arguments, path)).type and len(places) == 1:
                     assert {t.device.type for t in tensors(operation.function(**changed))} == {what}
                     continue
                 start = time.perf_counter()
