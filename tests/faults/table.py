@@ -59,8 +59,8 @@ ROWS = (
         "Wrong tensors to a kernel",
         "A kernel is given the wrong device, dtype or layout",
         "An error that names the argument; strides that are allowed give the same bits as contiguous memory",
-        "on a GPU refusals of `kernel_map` and `strided_coords`, whose test moved to the CPU what belongs there; it has "
-        "not run there since it was mended",
+        "on a GPU refusals of `kernel_map` and `strided_coords`, whose test moved to the CPU what belongs there; it is "
+        "mended, and has not run there since",
     ),
     Row(
         5,
