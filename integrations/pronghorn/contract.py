@@ -21,7 +21,7 @@ CHECKS = {
     "save and load": "what was saved computes the same bits when it is loaded, with the same state dict",
     "deepcopy": "a copy computes the same bits, and shares no tensor",
     "state dict": "a module made anew takes the state dict of another, key by key, and then computes the same bits",
-    "compile": "torch.compile makes one graph of it, with the same result",
+    "compile": "torch.compile makes one graph of it and torch.export takes it, with the same result",
 }
 
 
@@ -37,7 +37,7 @@ class Contract:
             torch: its state dict, loaded into a module that was made anew.
         load: reads what `save` wrote; None likewise.
         batches: what the module computes of an example of so many samples, where sizes of batches change while it is
-            used: torch.compile then makes two graphs of it at most, the second for all sizes.
+            used: torch.compile then makes two graphs of it at most, the second for all sizes, and torch.export one.
         exceptions: names of `CHECKS` that are not the method's, each with the reason, which the docs print.
 
     Raises:

@@ -178,8 +178,9 @@ ROWS = (
         "torch.compile, export, copies, pickling to another process, shared memory, FSDP and DDP",
         "No graph breaks; at most one compilation more for a batch of any size; operations pass opcheck, and gradcheck "
         "where they train",
-        METHODS + "; export; how often batches of other sizes compile anew, of other methods than AWQ and "
-        "DC-AE; FSDP of other methods than VCPO",
+        METHODS
+        + "; how often other sizes compile anew of other methods than AWQ, DC-AE and TorchSparse; FSDP of other "
+        "methods than VCPO",
     ),
     Row(
         21,

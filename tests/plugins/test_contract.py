@@ -258,3 +258,34 @@ def test_batches_of_other_sizes_compile_once_more(method):
         assert len(found) == size
         assert relative_error(found, part.batches(module, size)) <= COMPILED
     assert counted.frame_count <= 2
+
+
+def given_to(module, call):
+    """The arguments with which `call` calls a module."""
+    seen = []
+    hook = module.register_forward_pre_hook(lambda _, *given: seen.append(given), with_kwargs=True)
+    call(module)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.fault(20)
+@each_method
+def test_it_is_exported(method, made):
+    part, module, wanted = made(method, "compile")
+    exported = torch.export.export(module, *given_to(module, part.run)).module()
+    assert relative_error(part.run(exported), wanted) <= COMPILED
+
+
+@pytest.mark.fault(20)
+@each_method
+def test_batches_of_all_sizes_are_exported_at_once(method):
+    part = contract(method, "compile")
+    if part.batches is None:
+        pytest.skip(f"{method} says nothing of batches")
+    module = part.module(0)
+    tensors, named = given_to(module, lambda called: part.batches(called, BATCHES[0]))
+    sizes = tuple({0: torch.export.Dim.DYNAMIC} for _ in tensors)
+    exported = torch.export.export(module, tensors, named, dynamic_shapes=sizes).module()
+    for size in BATCHES:
+        assert relative_error(part.batches(exported, size), part.batches(module, size)) <= COMPILED

@@ -371,8 +371,15 @@ def _unflatten(parts: Any, context: Any) -> SparseTensor:
     return made
 
 
+def _flatten_with_keys(tensor: SparseTensor) -> tuple[list[tuple[_pytree.KeyEntry, Tensor]], tuple[Any, ...]]:
+    parts, context = _flatten(tensor)
+    keys = map(_pytree.GetAttrKey, ("feats", "coords"))
+    return list(zip(keys, parts, strict=True)), context
+
+
 _pytree.register_pytree_node(
-    SparseTensor, _flatten, _unflatten, serialized_type_name="pronghorn.torchsparse.SparseTensor",
+    SparseTensor, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys,
+    serialized_type_name="pronghorn.torchsparse.SparseTensor",
     to_dumpable_context=list,
     from_dumpable_context=lambda context: tuple(part and tuple(part) for part in context),  # JSON has no tuples
 )  # fmt: skip

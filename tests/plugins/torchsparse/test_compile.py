@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from pronghorn.torchsparse import backbones
 from pronghorn.torchsparse import nn as spnn
@@ -56,9 +57,9 @@ def model(make, train):
     return made.train(train)
 
 
-def compiled(made):
+def compiled(made, backend="aot_eager"):
     torch._dynamo.reset()
-    return torch.compile(made, fullgraph=True, backend="aot_eager")
+    return torch.compile(made, fullgraph=True, backend=backend)
 
 
 def loss_of(outputs):
@@ -71,12 +72,15 @@ def assert_close(ours, theirs, far=1e-5):
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.fault(20)
 @pytest.mark.parametrize(
-    ("make", "ranged", "sites"), [(resnet, True, (300, 200, 1)), (resnet, False, (300, 200)), (unet, True, (300,))]
+    ("make", "ranged", "sites"),
+    [(resnet, True, (300, 200, 150, 1)), (resnet, False, (300, 200, 150)), (unet, True, (300,))],
 )
 def test_inference_is_one_graph(make, ranged, sites):
-    made = model(make, train=False)
-    run = compiled(made)
+    """And one more for scans of any size."""
+    made, counted = model(make, train=False), CompileCounterWithBackend("aot_eager")
+    run = compiled(made, counted)
     with torch.no_grad():
         for seed, count in enumerate(sites):
             wanted = made(tensor(ranged, count, seed))
@@ -85,6 +89,7 @@ def test_inference_is_one_graph(make, ranged, sites):
                 assert (ours.stride, ours.spatial_range) == (theirs.stride, theirs.spatial_range)
                 if theirs.feats.numel():
                     assert_close(ours.feats, theirs.feats)
+    assert counted.frame_count <= 2 + (1 in sites)  # of a size of 1 torch always makes a graph of its own
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
