@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,9 @@ METHODS = {
     "duoattention": Served(DUO, False, DUO_FORWARD),
     "awq and duoattention": Served({**AWQ, **DUO}, True, DUO_FORWARD),
 }
+ALONE = [name for name in METHODS if " " not in name]
+ANSWER = 32  # tokens, of those that are known
+FEW = 48  # blocks, of which requests need up to 8
 
 
 def save_models(folder: Path) -> None:
@@ -81,6 +86,32 @@ def engine_options(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     method = METHODS[name]
     model = str(folder / ("packed" if method.packed else "whole"))
     return {"model": model, **ENGINE, **method.options, **changes}
+
+
+@contextmanager
+def in_process(folder: Path, name: str, **changes: Any) -> Iterator[Any]:
+    """An engine in this process, and the only one: when vLLM ends one, it ends what all of them share."""
+    from vllm import LLM
+
+    gc.collect()
+    llm = LLM(**engine_options(folder, name, **changes))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+@asynccontextmanager
+async def serving(folder: Path, name: str, **changes: Any) -> AsyncIterator[Any]:
+    """An engine in a process of its own."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_options(folder, name, **changes)))
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
 
 
 def flags(options: dict[str, Any]) -> list[str]:

@@ -1,25 +1,15 @@
-"""Serving under load and faults, with the real vLLM: no wrong token, no lost block, flat memory."""
+"""Serving with the real vLLM, its options and many requests at once: no wrong token, no lost block."""
 
 import asyncio
-import gc
-import http.client
 import itertools
-import json
-import threading
-import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 
-import numpy
-import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.faults.fake_distribution import fake_distribution
-from tests.faults.leak_slope import SAMPLES, descriptors, line, private_memory
 from tests.faults.serving import (
+    ALONE,
+    ANSWER,
+    FEW,
     METHODS,
     TRIED,
     Request,
@@ -27,67 +17,26 @@ from tests.faults.serving import (
     ask_in_process,
     crowd,
     decided,
-    engine_options,
-    flags,
     free_blocks,
-    give_back_freed_memory,
+    in_process,
     metric,
     random_prompts,
-    save_models,
+    serving,
     wrong,
 )
 from tests.own_methods import own_methods
 from tests.plugins.conftest import letters_tokenizer
-from tests.vllm_server import ask as ask_server
-from tests.vllm_server import call, stream, vllm_server
 from transformers import AutoModelForCausalLM
 
 from pronghorn.methods import entry_points
 
-vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")
+pytest.importorskip("vllm", reason="the vllm extra is not installed")
 pytestmark = pytest.mark.xdist_group("vllm")
-
-ALONE = [name for name in METHODS if " " not in name]
-ANSWER = 32  # tokens, of those that are known
-FEW = 48  # blocks, of which requests need up to 8
 
 
 def test_every_method_that_serves_is_tried():
     serves = {entry.name for entry in entry_points("vllm")} & set(own_methods())
     assert {method for name in METHODS for method in name.split(" and ")} == serves
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Of the models that are served."""
-    folder = tmp_path_factory.mktemp("served")
-    save_models(folder)
-    return folder
-
-
-@contextmanager
-def in_process(folder, name, **changes):
-    """An engine in this process, and the only one: when vLLM ends one, it ends what all of them share."""
-    gc.collect()
-    llm = vllm.LLM(**engine_options(folder, name, **changes))
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-
-
-@pytest.fixture(scope="module")
-def alone(folder):
-    """By method: prompts and what each is answered when nobody else asks."""
-    made = {}
-
-    def known(name):
-        if name not in made:
-            with in_process(folder, name) as llm:
-                made[name] = decided(llm, random_prompts(28 * TRIED), ANSWER)[:28]
-        return made[name]
-
-    return known
 
 
 @pytest.mark.fault(12, 14)
@@ -128,19 +77,6 @@ def test_preempted_requests_give_the_same_tokens(folder, name, figure):
         assert free_blocks(llm) == start
 
 
-@asynccontextmanager
-async def serving(folder, name, **changes):
-    """An engine in a process of its own."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_options(folder, name, **changes)))
-    try:
-        yield engine
-    finally:
-        engine.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.fault(14)
 @pytest.mark.parametrize("name", METHODS)
@@ -173,59 +109,6 @@ def test_two_hundred_concurrent_requests(folder, alone, name, figure):
     figure("requests", len(requests))
     figure("aborts", aborts)
     figure("preemptions", preemptions)
-
-
-BODY = {"model": "tiny", "temperature": 0, "ignore_eos": True, "return_token_ids": True, "detokenize": False}
-
-
-@pytest.mark.slow
-@pytest.mark.fault(14)
-@pytest.mark.parametrize("name", ALONE)
-def test_clients_that_run_out_of_time(folder, alone, name, tmp_path, figure):
-    """Every other one hangs up; the rest get their answers, and nothing goes on for those that left."""
-    known = alone(name)[:24]
-    options = engine_options(folder, name)
-    with vllm_server(tmp_path, flags(options), options.pop("model")) as (server, port):
-        (prompt, tokens), *_ = known
-        whole = ask_server(port, {**BODY, "prompt": prompt, "max_tokens": ANSWER}, server)
-        assert whole["choices"][0]["token_ids"] == tokens
-
-        def client(number):
-            hurries = number % 2
-            body = {**BODY, "prompt": known[number][0], "max_tokens": 150 if hurries else ANSWER}
-            try:
-                found = call(port, "POST", "/v1/completions", json.dumps(body), timeout=0.05 if hurries else 120)
-            except TimeoutError:
-                return None
-            return json.loads(found)["choices"][0]["token_ids"]
-
-        with ThreadPoolExecutor(len(known)) as pool:
-            answers = list(pool.map(client, range(len(known))))
-        answered = {number: answer for number, answer in enumerate(answers) if answer is not None}
-        assert set(answered) >= set(range(0, len(known), 2))
-        assert {number: answer[:ANSWER] for number, answer in answered.items()} == {
-            number: known[number][1] for number in answered
-        }
-        left = len(known) - len(answered)  # on a busy machine a client may be too slow to hang up
-        assert left >= len(known) // 4
-
-        end = time.monotonic() + 30
-        while (found := metrics(port))["num_requests_running"] + found["num_requests_waiting"] > 0:
-            assert time.monotonic() < end, "it works on for those that left"
-            time.sleep(0.1)
-        assert metrics(port)["kv_cache_usage_perc"] == 0
-        figure("time-outs", left)
-        figure("requests", len(known))
-
-
-def metrics(port):
-    """Sums over labels of what a server counts."""
-    found = Counter()
-    for counted in call(port, "GET", "/metrics").decode().splitlines():
-        if counted.startswith("vllm:"):
-            name, value = counted.removeprefix("vllm:").rsplit(" ", 1)
-            found[name.split("{")[0]] += float(value)
-    return found
 
 
 @pytest.mark.slow
@@ -348,128 +231,3 @@ def test_speculation_changes_no_token(folder, alone, name, figure):
 def test_what_does_not_go_together_is_refused_at_start(folder, changes, message):
     with pytest.raises(ValueError, match=message), in_process(folder, "duoattention", **changes):
         pass
-
-
-EVIL = """
-import importlib, pathlib, time
-
-def register():
-    place, _, path = "{forward}".partition(":")
-    owner, _, name = path.partition(".")
-    owner = getattr(importlib.import_module(place), owner)
-    whole = getattr(owner, name)
-
-    def forward(*arguments, **options):
-        if pathlib.Path("{armed}").exists():
-            raise ValueError("{text}")
-        time.sleep(0.02)  # so that no request is done before the last has ten tokens
-        return whole(*arguments, **options)
-
-    setattr(owner, name, forward)
-"""
-TEXT = "this layer has had enough: got a fault, wanted none"
-
-
-@pytest.mark.slow
-@pytest.mark.fault(15)
-@pytest.mark.parametrize("name", ALONE)
-def test_a_forward_that_raises_ends_the_server(folder, alone, name, tmp_path, figure):
-    """After ten steps; every request in flight gets an error, and the log says which."""
-    known, armed, log = alone(name)[:8], tmp_path / "armed", tmp_path / "log"
-    source = EVIL.format(forward=METHODS[name].forward, armed=armed, text=TEXT)
-    plugin = {"vllm.general_plugins": {"evil_forward": "evil_forward:register"}}
-    fake_distribution(tmp_path, "evil-forward", plugin, {"evil_forward.py": source})
-    options = engine_options(folder, name)
-    with vllm_server(tmp_path, flags(options), options.pop("model"), log) as (server, port):
-        prompt, tokens = known[0]
-        whole = ask_server(port, {**BODY, "prompt": prompt, "max_tokens": ANSWER}, server)
-        assert whole["choices"][0]["token_ids"] == tokens
-        children = psutil.Process(server.pid).children(recursive=True)
-        assert children
-
-        def client(prompt):
-            events = []
-            try:
-                for event in stream(port, {**BODY, "prompt": prompt, "max_tokens": 150}):
-                    events.append(event)
-                    if len(events) == 10:
-                        ten.wait(60)  # all have ten tokens
-            except (OSError, http.client.HTTPException) as error:
-                events.append({"error": repr(error)})
-            return events, time.monotonic()
-
-        ten = threading.Barrier(len(known), armed.touch)
-        with ThreadPoolExecutor(len(known)) as pool:
-            answers = list(pool.map(client, [prompt for prompt, _ in known]))
-        code = server.wait(30)
-        ended = time.monotonic()
-        assert psutil.wait_procs(children, timeout=10)[1] == []
-    since = time.monotonic() - (time.time() - armed.stat().st_mtime)
-    for events, _ in answers:
-        assert len(events) > 10
-        assert "error" in events[-1], events[-1]
-        assert not any(choice.get("finish_reason") for event in events for choice in event.get("choices", ()))
-    slowest = max(moment for _, moment in answers) - since
-    assert slowest <= 10
-    assert TEXT in log.read_text()
-    figure("seconds until the last error", round(slowest, 2))
-    figure("seconds until the process ended", round(ended - since, 2))
-    figure("exit status", code)
-
-
-SECONDS, WARM = 180, 40
-
-
-def usage(process):
-    """Bytes, open files and threads."""
-    return private_memory(process), descriptors(process), len(list(Path(f"/proc/{process}/task").iterdir()))
-
-
-@pytest.mark.slow
-@pytest.mark.fault(16)
-@pytest.mark.parametrize("name", ALONE)
-def test_three_minutes_leave_no_trace(folder, alone, name, figure, monkeypatch):
-    """Waves of requests, three in ten aborted, with preemptions: memory, files and threads after each."""
-    known, took = alone(name), []
-    wave = crowd(known, 50, (1, 4, 8))
-    # It would keep 1024, one for each number of tokens that a step has had: unpatched vLLM grows by 19 MiB meanwhile.
-    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")
-
-    async def serve():
-        how = {"num_gpu_blocks_override": FEW, "worker_extension_cls": "tests.faults.serving.Tidy"}
-        async with serving(folder, name, **how) as engine:
-            (core,) = engine.engine_core.resources.engine_manager.processes
-            samples, end = [], None
-            for count in itertools.count(1):
-                started = time.monotonic()
-                assert wrong(wave, await ask(engine, wave, f"{count} "), known) == []
-                took.append(time.monotonic() - started)
-                if count < WARM:
-                    continue
-                end = end or time.monotonic() + SECONDS
-                if time.monotonic() > end:
-                    break
-                await engine.collective_rpc("tidy")
-                give_back_freed_memory()
-                samples.append((count * len(wave), usage(core.pid), usage("self")))
-            assert await engine.reset_prefix_cache(), "blocks were lost"
-            return samples
-
-    samples = asyncio.run(serve())
-    asked = [count for count, *_ in samples]
-    figure("requests", asked[-1] - asked[0])
-    # No bar for it here: other work on the same cores moves it by more than what it is to show.
-    early, late = (numpy.quantile(part, 0.99) for part in numpy.array_split(took[WARM:], 3)[::2])
-    figure("99th percentile of a wave's time, last third / first", round(float(late / early), 3))
-    for index, who in ((1, "engine"), (2, "client")):
-        memory, files, threads = zip(*(sample[index] for sample in samples), strict=True)
-        growth = line(stretches(asked), stretches(memory))
-        value, low, high = (round(part * 1e4 / 2**20, 3) for part in (growth.value, growth.low, growth.high))
-        figure(f"MiB per 10,000 requests, {who}", f"{value} (95 %: {low} to {high})")
-        assert high <= 1, (value, low)
-        assert (min(files), min(threads)) == (max(files), max(threads))
-
-
-def stretches(values):
-    """Their means: one sample is no independent witness of the next."""
-    return [float(part.mean()) for part in numpy.array_split(numpy.asarray(values, float), SAMPLES)]

@@ -53,8 +53,11 @@ def test_twice_the_same_bits_also_when_torch_insists_on_it(name, which):
         finally:
             torch.use_deterministic_algorithms(False)
     assert same_bits(repeated, again)
-    assert alike(operation, again, once)
-    assert operation.ordered or "differ in their last bits" in operation.function.__doc__
+    if not operation.ordered and which == "triton":  # the reference takes its place
+        assert "differ in their last bits" in operation.function.__doc__
+        torch.testing.assert_close(again, once)
+    else:
+        assert alike(operation, again, once)
 
 
 @pytest.mark.fault(21)
