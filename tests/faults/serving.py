@@ -176,12 +176,15 @@ def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, 128, (length,), generator=draw).tolist() for length in lengths]
 
 
-def decided(llm: Any, candidates: Sequence[list[int]], tokens: int, *, together: bool = False) -> list[tuple]:
+def decided(
+    llm: Any, candidates: Sequence[list[int]], tokens: int, *, together: bool = False, adapter: Any = None
+) -> list[tuple]:
     """Prompts with decided answers, and those: (prompt, answer); asked one after the other unless `together`."""
     how = Request([], tokens).sampling(logprobs=2)
     asked = [{"prompt_token_ids": prompt} for prompt in candidates]
     groups = [asked] if together else [[one] for one in asked]
-    answers = [answer.outputs[0] for group in groups for answer in llm.generate(group, how, use_tqdm=False)]
+    given = [llm.generate(group, how, lora_request=adapter, use_tqdm=False) for group in groups]
+    answers = [answer.outputs[0] for group in given for answer in group]
     margins = [min(_margin(place) for place in answer.logprobs) for answer in answers]
     kept = zip(candidates, answers, margins, strict=True)
     return [(prompt, list(answer.token_ids)) for prompt, answer, margin in kept if margin > MARGIN]

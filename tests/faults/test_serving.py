@@ -146,21 +146,25 @@ def test_adapters_of_one_batch_do_not_mix(folder, name, tmp_path, figure):
     from vllm.lora.request import LoRARequest
 
     save_adapters(folder / "whole", tmp_path)
-    prompts, how = [{"prompt_token_ids": prompt} for prompt in random_prompts(12)], Request([], 16).sampling()
     with in_process(folder, name, enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
         adapters = [LoRARequest(str(number), number + 1, str(tmp_path / str(number))) for number in range(2)]
+        known = [decided(llm, random_prompts(12 * TRIED), 16, adapter=adapter)[:12] for adapter in adapters]
+        asked = [(prompt, adapter) for adapter, own in zip(adapters, known, strict=True) for prompt, _ in own]
 
-        def tokens(asked):
-            chosen = [adapters[number] for _, number in asked]
-            answers = llm.generate([prompt for prompt, _ in asked], how, lora_request=chosen, use_tqdm=False)
-            return [answer.outputs[0].token_ids for answer in answers]
+        def tokens(adapters_too):
+            prompts = [{"prompt_token_ids": prompt} for prompt, _ in asked]
+            chosen = [adapter for _, adapter in asked] if adapters_too else None
+            answers = llm.generate(prompts, Request([], 16).sampling(), lora_request=chosen, use_tqdm=False)
+            return [list(answer.outputs[0].token_ids) for answer in answers]
 
-        asked = list(itertools.product(prompts, range(2)))
-        alone = [tokens([one])[0] for one in asked]
-        plain = llm.generate(prompts, how, use_tqdm=False)
-        assert tokens(asked) == alone
-    kinds = zip(alone[::2], alone[1::2], (answer.outputs[0].token_ids for answer in plain), strict=True)
-    assert all(len({tuple(one) for one in three}) == 3 for three in kinds), "an adapter changes nothing"
+        wanted = [answer for own in known for _, answer in own]
+        assert tokens(adapters_too=True) == wanted
+        plain = tokens(adapters_too=False)
+    first, second = map(dict, ([(tuple(prompt), answer) for prompt, answer in own] for own in known))
+    both = first.keys() & second.keys()
+    assert both
+    assert all(first[prompt] != second[prompt] for prompt in both), "the adapters are one"
+    assert all(one != other for one, other in zip(wanted, plain, strict=True)), "an adapter changes nothing"
     figure("requests", len(asked))
 
 

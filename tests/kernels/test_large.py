@@ -22,6 +22,9 @@ BEYOND_32_BITS = {
 MANY = 70_000  # of a batch: more than 65,535
 GRID = {
     "cached_attention": {"cached": 1, "group": 1, "tokens": 1, "capacity": 16, "filled": 9, "size": 16},
+    "decode_attention": {
+        "index": (0,), "group": 1, "size": 128, "capacity": 4, "filled": (3,) * MANY, "window": 2
+    },
     "gated_depthwise_conv": {"channels": 1, "height": 2, "width": 2, "channels_last": False, "biased": True},
     "gated_mix": {"gates": 1, "group": 1, "tokens": 1, "size": 8},
     "head_sparse_attention": {
@@ -30,7 +33,7 @@ GRID = {
     "relu_linear_attention": {"heads": 1, "tokens": 2, "size": 16, "channels_first": False},
     "rotary_embedding": {"tokens": 1, "heads": 1, "cached": 1, "size": 16},
     "shuffle_shortcut": {
-        "up": False, "given": 2, "channels": 2, "coarse": (1, 1), "factor": 2, "shuffled": True, "channels_last": False
+        "up": False, "given": 2, "channels": 4, "coarse": (1, 1), "factor": 2, "shuffled": True, "channels_last": False
     },
 }  # fmt: skip
 ROWS, WIDTH = (1 << 24) + 64, 128  # of a tensor of more than 2^31 elements

@@ -53,7 +53,7 @@ def _attend(
     ALONE: tl.constexpr,
     DOT_TYPE: tl.constexpr,
 ):
-    split, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = head // cached, head % cached
     row = block * ROWS + tl.arange(0, ROWS)
     token, inside = row // GROUP, row < tokens * GROUP
@@ -132,7 +132,7 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
     partial = torch.empty(parts, size, dtype=torch.float32, device=query.device)
     peaks, totals = torch.empty(2, parts, dtype=torch.float32, device=query.device)
     width = dot_width(size)
-    _attend[(split, batch * cached, triton.cdiv(tokens * group, rows))](
+    _attend[(batch * cached, split, triton.cdiv(tokens * group, rows))](
         query, key, value, mask, out, partial, peaks, totals, scale * LOG2_E,
         heads, cached, tokens, capacity, split, stretch,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],

@@ -71,7 +71,7 @@ def decode_attention(call: Call) -> Tensor:
     macros = {
         "SIZE": size, "GROUP": group, "BITS": call.bits, "BFLOAT": int(query.dtype == torch.bfloat16),
         "PAGED": int(launch.paged), "STARTS": int(launch.started), "EXTRA": int(launch.extra),
-        "CAPPED": int(call.softcap > 0), "ALONE": int(launch.grid[0] == 1), "SHORTEST": SHORTEST_STRETCH,
+        "CAPPED": int(call.softcap > 0), "ALONE": int(launch.splits == 1), "SHORTEST": SHORTEST_STRETCH,
         "WARPS": WARPS, "BLOCKS": blocks,
     }  # fmt: skip
     index = torch.cuda.current_device() if query.device.index is None else query.device.index

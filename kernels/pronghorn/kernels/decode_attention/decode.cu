@@ -337,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(
     __shared__ float sums[WARPS][HEADS][SIZE];
     __shared__ float ends[2][WARPS][HEADS];  // peaks and totals
     int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
-    int split = blockIdx.x, b = blockIdx.y / kinds, h = blockIdx.y % kinds;
+    int split = blockIdx.y, b = blockIdx.x / kinds, h = blockIdx.x % kinds;
     int index = head_index[h];
     bool streams = index < 0;
     u64 rank = streams ? -1 - index : index;
@@ -386,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(
 #if !ALONE
     if (first >= stop && !(EXTRA && split == 0)) {  // nothing is left for this block
         if (threadIdx.x < GROUP)
-            totals[((u64)blockIdx.y * GROUP + threadIdx.x) * splits + split] = 0;
+            totals[((u64)blockIdx.x * GROUP + threadIdx.x) * splits + split] = 0;
         return;
     }
 #endif
@@ -416,7 +416,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(
     }
 #if EXTRA
     if (split == 0 && warp == 0)
-        begin_with(state, extra_key + (u64)blockIdx.y * SIZE, extra_value + (u64)blockIdx.y * SIZE, q, scale, softcap);
+        begin_with(state, extra_key + (u64)blockIdx.x * SIZE, extra_value + (u64)blockIdx.x * SIZE, q, scale, softcap);
 #endif
 
 #if BITS < 16
@@ -542,7 +542,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(
             total += ends[1][w][head] * share;
             sum += sums[w][head][d] * share;
         }
-        u64 row = (u64)blockIdx.y * GROUP + head;
+        u64 row = (u64)blockIdx.x * GROUP + head;
 #if ALONE
         float result = sum / fmaxf(total, 1e-30f);
         out[row * SIZE + d] = (u16)narrow(result, 0.0f);

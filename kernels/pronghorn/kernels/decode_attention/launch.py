@@ -21,7 +21,7 @@ class Launch:
         arguments: of the kernel, but for its constants.
         out: the result [batch, heads, 1, head_dim].
         parts: of each head: sums [batch * heads * splits, head_dim], peaks and totals [batch * heads * splits].
-        grid: blocks: splits of a head, and key/value heads of all sequences.
+        grid: blocks: key/value heads of all sequences, and splits of a head.
         paged: whether a cache is in pages.
         started: whether slots at the beginning are not seen.
         extra: whether there is a token that is in no cache.
@@ -34,6 +34,11 @@ class Launch:
     paged: bool
     started: bool
     extra: bool
+
+    @property
+    def splits(self) -> int:
+        """Of a head."""
+        return self.grid[1]
 
 
 def prepare(call: Call, *, blocks: int, unit: int = 1) -> Launch:
@@ -65,7 +70,7 @@ def prepare(call: Call, *, blocks: int, unit: int = 1) -> Launch:
         *full_strides, *streaming_strides,
         tables[0].stride(0), call.full[0].shape[2], tables[1].stride(0), call.streaming[0].shape[2], *call.windows,
     ]  # fmt: skip
-    return Launch(arguments, out, (partial, peaks, totals), (splits, batch * kinds), any(paged), started, extra)
+    return Launch(arguments, out, (partial, peaks, totals), (batch * kinds, splits), any(paged), started, extra)
 
 
 def _splits(

@@ -49,7 +49,7 @@ def _attend(
     BITS: tl.constexpr, PAGED: tl.constexpr, STARTS: tl.constexpr, EXTRA: tl.constexpr, CAPPED: tl.constexpr,
     ALONE: tl.constexpr, SHORTEST: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
-    split, b, h = tl.program_id(0), (tl.program_id(1) // kinds).to(tl.int64), tl.program_id(1) % kinds
+    split, b, h = tl.program_id(1), (tl.program_id(0) // kinds).to(tl.int64), tl.program_id(0) % kinds
     index = tl.load(head_index + h)
     if index >= 0:
         rank = index.to(tl.int64)
@@ -219,7 +219,7 @@ def decode_attention(call: Call) -> Tensor:
         *launch.arguments,
         size, dot_width(size // 2 if bits == 4 else size), group,
         max(ROWS, triton.next_power_of_2(group)), SLOTS, bits, launch.paged, launch.started, launch.extra,
-        call.softcap > 0, launch.grid[0] == 1, SHORTEST_STRETCH, dot_type(call.query.dtype),
+        call.softcap > 0, launch.splits == 1, SHORTEST_STRETCH, dot_type(call.query.dtype),
         num_warps=4, num_stages=3,
     )  # fmt: skip
     join(launch)
@@ -228,7 +228,7 @@ def decode_attention(call: Call) -> Tensor:
 
 def join(launch: Launch) -> None:
     """Add up what several blocks had of a head."""
-    splits, size = launch.grid[0], launch.out.shape[3]
+    splits, size = launch.splits, launch.out.shape[3]
     if splits > 1:
         _join[(launch.out.shape[0] * launch.out.shape[1],)](
             launch.out, *launch.parts, splits, size, triton.next_power_of_2(size), triton.next_power_of_2(splits),

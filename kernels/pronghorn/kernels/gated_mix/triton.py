@@ -14,8 +14,10 @@ TOKENS = 32  # of a tile
 def _tile(
     batch_stride, head_stride, token_stride, heads, tokens, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
 ):
-    row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    blocks = tl.cdiv(tokens, ROWS)
+    row, channel = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
+    b, h = pair // heads, pair % heads
     at = b * batch_stride + h * head_stride + row.to(tl.int64)[:, None] * token_stride + channel[None, :]
     return at, (row < tokens)[:, None] & (channel < SIZE)[None, :]
 
@@ -30,7 +32,7 @@ def _mix(
     f = tl.load(full + at, mask=inside, other=0.0).to(tl.float32)
     at, inside = _tile(streaming_batch, streaming_head, streaming_token, heads, tokens, SIZE, WIDTH, ROWS)
     s = tl.load(streaming + at, mask=inside, other=0.0).to(tl.float32)
-    share = tl.load(gate + (tl.program_id(1) % heads) // group).to(tl.float32)
+    share = tl.load(gate + tl.program_id(0) // tl.cdiv(tokens, ROWS) % heads // group).to(tl.float32)
     share = tl.minimum(tl.maximum(share, 0.0), 1.0)
     at, inside = _tile(heads * tokens * SIZE, tokens * SIZE, SIZE, heads, tokens, SIZE, WIDTH, ROWS)
     tl.store(out + at, (share * f + (1 - share) * s).to(out.dtype.element_ty), mask=inside)
@@ -50,7 +52,7 @@ def _gradient(
     at, inside = _tile(streaming_batch, streaming_head, streaming_token, heads, tokens, SIZE, WIDTH, ROWS)
     s = tl.load(streaming + at, mask=inside, other=0.0).to(tl.float32)
     total = tl.sum(tl.sum(g * (f - s), axis=1), axis=0)
-    tl.store(sums + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), total)
+    tl.store(sums + tl.program_id(0), total)
 
 
 def gated_mix(full: Tensor, streaming: Tensor, gate: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ def gated_mix(full: Tensor, streaming: Tensor, gate: Tensor) -> Tensor:
     full, streaming = _dense_rows(full, streaming)
     batch, heads, tokens, size = full.shape
     out = torch.empty(full.shape, dtype=full.dtype, device=full.device)
-    _mix[(triton.cdiv(tokens, TOKENS), batch * heads)](
+    _mix[(batch * heads * triton.cdiv(tokens, TOKENS),)](
         full, streaming, gate.contiguous(), out, heads, heads // gate.shape[0], tokens,
         *full.stride()[:3], *streaming.stride()[:3], size, triton.next_power_of_2(size), TOKENS,
     )  # fmt: skip
@@ -71,7 +73,7 @@ def gate_gradient(grad: Tensor, full: Tensor, streaming: Tensor, gate: Tensor) -
     batch, heads, tokens, size = full.shape
     blocks = triton.cdiv(tokens, TOKENS)
     sums = torch.empty(batch, heads, blocks, dtype=torch.float32, device=full.device)
-    _gradient[(blocks, batch * heads)](
+    _gradient[(batch * heads * blocks,)](
         grad, full, streaming, sums, heads, tokens,
         *grad.stride()[:3], *full.stride()[:3], *streaming.stride()[:3], size, triton.next_power_of_2(size), TOKENS,
     )  # fmt: skip

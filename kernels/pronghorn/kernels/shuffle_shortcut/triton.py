@@ -102,12 +102,12 @@ def _shuffle_shortcut(
         column = p - row * width
         there = (p < images * height * width) & (c < CHANNELS)
     else:
-        across = tl.cdiv(width * STEP, COLUMNS)
+        across, down = tl.cdiv(width * STEP, COLUMNS), tl.cdiv(height * STEP, PIXELS // COLUMNS)
+        image, tile = program // (across * down), program % (across * down)
         c = tl.program_id(1) * TILE + element // PIXELS
-        y = (program // across) * (PIXELS // COLUMNS) + element // COLUMNS % (PIXELS // COLUMNS)
-        x_out = (program % across) * COLUMNS + element % COLUMNS
+        y = (tile // across) * (PIXELS // COLUMNS) + element // COLUMNS % (PIXELS // COLUMNS)
+        x_out = (tile % across) * COLUMNS + element % COLUMNS
         there = (y < height * STEP) & (x_out < width * STEP) & (c < CHANNELS)
-        image = tl.program_id(2)
         if WIDE:
             image, y = image.to(tl.int64), y.to(tl.int64)
         row, column = y // STEP, x_out // STEP
@@ -172,7 +172,7 @@ def _plan(
         pixels = columns * min(power_of_2(size[0]), MOST // columns)
         tile = min(power_of_2(channels), ELEMENTS // pixels)
         rectangles = blocks(size[1], columns) * blocks(size[0], pixels // columns)
-        grid = rectangles, blocks(channels, tile), images
+        grid = rectangles * images, blocks(channels, tile), 1
     unit = 1 if width % UNIT else UNIT
     scale = scale if up else scale * channels / (x[1] * factor**2)
     wide = max(x.numel(), 0 if main is None else main.numel(), out.numel()) > LARGEST
