@@ -65,8 +65,8 @@ ROWS = (
         "Sizes at the edge",
         "Nothing, one, beside a tile's border, beyond 32-bit offsets, more blocks than a grid takes",
         "Equal to a float64 reference, or an error",
-        "on a GPU more blocks than a grid takes of `cached_attention`, `gated_mix` and `shuffle_shortcut`, which failed "
-        "there; their grids are mended, and have not run there since",
+        "on a GPU more blocks than a grid takes of `cached_attention`, `gated_mix` and `shuffle_shortcut`, which "
+        "failed there; their grids are mended, and have not run there since",
     ),
     Row(
         6,
@@ -130,8 +130,8 @@ ROWS = (
         "Many requests at once, some aborted, some whose clients run out of time; several answers a prompt; prompts of "
         "no or too many tokens",
         "Each answer is that of its request alone; every block is given back",
-        "on a GPU adapters of one batch with duoattention, where rounding decided one answer of the test; it takes decided "
-        "ones now, and has not run there since; LoRA beside none, which vLLM 0.32 gets wrong on a CPU by itself",
+        "on a GPU adapters of one batch with duoattention, where rounding decided one answer of the test; it takes "
+        "decided ones now, and has not run there since; LoRA beside none, which vLLM 0.32 gets wrong on a CPU by itself",
     ),
     Row(
         15,

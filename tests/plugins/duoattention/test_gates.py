@@ -8,6 +8,7 @@ import torch
 import torch.multiprocessing
 from tests.models import token_ids
 from tests.plugins.duoattention.conftest import small
+from tests.ranks import leave_together
 
 from pronghorn.duoattention.find import find_heads
 from pronghorn.duoattention.gates import GateOptimizer, distillation_loss, learning_rate_factor
@@ -211,7 +212,7 @@ def shared_run(rank, size, port, folder):
     except ValueError as error:
         pathlib.Path(f"{folder}/{rank}.txt").write_text(str(error))
     torch.save(torch.tensor(found.gates), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 def test_two_processes_find_what_one_does(tmp_path):

@@ -1,13 +1,9 @@
 """Compilation to one graph, autocast, and training on several processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.ranks import leave_together
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -164,8 +160,7 @@ def test_two_processes_are_one_on_the_joint_batch(tmp_path):
     made.zero_grad()
     (0.5 * made(tensor())[-1].feats.square().sum()).backward()
     joint = {name: parameter.grad.cpu() for name, parameter in made.named_parameters()}
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    torch.multiprocessing.spawn(train_on_one_sample, (tmp_path,), nprocs=2)
     found = load_file(tmp_path / "gradients.safetensors")
     for name, gradient in joint.items():
         assert_close(alone[name], gradient, 1e-4)
@@ -181,10 +176,4 @@ def train_on_one_sample(rank, folder):
     if rank == 0:
         gradients = {name: parameter.grad.cpu() for name, parameter in made.module.named_parameters()}
         save_file(gradients, folder / "gradients.safetensors")
-    torch.distributed.barrier()
-    # Now and then torch 2.13 ends a group by waiting for a thread that waits for the lock of the interpreter.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    train_on_one_sample(int(sys.argv[1]), Path(sys.argv[2]))
+    leave_together()

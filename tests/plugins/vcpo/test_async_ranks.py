@@ -9,6 +9,7 @@ import torch
 from tests.faults.fail_at_call import FailAtCall
 from tests.plugins.vcpo.addition import llama
 from tests.plugins.vcpo.test_async_trainer import in_process, large_digits, logged, trained, weights
+from tests.ranks import leave_together
 
 from pronghorn.trl.group_stream import RolloutError
 from pronghorn.vcpo.records import read_run
@@ -44,7 +45,7 @@ def _rank(rank, port, folder):
         trained(f"{folder}/dead", f"{folder}/start", worker=in_process(f"{folder}/start", reward), **HALF,
                 save_strategy="steps", save_steps=100)  # fmt: skip
     torch.save(str(caught.value), f"{folder}/dead-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 @pytest.fixture(scope="module")

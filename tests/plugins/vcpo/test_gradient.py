@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.plugins.vcpo.policy import Policy, log_probs, one_by_one, rollouts
+from tests.ranks import leave_together
 
 from pronghorn.vcpo import Minibatch, VCPOSettings, accumulate
 from pronghorn.vcpo.baseline import baseline, baseline_weights
@@ -231,11 +232,9 @@ def test_every_way_to_weigh(mode, whitening):
 
 def _rank(rank, folder, config, groups):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        found = accumulate_part(config, groups, rank, ProcessGroup(torch.device("cpu")))
-        torch.save([found.gradients, found.score_norms, found.baselines], f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    found = accumulate_part(config, groups, rank, ProcessGroup(torch.device("cpu")))
+    torch.save([found.gradients, found.score_norms, found.baselines], f"{folder}/{rank}.pt")
+    leave_together()
 
 
 def accumulate_part(config, groups, rank, ranks):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.plugins.vcpo.addition import llama
+from tests.ranks import leave_together
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -67,7 +68,7 @@ def _rank(rank, port, folder):
         found(model, CASES["group"], rows, [range(half - 1), range(half - 1, half)], ranks)
     except ValueError as error:
         torch.save(str(error), f"{folder}/refused-{rank}.pt")
-    dist.destroy_process_group()
+    leave_together()
 
 
 @pytest.fixture(scope="module")

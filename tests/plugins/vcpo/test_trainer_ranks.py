@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from tests.plugins.vcpo.test_trainer import SeededRollouts, logged, trained, weights
+from tests.ranks import leave_together
 
 from pronghorn.vcpo.records import read_run
 
@@ -45,7 +46,7 @@ def _rank(rank, port, folder):
         kind = str(trainer.accelerator.distributed_type)
         found = whole, kind, logged(trainer, "vcpo/ess_ratio"), logged(trainer, "grad_norm")
         torch.save(found, f"{folder}/{number}-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 @pytest.fixture(scope="module")
