@@ -131,7 +131,8 @@ ROWS = (
         "no or too many tokens",
         "Each answer is that of its request alone; every block is given back",
         "on a GPU adapters of one batch with duoattention, where rounding decided one answer of the test; it takes "
-        "decided ones now, and has not run there since; LoRA beside none, which vLLM 0.32 gets wrong on a CPU by itself",
+        "decided ones now, and has not run there since; LoRA beside none, which vLLM 0.32 gets wrong on a CPU by "
+        "itself",
     ),
     Row(
         15,
