@@ -1,8 +1,8 @@
 """DC-AE at its published sizes with random weights, in bf16: autoencoders, large images, and diffusion on latents.
 
 - autoencoder: encoding and decoding, as CUDA graphs and without, against diffusers' own class as it is loaded.
-- compiled: the same, and with fused convolutions, against `torch.compile` of that with channels last (a graph for every
-  shape, default mode).
+- compiled: the same, and with fused convolutions, against `torch.compile` of that, as it is loaded and with channels
+  last (a graph for every shape, default mode).
 - memory: decoding 8192 x 8192 pixels in tiles, and what tiles change at 4096 x 4096.
 - uvit: UViT-H for images of 512 x 512 pixels, on latents of f64c128 in patches of 1, against latents as Stable
   Diffusion's in patches of 2: training steps, sampling (30 times one evaluation of the network), and sampling with the
@@ -91,7 +91,10 @@ def autoencoder_rows() -> Iterator[Rows]:
 
 def compiled_rows() -> Iterator[Rows]:
     """Against it compiled."""
-    peers = {"compiled": ("diffusers, torch.compile", COMPILED_REACH)}
+    peers: dict[str, tuple[str, float | None]] = {
+        "compiled": ("diffusers, torch.compile", COMPILED_REACH),
+        "compiled_channels_last": ("diffusers with channels last, torch.compile", None),
+    }
     for name, config in MODELS.items():
         vae = stock(config)
         for shape in COMPILED_SHAPES[name]:

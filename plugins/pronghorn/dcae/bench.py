@@ -14,13 +14,13 @@ from torch import Tensor
 
 from pronghorn.dcae.diffusers import accelerate_dcae
 
-# As diffusers has it; the same with a pixel's channels side by side, and that compiled; ours, ours as CUDA graphs, and
-# those with fused convolutions.
+# As diffusers has it, and that compiled; both with a pixel's channels side by side; ours, ours as CUDA graphs, and those
+# with fused convolutions.
 OURS: dict[str, dict[str, bool]] = {
     "accelerated": {}, "accelerated_graphs": {"cuda_graphs": True},
     "accelerated_fused": {"cuda_graphs": True, "fused_convolutions": True},
 }  # fmt: skip
-FORMS = ("stock", "channels_last", "compiled", *OURS)
+FORMS = ("stock", "compiled", "channels_last", "compiled_channels_last", *OURS)
 WARM_UP = 2
 
 
@@ -116,12 +116,12 @@ def in_form(vae: Any, form: str) -> Iterator[dict[str, Callable[[Tensor], Tensor
         ValueError: the form is unknown.
     """
     _check_forms(form)
-    of: AbstractContextManager[Any] = _laid_out(vae, form != "stock")
+    of: AbstractContextManager[Any] = _laid_out(vae, form.endswith("channels_last"))
     if form in OURS:
         of = accelerate_dcae(vae, **OURS[form])
     with of:
         sides: dict[str, Callable[[Tensor], Tensor]] = {"encode": vae.encoder, "decode": vae.decoder}
-        if form == "compiled":
+        if form.startswith("compiled"):
             torch.compiler.reset()  # after a few shapes it would fall back to eager, and not say so
             sides = {what: torch.compile(side, dynamic=False) for what, side in sides.items()}
         yield sides

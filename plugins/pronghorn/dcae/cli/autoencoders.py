@@ -175,7 +175,11 @@ def bench(
     sizes: Annotated[str, typer.Option(help="Edges of images, with commas.")] = "512,1024",
     batch_sizes: Annotated[str, typer.Option(help="Images at a time, with commas.")] = "1,8",
     forms: Annotated[
-        str, typer.Option(help="Of stock, channels_last, compiled, accelerated, accelerated_graphs, accelerated_fused.")
+        str,
+        typer.Option(
+            help="Of stock, compiled, channels_last, compiled_channels_last, accelerated, accelerated_graphs, "
+            "accelerated_fused."
+        ),
     ] = "stock,accelerated",
     repeats: Annotated[int, typer.Option(help="Timed calls.")] = 10,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; on a GPU the first.")] = None,
