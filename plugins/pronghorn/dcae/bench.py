@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pronghorn.dcae.diffusers import accelerate_dcae
 
-# As diffusers has it, and that compiled; both with a pixel's channels side by side; ours, ours as CUDA graphs, and those
-# with fused convolutions.
+# As diffusers has it, and that compiled; both with a pixel's channels side by side; ours, ours as CUDA graphs, and ours
+# with those and fused convolutions.
 OURS: dict[str, dict[str, bool]] = {
     "accelerated": {}, "accelerated_graphs": {"cuda_graphs": True},
     "accelerated_fused": {"cuda_graphs": True, "fused_convolutions": True},
