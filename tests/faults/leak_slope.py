@@ -41,8 +41,14 @@ def descriptors(process: int | str = "self") -> int:
     return len(os.listdir(f"/proc/{process}/fd"))  # noqa: PTH208 - Path would open one of its own for longer
 
 
+def reserved() -> int:
+    """Bytes that PyTorch holds of a GPU."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+
+
 GAUGES: dict[str, Callable[[], int]] = {
     "bytes": private_memory,
+    "reserved": reserved,
     "tensors": live_tensors,
     "descriptors": descriptors,
     "threads": threading.active_count,

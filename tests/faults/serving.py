@@ -285,6 +285,12 @@ class Tidy:
         give_back_freed_memory()
 
 
+def gpu_memory() -> int:
+    """Bytes of the GPU that anyone has taken."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 def free_blocks(llm: Any) -> int:
     """Blocks that no request holds, in an engine in this process."""
     core = llm.llm_engine.engine_core.engine_core

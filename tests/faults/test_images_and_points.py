@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tests.kernels.harness import DEVICE
 
 from pronghorn import torchsparse as ts
 from pronghorn.dcae.images import load_image, open_image, to_tensor
+from pronghorn.torchsparse.defaults import settings
 from pronghorn.torchsparse.quantize import sparse_quantize
 
 INT32 = torch.iinfo(torch.int32)
@@ -158,3 +160,33 @@ def test_points_become_voxels_or_are_refused(places, size):
     found, inverse = sparse_quantize(points, size, return_inverse=True)
     assert np.array_equal(found, np.unique(scaled, axis=0).astype(np.int32).reshape(-1, 3))
     assert np.array_equal(found[inverse], scaled.astype(np.int32))
+
+
+@pytest.mark.slow
+@pytest.mark.fault(27)
+def test_a_million_points(figure, monkeypatch):
+    """Voxels as NumPy has them, and a convolution of some of them as a sum over their neighbours."""
+    draw = torch.Generator().manual_seed(0)
+    points = torch.randn(1_000_000, 3, generator=draw, dtype=torch.float64) * 40
+    voxels, inverse = sparse_quantize(points.to(DEVICE), 0.2, return_inverse=True)
+    wanted = np.unique(np.floor(points.numpy() / 0.2), axis=0).astype(np.int32)
+    assert np.array_equal(voxels.cpu().numpy(), wanted)
+    assert np.array_equal(wanted[inverse.cpu()], np.floor(points.numpy() / 0.2).astype(np.int32))
+
+    monkeypatch.setattr(settings, "allow_tf32", False)
+    coords = torch.nn.functional.pad(voxels - voxels.amin(dim=0), (1, 0))
+    feats = torch.randn(len(coords), 2, generator=draw).to(DEVICE)
+    conv = layer().to(DEVICE)
+    with torch.no_grad():
+        found = conv(ts.SparseTensor(feats, coords))
+    assert torch.equal(found.coords, coords)
+    place = {tuple(voxel): row for row, voxel in enumerate(wanted.tolist())}
+    kernel, feats = conv.kernel.detach().double().cpu(), feats.double().cpu()
+    for row in range(0, len(wanted), len(wanted) // 200):
+        total = torch.zeros(3, dtype=torch.float64)
+        for number, offset in enumerate(np.ndindex(3, 3, 3)):
+            neighbour = place.get(tuple((wanted[row] + offset[::-1] - 1).tolist()))  # the first axis is the fastest
+            if neighbour is not None:
+                total += feats[neighbour] @ kernel[number]
+        torch.testing.assert_close(found.feats[row].double().cpu(), total, rtol=1e-4, atol=1e-4)
+    figure("voxels of a million points", len(wanted))

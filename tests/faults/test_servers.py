@@ -20,11 +20,13 @@ from tests.faults.serving import (
     ANSWER,
     FEW,
     METHODS,
+    ON_GPU,
     ask,
     crowd,
     engine_options,
     flags,
     give_back_freed_memory,
+    gpu_memory,
     serving,
     wrong,
 )
@@ -104,6 +106,7 @@ def register():
 
     setattr(owner, name, forward)
 """
+MOST_LEFT = 2 * 2**30
 TEXT = "this layer has had enough: got a fault, wanted none"
 
 
@@ -116,7 +119,7 @@ def test_a_forward_that_raises_ends_the_server(folder, alone, name, tmp_path, fi
     source = EVIL.format(forward=METHODS[name].forward, armed=armed, text=TEXT)
     plugin = {"vllm.general_plugins": {"evil_forward": "evil_forward:register"}}
     fake_distribution(tmp_path, "evil-forward", plugin, {"evil_forward.py": source})
-    options = engine_options(folder, name)
+    options, taken = engine_options(folder, name), gpu_memory() if ON_GPU else 0
     with vllm_server(tmp_path, flags(options), options.pop("model"), log) as (server, port):
         prompt, tokens = known[0]
         whole = ask_server(port, {**BODY, "prompt": prompt, "max_tokens": ANSWER}, server)
@@ -141,6 +144,11 @@ def test_a_forward_that_raises_ends_the_server(folder, alone, name, tmp_path, fi
         code = server.wait(30)
         ended = time.monotonic()
         assert psutil.wait_procs(children, timeout=10)[1] == []
+    if ON_GPU:  # others may take and leave some meanwhile
+        while (left := gpu_memory() - taken) >= MOST_LEFT:
+            assert time.monotonic() < ended + 60, f"{left / 2**30:.1f} GiB of the GPU are still taken"
+            time.sleep(0.5)
+        figure("seconds until the GPU's memory was back", round(time.monotonic() - ended, 1))
     since = time.monotonic() - (time.time() - armed.stat().st_mtime)
     for events, _ in answers:
         assert len(events) > 10

@@ -11,6 +11,7 @@ from tests.faults.serving import (
     ANSWER,
     FEW,
     METHODS,
+    ON_GPU,
     TRIED,
     Request,
     ask,
@@ -82,8 +83,21 @@ def test_preempted_requests_give_the_same_tokens(folder, name, figure):
 @pytest.mark.parametrize("name", METHODS)
 def test_two_hundred_concurrent_requests(folder, alone, name, figure):
     """Some go away, some ask for several answers, some are malformed, and there is room for few."""
-    known = alone(name)
-    requests = crowd(known, 200, (1, 8, 24, ANSWER))
+    many_at_once(folder, name, alone(name), 200, figure)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.fault(14)
+@pytest.mark.skipif(not ON_GPU, reason="takes a GPU")
+@pytest.mark.parametrize("name", METHODS)
+def test_two_thousand_concurrent_requests(folder, alone, name, figure):
+    many_at_once(folder, name, alone(name), 2000, figure)
+
+
+def many_at_once(folder, name, known, count, figure):
+    """So many requests, and twelve malformed ones."""
+    requests = crowd(known, count, (1, 8, 24, ANSWER))
     malformed = [Request(prompt, 8) for prompt in ([], [5] * 300)] * 6
 
     async def serve():
@@ -99,12 +113,12 @@ def test_two_hundred_concurrent_requests(folder, alone, name, figure):
             return outcomes, metric("num_preemptions"), metric("num_requests_running")
 
     outcomes, preemptions, running = asyncio.run(serve())
-    assert wrong(requests, outcomes[:200], known) == []
-    for request, outcome in zip(malformed, outcomes[200:], strict=True):
+    assert wrong(requests, outcomes[:count], known) == []
+    for request, outcome in zip(malformed, outcomes[count:], strict=True):
         assert "prompt" in str(outcome.error), request
     assert running == 0
     aborts = sum(request.leaves_after is not None for request in requests)
-    assert aborts == 60
+    assert aborts == count * 3 // 10
     assert preemptions > 0
     figure("requests", len(requests))
     figure("aborts", aborts)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.kernels.harness import DEVICE
 from tests.models import tiny_model, token_ids
 
 from pronghorn.awq import AwqConfig, AwqSearch, quantize_model
@@ -44,7 +45,7 @@ POISONS = (zero_channels, constant_channels, outliers, denormals)
 @pytest.mark.parametrize("poison", POISONS)
 @torch.no_grad()
 def test_scales_are_finite_and_no_worse_than_rounding(poison, dtype, zero_point, figure):
-    model, ids = tiny_model("llama_mha").to(dtype), token_ids(2, 32)
+    model, ids = tiny_model("llama_mha").to(DEVICE, dtype), token_ids(2, 32).to(DEVICE)
     clean = model(ids).logits
     poison(model)
     assert not torch.equal(model(ids).logits, clean)
@@ -75,7 +76,7 @@ def test_scales_are_finite_and_no_worse_than_rounding(poison, dtype, zero_point,
              "model.layers.1.self_attn.o_proj.weight", "model.layers.0.mlp.gate_proj.weight"]
 )  # fmt: skip
 def test_a_weight_that_is_no_number_is_named(name, value):
-    model = tiny_model("llama")
+    model = tiny_model("llama").to(DEVICE)
     AwqSearch(AwqConfig(group_size=32, grid=2, clip=False), progress=False).run(model, [token_ids(1, 8)])
     model.get_parameter(name).data.view(-1)[-1] = value
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -91,11 +92,11 @@ def test_a_weight_that_is_no_number_is_named(name, value):
 
 @pytest.mark.fault(6)
 def test_float16_that_overflows_is_named():
-    model = tiny_model("llama").half()
+    model = tiny_model("llama").half().to(DEVICE)
     model.model.layers[0].mlp.down_proj.weight.data.fill_(6e4)
     with pytest.raises(ValueError, match=r"^model\.layers\.0: .* activations overflow its dtype"):
         AwqSearch(AwqConfig(group_size=32), progress=False).run(model, [token_ids()])
-    wide = tiny_model("llama")
+    wide = tiny_model("llama").to(DEVICE)
     wide.model.layers[1].mlp.up_proj.weight.data[3, 4] = 5e6  # in float32, but scales are float16
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight: holds NaN or Inf in torch\.float16"):
         quantize_model(wide, AwqConfig(group_size=32), progress=False)

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from tests.faults.fail_at_call import FailAtCall
+from tests.kernels.harness import DEVICE
 from tests.plugins.dcae.test_pipelines import ALL, made, run, seeded
 
 from pronghorn.dcae import USiTPipeline, UViTPipeline
@@ -16,7 +17,7 @@ STEPPING = tuple(kind for kind in ALL if kind is not USiTPipeline)  # those with
 @pytest.mark.fault(28, 21)
 @pytest.mark.parametrize("kind", ALL)
 def test_one_seed_gives_the_same_bits(kind):
-    pipe, again = made(kind), made(kind)
+    pipe, again = made(kind).to(DEVICE), made(kind).to(DEVICE)
     first, second = run(pipe), run(pipe)
     assert torch.equal(first, second)
     assert torch.equal(first, run(again))
@@ -30,7 +31,7 @@ def test_one_seed_gives_the_same_bits(kind):
 @pytest.mark.fault(28)
 @pytest.mark.parametrize("kind", ALL)
 def test_one_step_and_no_guidance(kind):
-    pipe = made(kind)
+    pipe = made(kind).to(DEVICE)
     for settings in (
         {"num_inference_steps": 1},
         {"guidance_scale": 0.0},
@@ -44,10 +45,10 @@ def test_one_step_and_no_guidance(kind):
 @pytest.mark.fault(28)
 @torch.no_grad()
 def test_a_guidance_of_zero_is_the_model_without_a_class():
-    model = made(UViTPipeline).transformer
-    x = torch.randn(2, 8, 4, 4, generator=seeded())
-    nothing = torch.full((2,), model.num_classes)
-    found = guided(model, x, torch.tensor(0.5), torch.tensor([1, 4]), 0.0)
+    model = made(UViTPipeline).transformer.to(DEVICE)
+    x = torch.randn(2, 8, 4, 4, generator=seeded()).to(DEVICE)
+    nothing = torch.full((2,), model.num_classes, device=DEVICE)
+    found = guided(model, x, torch.tensor(0.5), torch.tensor([1, 4], device=DEVICE), 0.0)
     torch.testing.assert_close(found, guided(model, x, torch.tensor(0.5), nothing, 1.0), rtol=1e-5, atol=1e-6)
 
 
@@ -55,7 +56,7 @@ def test_a_guidance_of_zero_is_the_model_without_a_class():
 @pytest.mark.parametrize("error", [ValueError("the user's own"), KeyboardInterrupt()], ids=["raises", "interrupts"])
 @pytest.mark.parametrize("kind", STEPPING)
 def test_after_a_callback_that_ends_it_a_pipeline_works_as_before(kind, error):
-    pipe = made(kind)
+    pipe = made(kind).to(DEVICE)
     wanted = run(pipe)
     callback = FailAtCall(lambda pipe, number, timestep, tensors: tensors, 2, error)
     with pytest.raises(type(error)):
@@ -68,7 +69,7 @@ def test_after_a_callback_that_ends_it_a_pipeline_works_as_before(kind, error):
 @pytest.mark.parametrize("part", ["transformer", "vae"])
 @pytest.mark.parametrize("kind", ALL)
 def test_after_a_part_that_fails_a_pipeline_works_as_before(kind, part, monkeypatch):
-    pipe = made(kind)
+    pipe = made(kind).to(DEVICE)
     wanted = run(pipe)
     owner, name = (pipe.transformer, "forward") if part == "transformer" else (pipe.vae, "decode")
     failing = FailAtCall(getattr(owner, name), 2 if part == "transformer" else 1, torch.OutOfMemoryError("full"))
@@ -92,7 +93,7 @@ def living():
 @pytest.mark.fault(28)
 @pytest.mark.slow
 def test_memory_is_flat_over_fifty_images(figure):
-    pipe = made(UViTPipeline)
+    pipe = made(UViTPipeline).to(DEVICE)
     wanted = run(pipe)
     before = living()
     kept = run(pipe)

@@ -1,0 +1,123 @@
+"""Calibration of 7 billion random weights on a GPU: killed in the middle, and with a quarter of the memory.
+
+Without a GPU they are skipped, and this file as a program (`killed FOLDER`) takes tiny sizes.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests.faults.child import in_a_fork, run_as_program
+from tests.models import tiny_model, token_ids
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from pronghorn.transformers.calibration import BlockResult, CalibrationRunner
+
+KILLED, BYTES = signal.SIGKILL, 2**30
+SEVEN_BILLION = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 8192,
+}  # fmt: skip
+SHARE = 0.25  # of the GPU's memory, of which the weights take two thirds
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+def model():
+    """The same weights each time."""
+    if not torch.cuda.is_available():
+        return tiny_model("llama", num_hidden_layers=4)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**SEVEN_BILLION), dtype=torch.bfloat16).eval()
+
+
+def calibrate(state, notes, kill_after):
+    """One run that is killed when it has searched so many blocks; what it searched and when, since its start."""
+    started = time.monotonic()
+    made, searched = model(), []
+
+    def search(block, inputs):
+        searched.append(round(time.monotonic() - started, 1))
+        notes.write_text(json.dumps(searched))
+        if len(searched) > kill_after:
+            os.kill(os.getpid(), KILLED)
+        found = [block.module(hidden, **kwargs) for hidden, kwargs in inputs]
+        found = [output if isinstance(output, torch.Tensor) else output[0] for output in found]
+        return BlockResult({"mean": torch.stack([output.float().mean(dim=(0, 1)) for output in found])})
+
+    runner = CalibrationRunner(made, [token_ids(2, 64), token_ids(1, 32, seed=1)], state_dir=state, progress=False)
+    runner.run(search)
+
+
+def killed_in_the_middle(folder):
+    """A run that is killed, the one that goes on, and one that nothing happened to."""
+    blocks = SEVEN_BILLION["num_hidden_layers"] if torch.cuda.is_available() else 4
+    status = in_a_fork(calibrate, folder / "state", folder / "killed.json", blocks // 2)
+    saved = len(list((folder / "state").glob("block-*.safetensors")))
+    again = in_a_fork(calibrate, folder / "state", folder / "again.json", blocks)
+    assert in_a_fork(calibrate, folder / "whole", folder / "whole.json", blocks) == 0
+    files = [{path.name: path.read_bytes() for path in (folder / name).iterdir()} for name in ("state", "whole")]
+    return {
+        "signal": status, "saved": saved, "resumed": again, "searched": json.loads((folder / "again.json").read_text()),
+        "equal": files[0] == files[1], "blocks": blocks,
+    }  # fmt: skip
+
+
+@pytest.mark.fault(8)
+def test_killed_in_the_middle_it_goes_on_within_a_minute(tmp_path, figure):
+    found = run_as_program(__file__, "killed", tmp_path)
+    assert (found["signal"], found["resumed"], found["saved"]) == (KILLED, 0, found["blocks"] // 2)
+    assert len(found["searched"]) == found["blocks"] - found["saved"]
+    assert found["searched"][0] <= 60
+    assert found["equal"], "files of the resumed run differ from those of an unbroken one"
+    figure("seconds until it searched again", found["searched"][0])
+
+
+def starved(sequences, tokens):
+    """Calibration with so much at a time that a quarter of the memory is too little; what was tried and is left."""
+    made, tried = model(), []
+    torch.cuda.set_per_process_memory_fraction(SHARE)
+
+    def search(block, inputs):
+        tried.append(max(len(hidden) for hidden, _ in inputs))
+        for hidden, kwargs in inputs:
+            block.module(hidden, **kwargs)
+        return BlockResult({"tokens": torch.tensor([sum(hidden.shape[1] for hidden, _ in inputs)])})
+
+    torch.cuda.synchronize()
+    start, error = torch.cuda.memory_allocated(), ""
+    try:
+        CalibrationRunner(made, [token_ids(sequences, tokens)], progress=False).run(search)
+    except torch.OutOfMemoryError as raised:
+        error = str(raised)
+    return {"tried": tried, "error": error, "start": start, "end": torch.cuda.memory_allocated(),
+            "peak": torch.cuda.max_memory_allocated()}  # fmt: skip
+
+
+@pytest.mark.fault(11)
+def test_a_quarter_of_the_memory(tmp_path, figure):
+    enough, little = (run_as_program(__file__, "starved", *sizes) for sizes in ((32, 4096), (1, 8192 * 32)))
+    assert (enough["error"], enough["tried"][0]) == ("", 32)
+    assert set(enough["tried"][1:]) != {32}, "all fitted at once"
+    assert "does not fit on cuda" in little["error"]
+    assert "give shorter or fewer calibration samples (seq_len, n_samples)" in little["error"]
+    for found in (enough, little):
+        assert found["end"] == pytest.approx(found["start"], rel=0.01)
+    figure("sequences at a time", ", ".join(map(str, sorted(set(enough["tried"]), reverse=True))))
+    figure("GiB at most", round(enough["peak"] / BYTES, 1))
+
+
+if __name__ == "__main__":
+    work, *arguments = sys.argv[1:]
+    made = killed_in_the_middle(Path(arguments[0])) if work == "killed" else starved(*map(int, arguments))
+    sys.stdout.write(json.dumps(made) + "\n")
