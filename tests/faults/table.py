@@ -177,7 +177,7 @@ ROWS = (
         "where they train",
         METHODS
         + "; how often other sizes compile anew of other methods than AWQ, DC-AE and TorchSparse; FSDP of other "
-        "methods than VCPO",
+        "methods than VCPO, DC-AE and TorchSparse",
     ),
     Row(
         21,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,6 +76,7 @@ def clear_global_tensor_cache() -> None:
         set_tensor_cache_mode(True)
 
 
+@dataclass(init=False, eq=False, repr=False)
 class SparseTensor:
     """Features of occupied sites.
 
@@ -95,21 +97,31 @@ class SparseTensor:
     Source: Tang et al., TorchSparse++ (MICRO 2023), section 2.
     """
 
+    # FSDP finds tensors with a gradient in dataclasses, and puts others in their places by `dataclasses.replace`.
+    feats: Tensor
+    coords: Tensor
+    stride: Stride
+    spatial_range: Range | None
+    _caches: TensorCache
+
     def __init__(
         self,
         feats: Tensor,
         coords: Tensor,
         stride: int | Sequence[int] = 1,
         spatial_range: Sequence[int] | None = None,
+        _caches: TensorCache | None = None,
     ) -> None:
         _check(feats, coords)
         dimensions = coords.shape[1] - 1
         self.feats, self.coords = feats, coords
-        self.stride: Stride = make_ntuple(stride, ndim=dimensions, name="stride")
-        self.spatial_range: Range | None = None if spatial_range is None else tuple(int(size) for size in spatial_range)
+        self.stride = make_ntuple(stride, ndim=dimensions, name="stride")
+        self.spatial_range = None if spatial_range is None else tuple(int(size) for size in spatial_range)
         if self.spatial_range is not None and len(self.spatial_range) != dimensions + 1:
             raise ValueError(f"spatial_range: got {spatial_range}, wanted a batch size and {dimensions} sizes")
-        self._caches = TensorCache() if _global_cache is None else _global_cache
+        if _caches is None:
+            _caches = TensorCache() if _global_cache is None else _global_cache
+        self._caches = _caches
         self._caches.cmaps.setdefault(self.stride, (coords, self.spatial_range))
 
     @property
@@ -357,8 +369,19 @@ def _refuse_negative(bounds: Tensor) -> None:
         )
 
 
-def _flatten(tensor: SparseTensor) -> tuple[list[Tensor], Any]:
-    return [tensor.feats, tensor.coords], (tensor.stride, tensor.spatial_range)
+class _Context(tuple[Stride, Range | None]):
+    """Stride and range of a tensor, by which trees are told apart, and its cache for as long as that is used."""
+
+    cache: Callable[[], TensorCache | None]
+
+    def __reduce__(self) -> Any:
+        return tuple, (tuple(self),)
+
+
+def _flatten(tensor: SparseTensor) -> tuple[list[Tensor], _Context]:
+    context = _Context((tensor.stride, tensor.spatial_range))
+    context.cache = weakref.ref(tensor._caches)
+    return [tensor.feats, tensor.coords], context
 
 
 def _unflatten(parts: Any, context: Any) -> SparseTensor:
@@ -366,8 +389,10 @@ def _unflatten(parts: Any, context: Any) -> SparseTensor:
     stride, spatial_range = context
     made = SparseTensor.__new__(SparseTensor)  # parts may be anything, as in any tree
     made.feats, made.coords, made.stride, made.spatial_range = feats, coords, stride, spatial_range
-    made._caches = TensorCache()
-    made._caches.cmaps[stride] = (coords, spatial_range)
+    cache = context.cache() if isinstance(context, _Context) else None
+    if cache is None or cache.cmaps.get(stride, (None,))[0] is not coords:  # other sites, as an export's
+        cache = TensorCache({stride: (coords, spatial_range)})
+    made._caches = cache
     return made
 
 
