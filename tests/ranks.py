@@ -1,9 +1,24 @@
-"""What processes of a group share."""
+"""Two processes of a group."""
 
 import os
-from typing import NoReturn
+import socket
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
+
+
+def on_two_ranks(work: Callable[..., object], *arguments: Any) -> None:
+    """Run `work(rank, port, *arguments)` in two processes, which may meet at a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, *arguments), nprocs=2)
+
+
+def meet(rank: int, port: int) -> None:
+    """Make the two processes' group."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
 
 
 def leave_together() -> NoReturn:

@@ -1,13 +1,9 @@
 """Layers that train, their parameters sharded over two processes by FSDP: the gradients of one process."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
 from tests.plugins.dcae.test_autoencoder import small
-from tests.ranks import leave_together
+from tests.ranks import leave_together, meet, on_two_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -42,8 +38,7 @@ def loss_of(module, given):
 
 
 def _rank(rank, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    meet(rank, port)
     mesh = init_device_mesh("cpu", (2,))
     for name, make in LAYERS.items():
         module, given = make(rank)
@@ -61,10 +56,7 @@ def _rank(rank, port, folder):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(folder)), nprocs=2)
+    on_two_ranks(_rank, str(folder))
     return folder
 
 

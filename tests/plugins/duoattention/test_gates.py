@@ -1,14 +1,13 @@
 """The optimization of gates; the official numbers are replayed by tests/golden."""
 
 import pathlib
-import socket
 
 import pytest
 import torch
 import torch.multiprocessing
 from tests.models import token_ids
 from tests.plugins.duoattention.conftest import small
-from tests.ranks import leave_together
+from tests.ranks import leave_together, meet, on_two_ranks
 
 from pronghorn.duoattention.find import find_heads
 from pronghorn.duoattention.gates import GateOptimizer, distillation_loss, learning_rate_factor
@@ -201,8 +200,8 @@ def test_bad_data_and_models_are_refused():
         find_heads(broken, samples(), block_size=None, **MASK)
 
 
-def shared_run(rank, size, port, folder):
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=size, rank=rank)
+def shared_run(rank, port, folder):
+    meet(rank, port)
     torch.set_num_threads(1)
     parallel = SequenceParallel(torch.distributed.group.WORLD)
     options = {"num_steps": 3, "lr": 0.1, "block_size": None, **MASK}
@@ -216,10 +215,7 @@ def shared_run(rank, size, port, folder):
 
 
 def test_two_processes_find_what_one_does(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(shared_run, (2, port, str(tmp_path)), nprocs=2)
+    on_two_ranks(shared_run, str(tmp_path))
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     alone = find_heads(small(), samples(tokens=31), num_steps=3, lr=0.1, block_size=None, **MASK)
     assert torch.equal(one, two)

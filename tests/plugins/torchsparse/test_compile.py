@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.ranks import leave_together
+from tests.ranks import leave_together, meet, on_two_ranks
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -160,17 +160,17 @@ def test_two_processes_are_one_on_the_joint_batch(tmp_path):
     made.zero_grad()
     (0.5 * made(tensor())[-1].feats.square().sum()).backward()
     joint = {name: parameter.grad.cpu() for name, parameter in made.named_parameters()}
-    torch.multiprocessing.spawn(train_on_one_sample, (tmp_path,), nprocs=2)
+    on_two_ranks(train_on_one_sample, tmp_path)
     found = load_file(tmp_path / "gradients.safetensors")
     for name, gradient in joint.items():
         assert_close(alone[name], gradient, 1e-4)
         assert_close(found[name], gradient, 1e-4)
 
 
-def train_on_one_sample(rank, folder):
+def train_on_one_sample(rank, port, folder):
     """One of two processes: the gradients that it ends up with are those of both."""
     settings.allow_tf32 = False
-    torch.distributed.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    meet(rank, port)
     made = nn.parallel.DistributedDataParallel(model(unet, train=False))
     made(tensor(batch=rank))[-1].feats.square().sum().backward()
     if rank == 0:

@@ -1,7 +1,6 @@
 """Two processes, of which the first has the worker, learn what one learns; and end together when it fails."""
 
 import os
-import socket
 import time
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from tests.faults.fail_at_call import FailAtCall
 from tests.plugins.vcpo.addition import llama
 from tests.plugins.vcpo.test_async_trainer import in_process, large_digits, logged, trained, weights
-from tests.ranks import leave_together
+from tests.ranks import leave_together, on_two_ranks
 
 from pronghorn.trl.group_stream import RolloutError
 from pronghorn.vcpo.records import read_run
@@ -52,10 +51,7 @@ def _rank(rank, port, folder):
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     llama().save_pretrained(folder / "start")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(folder)), nprocs=2)
+    on_two_ranks(_rank, str(folder))
     return folder
 
 

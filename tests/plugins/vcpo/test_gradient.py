@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from tests.plugins.vcpo.policy import Policy, log_probs, one_by_one, rollouts
-from tests.ranks import leave_together
+from tests.ranks import leave_together, meet, on_two_ranks
 
 from pronghorn.vcpo import Minibatch, VCPOSettings, accumulate
 from pronghorn.vcpo.baseline import baseline, baseline_weights
@@ -230,8 +229,8 @@ def test_every_way_to_weigh(mode, whitening):
     torch.testing.assert_close(found.gradients, list(wanted), rtol=1e-9, atol=1e-12)
 
 
-def _rank(rank, folder, config, groups):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(rank, port, folder, config, groups):
+    meet(rank, port)
     found = accumulate_part(config, groups, rank, ProcessGroup(torch.device("cpu")))
     torch.save([found.gradients, found.score_norms, found.baselines], f"{folder}/{rank}.pt")
     leave_together()
@@ -254,7 +253,7 @@ def accumulate_part(config, groups, rank, ranks):
 def test_two_ranks_equal_one(config, tmp_path):
     """Of groups of different sizes; a rank's own groups make the order of trajectories another."""
     groups = (4, 3, 2)
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), config, groups), nprocs=2)
+    on_two_ranks(_rank, str(tmp_path), config, groups)
     policy = Policy()
     ids, minibatch = rollouts(policy, groups=groups)
     alone = accumulate(one_by_one(policy, ids), list(policy.parameters()), minibatch, config)

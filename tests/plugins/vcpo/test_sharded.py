@@ -1,13 +1,9 @@
 """Parameters that FSDP shards over two processes, each with groups of its own, against one process with all."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
 from tests.plugins.vcpo.addition import llama
-from tests.ranks import leave_together
+from tests.ranks import leave_together, meet, on_two_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -51,8 +47,7 @@ def found(model, config, rows, micro_batches, ranks=None):
 
 
 def _rank(rank, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    meet(rank, port)
     mesh, model = init_device_mesh("cpu", (2,)), llama()
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -74,10 +69,7 @@ def _rank(rank, port, folder):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(folder)), nprocs=2)
+    on_two_ranks(_rank, str(folder))
     return folder
 
 

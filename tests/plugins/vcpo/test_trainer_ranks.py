@@ -1,13 +1,12 @@
 """Two processes, each with groups of its own, learn what one learns from all."""
 
 import os
-import socket
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from tests.plugins.vcpo.test_trainer import SeededRollouts, logged, trained, weights
-from tests.ranks import leave_together
+from tests.ranks import leave_together, on_two_ranks
 
 from pronghorn.vcpo.records import read_run
 
@@ -52,10 +51,7 @@ def _rank(rank, port, folder):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(folder)), nprocs=2)
+    on_two_ranks(_rank, str(folder))
     return folder
 
 
