@@ -15,7 +15,7 @@ import typer
 
 from pronghorn.cli.functions import named_function
 from pronghorn.files.outputs import check_output
-from pronghorn.vlash.lookup import check_checkpoint, is_function, named_pair
+from pronghorn.vlash.lookup import check_checkpoint, is_function, named_pair, renamed
 from pronghorn.vlash.serve import serve
 
 app = typer.Typer(no_args_is_help=True)
@@ -71,6 +71,10 @@ def sweep(
         list[str] | None,
         typer.Option(help="env: name=value of VLASHSettings, such as n_action_steps=8; may be repeated."),
     ] = None,
+    rename_map: Annotated[
+        str | None,
+        typer.Option(help="env: JSON of names of what is seen, the environment's to the policy's."),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Run a task under growing delays: success, stalls, reaction latency, jumps and jerk of each method."""
@@ -85,7 +89,9 @@ def sweep(
     check_output("json", out)
     check_output("png", png, PICTURES)
     names, waits = modes.split(","), _delays(delays)
-    own = {"policy": policy, "env_option": env_option, "setting": setting, "device": device}
+    own = {
+        "policy": policy, "env_option": env_option, "setting": setting, "rename_map": rename_map, "device": device
+    }  # fmt: skip
     if env is None and (stray := [name for name, value in own.items() if value]):
         raise ValueError(f"{stray[0]}: got {own[stray[0]]!r} without env, wanted both, or neither")
     if env is not None and (task not in TASKS or dry_run or policies is not None):
@@ -103,7 +109,8 @@ def sweep(
     if env is None:
         asked = _task(task, train_steps, robots, policies)
     else:
-        asked = _environment_task(env, policy, environments or 1, device, env_option or [], setting or [])
+        names_of = None if rename_map is None else renamed(rename_map)
+        asked = _environment_task(env, policy, environments or 1, device, env_option or [], setting or [], names_of)
         asked.check(names, waits)
     earlier = read_rows(out, asked) if out is not None else []
     rows = []
@@ -209,7 +216,13 @@ def _print_tables(rows: list[Any], modes: list[str], delays: list[int]) -> None:
 
 
 def _environment_task(
-    env: str, policy: str | None, episodes: int, device: str | None, options: list[str], settings: list[str]
+    env: str,
+    policy: str | None,
+    episodes: int,
+    device: str | None,
+    options: list[str],
+    settings: list[str],
+    rename_map: dict[str, str] | None,
 ) -> Any:
     if policy is None:
         raise ValueError(f"policy: got none with env={env!r}, wanted a LeRobot checkpoint")
@@ -220,7 +233,7 @@ def _environment_task(
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return EnvironmentTask(
         env, policy, episodes=episodes, device=where, options=_named("env_option", options),
-        settings=_named("setting", settings),
+        settings=_named("setting", settings), rename_map=rename_map,
     )  # fmt: skip
 
 

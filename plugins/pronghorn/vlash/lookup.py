@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn.cli.functions import named_function
+from pronghorn.files.json_files import parse_json
 
 # A repository of the Hub; what looks otherwise can be a folder alone.
 REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -45,3 +46,19 @@ def check_checkpoint(option: str, value: str) -> None:
     if not Path(value).is_dir() and not REPOSITORY.fullmatch(value):
         wanted = "a folder with a checkpoint, a repository of the Hub (owner/name), or package.module:function"
         raise ValueError(f"{option}: got {value!r}, wanted {wanted}; there is no such folder")
+
+
+def renamed(text: str) -> dict[str, str]:
+    """Names to names, of JSON.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    wanted = f'rename_map: got {text!r}, wanted a JSON object of names, {{"observation.images.a": "…"}}'
+    try:
+        found = parse_json(text, "rename_map")
+    except ValueError as error:
+        raise ValueError(f"{wanted}; {error.__cause__ or error}") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(wanted)
+    return found

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pronghorn.files.json_files import parse_json
 from pronghorn.vlash.config import CHOICES
-from pronghorn.vlash.lookup import check_checkpoint, is_function, named_pair
+from pronghorn.vlash.lookup import check_checkpoint, is_function, named_pair, renamed
 
 
 def serve(
@@ -33,7 +32,7 @@ def serve(
     largest_message: Annotated[int, typer.Option(min=1, help="MiB that a request may have.")] = 64,
 ) -> None:
     """Compute chunks for robots that ask over the network; stop with Ctrl-C."""
-    names = None if rename_map is None else _names(rename_map)
+    names = None if rename_map is None else renamed(rename_map)
     if mode is not None and mode not in CHOICES["async_mode"]:
         raise ValueError(f"mode: got {mode!r}, accepted are {', '.join(CHOICES['async_mode'])}")
     named = is_function(policy)
@@ -58,14 +57,3 @@ def serve(
             server.wait()
         except KeyboardInterrupt:
             typer.echo("stopped")
-
-
-def _names(text: str) -> dict[str, str]:
-    wanted = f'rename_map: got {text!r}, wanted a JSON object of names, {{"observation.images.a": "…"}}'
-    try:
-        found = parse_json(text, "rename_map")
-    except ValueError as error:
-        raise ValueError(f"{wanted}; {error.__cause__ or error}") from error
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise ValueError(wanted)
-    return found

@@ -44,6 +44,7 @@ class EnvironmentTask:
         device: where the policy computes.
         options: of the environment's configuration, such as `task` or `episode_length`.
         settings: of `VLASHSettings`, in place of the policy's own.
+        rename_map: the environment's names of what is seen to the policy's; None as the checkpoint has them.
 
     Raises:
         ValueError: the environment or an option is unknown, the checkpoint is none, or they do not fit each other.
@@ -55,6 +56,7 @@ class EnvironmentTask:
     def __init__(
         self, env: str, policy: str, *, episodes: int = 1, device: str = "cpu",
         options: Mapping[str, Any] | None = None, settings: Mapping[str, Any] | None = None,
+        rename_map: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         register_third_party_plugins()
         self.name, self._path, self._episodes = env, policy, episodes
@@ -68,16 +70,18 @@ class EnvironmentTask:
             self._given.setdefault("n_action_steps", self._config.n_action_steps)
             with_chunk_size(self._config, predicted_actions(self._config))
         self._settings(SYNC, 0)
-        self._policy, self._before, self._after = _loaded(policy, self._config)
+        self._renamed = dict(rename_map or {})
+        self._policy, self._before, self._after = _loaded(policy, self._config, self._renamed)
         self._environment = LeRobotEnvironment(self._world, self._config, episodes)
         self._check_fit(self._environment.reset(0))
 
     def about(self) -> dict[str, Any]:
         """For JSON."""
-        return {
+        about = {
             "policy": self._path, "type": self._config.type, "weights": _digest(self._policy),
             "episodes": self._episodes, "options": self._options, "settings": self._given,
         }  # fmt: skip
+        return {**about, "rename_map": self._renamed} if self._renamed else about
 
     def environment(self) -> LeRobotEnvironment:
         """One for all methods, since some take long to make."""
@@ -166,9 +170,11 @@ def _configuration(path: str, device: str) -> PreTrainedConfig:
     return config
 
 
-def _loaded(path: str, config: PreTrainedConfig) -> tuple[PreTrainedPolicy, Any, Any]:
+def _loaded(path: str, config: PreTrainedConfig, renamed: dict[str, str]) -> tuple[PreTrainedPolicy, Any, Any]:
     """The policy, and what is run before and after it."""
-    overrides = {"device_processor": {"device": config.device}}
+    overrides: dict[str, Any] = {"device_processor": {"device": config.device}}
+    if renamed:
+        overrides["rename_observations_processor"] = {"rename_map": renamed}
     try:
         policy = get_policy_class(config.type).from_pretrained(path, config=config).to(config.device).eval()
         return policy, *make_pre_post_processors(config, pretrained_path=path, preprocessor_overrides=overrides)

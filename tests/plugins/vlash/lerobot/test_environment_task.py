@@ -223,6 +223,7 @@ def test_another_training_is_another_sweep(act, tmp_path):
         (["--env", "pusht", "--setting", "horizon=3"], "horizon"),
         (["--env", "pusht", "--dry-run"], "env: got 'pusht' beside task, dry_run or policies"),
         (["--env", "pusht", "--task", "a:b"], "env: got 'pusht' beside task"),
+        (["--env", "pusht", "--rename-map", "[1]"], r"rename_map: got '\[1\]', wanted a JSON object of names"),
         ([], "policy: got .* without env"),
     ],
 )
@@ -258,3 +259,27 @@ def test_a_policy_of_another_robot(tmp_path, act):
     other = saved(tmp_path, "act", (2, 3), **ACT, chunk_size=8, n_action_steps=4)
     with pytest.raises(ValueError, match="whose action has 3 coordinates; that of pusht has 2"):
         run("--env", "pusht", *WORDS, "--policy", other)
+
+
+def test_a_policy_that_calls_a_camera_otherwise(tmp_path):
+    top = "observation.images.top"
+    config = PreTrainedConfig.get_choice_class("act")(
+        device="cpu", **ACT, chunk_size=8, n_action_steps=4,
+        input_features={
+            STATE: PolicyFeature(FeatureType.STATE, (2,)), top: PolicyFeature(FeatureType.VISUAL, (3, 96, 96))
+        },
+        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (2,))},
+    )  # fmt: skip
+    stats = statistics(STATE, 2) | statistics(ACTION, 2)
+    stats[top] = {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)}
+    get_policy_class("act")(config, dataset_stats=stats).save_pretrained(tmp_path / "act")
+    for processor in make_pre_post_processors(config, dataset_stats=stats):
+        processor.save_pretrained(tmp_path / "act")
+    words = ("--env", "pusht", "--env-option", "episode_length=6", "--policy", tmp_path / "act", "--delays", "0",
+             "--modes", "sync", "--seeds", 1, "--json", tmp_path / "rows.json")  # fmt: skip
+    with pytest.raises(ValueError, match=f"looks at {top}; pusht gives .*observation.image"):
+        run(*words)
+    run(*words, "--rename-map", json.dumps({"observation.image": top}))
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert found["about"]["rename_map"] == {"observation.image": top}
+    assert len(found["rows"]) == 1
