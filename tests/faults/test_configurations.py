@@ -89,7 +89,7 @@ def test_each_field_against_the_worst(name, figure):
     kind = KINDS[name]
     clean, refused = usual(name).to_dict(), 0
     for name_of_field in clean:
-        for worst in (math.nan, deep(), {"auto_map": "x.y"}, [{}]):
+        for worst in (math.nan, math.inf, -math.inf, deep(), {"auto_map": "x.y"}, [{}]):
             assert read(kind, {**clean, name_of_field: worst}) is None, (name_of_field, type(worst))
             refused += 1
     figure(f"{name}, refused", refused)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -58,8 +59,8 @@ class DuoAttentionConfig:
             self.gates = checked_gates(self.gates)
         for name in ("sparsity", "threshold"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value != value):
-                raise TypeError(f"{name}: got {value!r}, wanted a number or None")
+            if value is not None and not _is_number(value):
+                raise TypeError(f"{name}: got {value!r}, wanted a finite number or None")
         if self.sparsity is not None and self.threshold is not None:
             raise ValueError(f"threshold: got {self.threshold} beside sparsity={self.sparsity}; give one of them")
         if self.sparsity is not None and not 0 <= self.sparsity <= 1:
@@ -146,6 +147,13 @@ class DuoAttentionConfig:
 def _check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
     if type(value) is not type(accepted[0]) or value not in accepted:
         raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(map(str, accepted))}")
+
+
+def _is_number(value: Any) -> bool:
+    """And one that JSON has."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_positive(name: str, value: Any, optional: bool = False) -> None:
