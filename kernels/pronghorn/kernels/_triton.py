@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -35,6 +37,14 @@ def dot_width(size: int) -> int:
     The interpreter would take less.
     """
     return max(16, power_of_2(size))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have: 227 KiB on Hopper, 163 on an A100, 99 on desktops' GPUs; on a CPU as on Hopper."""
+    if device.type != "cuda":
+        return 227 << 10
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 @triton.jit

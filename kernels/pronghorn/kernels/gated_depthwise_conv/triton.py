@@ -47,12 +47,14 @@ TANH_SILU = tl.constexpr("""{
     tanh.approx.f32 t, h;
     fma.rn.f32 $0, h, t, h;
 }""")
-# The same of two numbers of bfloat16, which are halved together and are the upper halves of float32's.
+# The same of two numbers of bfloat16, which are halved together and are the upper halves of float32's. A sum with -0 is
+# the product; only Hopper has one without.
 TANH_SILU_OF_PAIRS = tl.constexpr("""{
-    .reg .b32 halves, one;
+    .reg .b32 halves, one, nothing;
     .reg .f32 low, high, t;
     mov.b32 one, 0x3F003F00;
-    mul.rn.bf16x2 halves, $2, one;
+    mov.b32 nothing, 0x80008000;
+    fma.rn.bf16x2 halves, $2, one, nothing;
     shl.b32 one, halves, 16;
     mov.b32 low, one;
     and.b32 one, halves, 0xFFFF0000;

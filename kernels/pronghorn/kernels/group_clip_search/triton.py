@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels._triton import dot_width
+from pronghorn.kernels._triton import dot_width, shared_memory
 from pronghorn.kernels.group_fake_quantize.triton import fake_quantize_tile, smallest_range
 
-ROWS = 64
+ROWS, FEWER_ROWS = 64, 32
 NUM_WARPS = 8
+SPARE = 8 << 10  # bytes for what else the kernel keeps
 LARGEST_GROUP = 128  # its Gram matrix, 64 KiB, must fit into shared memory
 
 
@@ -32,6 +33,7 @@ def _search(
     SYMMETRIC: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     dtype = weight.dtype.element_ty
     group = tl.program_id(1).to(tl.int64)
@@ -55,7 +57,7 @@ def _search(
             clamped, (column < group_size) & (n >= 0), smallest_range, dtype, BITS, SYMMETRIC
         )
         difference = tl.where(inside, (fake - tile).to(dtype).to(tl.float32), 0.0)
-        projected = tl.dot(difference, products, input_precision="tf32x3")
+        projected = tl.dot(difference, products, input_precision=PRECISION)
         error = tl.sum(projected * difference, axis=1, keep_dims=True)
         better = error < smallest_error
         best = tl.where(better, limit, best)
@@ -78,8 +80,11 @@ def group_clip_search(
     gram = (x.mT @ x / inputs.shape[0]).contiguous()
     maxima = weight.new_empty(rows, groups)
     if maxima.numel():
-        shrink = _shrink(grid, steps, weight.device)
-        _search[(triton.cdiv(rows, ROWS), groups)](
+        shrink, width = _shrink(grid, steps, weight.device), dot_width(group_size)
+        # Three products in TF32 want both factors twice. Without room for them it is one in float32, of fewer rows.
+        roomy = shared_memory(weight.device) >= 2 * 4 * width * (width + ROWS) + SPARE
+        tile = ROWS if roomy else FEWER_ROWS
+        _search[(triton.cdiv(rows, tile), groups)](
             weight,
             gram,
             shrink,
@@ -91,8 +96,9 @@ def group_clip_search(
             steps,
             bits,
             symmetric,
-            ROWS,
-            dot_width(group_size),
+            tile,
+            width,
+            "tf32x3" if roomy else "ieee",
             num_warps=NUM_WARPS,
         )
     return maxima

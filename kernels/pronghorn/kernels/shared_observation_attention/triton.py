@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels._launch import LARGEST, Launcher
-from pronghorn.kernels._triton import blocks, dot_type, dot_width, power_of_2
+from pronghorn.kernels._triton import blocks, dot_type, dot_width, power_of_2, shared_memory
 from pronghorn.kernels.shared_observation_attention.reference import Tensors
 
 
@@ -252,14 +252,9 @@ def pick(name: str, query: Tensor, roomy: dict[int, Tile], tight: dict[int, Tile
 @functools.cache
 def processors(device: torch.device) -> int:
     """Of a GPU."""
-    return PROCESSORS if device.type != "cuda" else int(_properties(device)["multiprocessor_count"])
+    return PROCESSORS if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
 def _roomy(device: torch.device) -> bool:
-    return device.type != "cuda" or _properties(device)["max_shared_mem"] >= ROOM
-
-
-def _properties(device: torch.device) -> dict[str, int]:
-    properties: dict[str, int] = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return properties
+    return shared_memory(device) >= ROOM

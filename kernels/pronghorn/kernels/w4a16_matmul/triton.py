@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels._triton import dot_type
+from pronghorn.kernels._triton import dot_type, shared_memory
 from pronghorn.kernels.dequantize_weight.triton import (
     contiguous_zeros,
     dequantize_weight,
@@ -25,6 +25,7 @@ WORDS_BLOCK_N, WORDS_BLOCK_K, WORDS_WARPS = 64, 128, 4
 WORDS_LAYOUTS = ("natural", "exllama")
 ROW_BLOCK_N, ROW_BLOCK_K = 64, 128
 BLOCK_M_SIZES, BLOCK_N, BLOCK_K = (16, 32, 64), 64, 64
+ROOM = 144 << 10  # of shared memory, for three stages of the largest block in float32; two fit into 99 KiB
 PROGRAMS_WANTED = 2112  # sixteen for each of an H100's 132 multiprocessors
 LARGEST_SPLIT = 8
 DEQUANTIZE_FROM_ROWS = 128  # from here on arithmetic is what counts: write the weight out once and leave it to cuBLAS
@@ -170,7 +171,10 @@ def w4a16_matmul(
         kernel[(tiles, splits)](x, *weight, partial, *shape, layout, bits, block_n, block_k, num_warps=WORDS_WARPS)
     else:
         grid = (triton.cdiv(rows, block_m), triton.cdiv(out_features, BLOCK_N), splits)
-        _multiply[grid](x, *weight, partial, rows, *shape, layout, bits, dot_type(x.dtype), block_m, BLOCK_N, BLOCK_K)
+        _multiply[grid](
+            x, *weight, partial, rows, *shape, layout, bits, dot_type(x.dtype), block_m, BLOCK_N, BLOCK_K,
+            num_stages=3 if shared_memory(x.device) >= ROOM else 2,
+        )  # fmt: skip
     return partial[0] if splits == 1 else partial.sum(0).to(x.dtype)
 
 
