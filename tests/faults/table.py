@@ -117,6 +117,7 @@ ROWS = (
         "Preemption",
         "vLLM takes a running request's blocks away",
         "64 requests give the tokens of a run without want, with 50 preemptions or more",
+        "models of 7 billion parameters on a GPU",
     ),
     Row(
         13,
@@ -131,14 +132,15 @@ ROWS = (
         "no or too many tokens",
         "Each answer is that of its request alone; every block is given back",
         "on a GPU adapters of one batch with duoattention, where rounding decided one answer of the test; it takes "
-        "decided ones now, and has not run there since; LoRA beside none, which vLLM 0.32 gets wrong on a CPU by "
-        "itself",
+        "decided ones now, and has not run there since; 2,000 requests there; LoRA beside none, which vLLM 0.32 gets "
+        "wrong on a CPU by itself",
     ),
     Row(
         15,
         "A worker that dies",
         "A worker dies, or a layer raises after some steps",
         "Every request in flight gets an error within 10 seconds; the process ends; our words reach the caller",
+        "how much of a GPU's memory is taken a minute later, whose test has not run on one",
     ),
     Row(
         16,

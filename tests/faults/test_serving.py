@@ -89,7 +89,7 @@ def test_two_hundred_concurrent_requests(folder, alone, name, figure):
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.fault(14)
-@pytest.mark.skipif(not ON_GPU, reason="takes a GPU")
+@pytest.mark.skipif(not ON_GPU, reason="so many take two cores too long")
 @pytest.mark.parametrize("name", METHODS)
 def test_two_thousand_concurrent_requests(folder, alone, name, figure):
     many_at_once(folder, name, alone(name), 2000, figure)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pronghorn.transformers.calibration import BlockResult, CalibrationRunner
 
-KILLED, BYTES = signal.SIGKILL, 2**30
+KILLED, GIB = signal.SIGKILL, 2**30
 SEVEN_BILLION = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 8192,
@@ -114,7 +114,7 @@ def test_a_quarter_of_the_memory(tmp_path, figure):
     for found in (enough, little):
         assert found["end"] == pytest.approx(found["start"], rel=0.01)
     figure("sequences at a time", ", ".join(map(str, sorted(set(enough["tried"]), reverse=True))))
-    figure("GiB at most", round(enough["peak"] / BYTES, 1))
+    figure("GiB at most", round(enough["peak"] / GIB, 1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a user names on the command line: a function, or a checkpoint."""
+"""What a user names on the command line: a function, a checkpoint, or what is seen by other names."""
 
 from __future__ import annotations
 
