@@ -8,6 +8,7 @@ from tests.kernels.harness import DEVICE, error_of
 
 from pronghorn.kernels import _nvrtc
 from pronghorn.kernels._dispatch import use_cuda
+from pronghorn.kernels._hopper import CAPABILITY
 from pronghorn.kernels.dequantize_weight.layouts import LAYOUTS, pack, repack
 from pronghorn.kernels.w4a16_matmul import cuda, preferred_layout
 from pronghorn.kernels.w4a16_matmul.cases import OPERATION
@@ -25,7 +26,7 @@ SHAPES = [
 ]
 ROWS = [*range(1, 300), 300, 400, 511, 600, 777, 1000, 1500, 2048, 5000, 8192]
 on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != cuda.CAPABILITY, reason="no Hopper GPU"
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != CAPABILITY, reason="no Hopper GPU"
 )
 
 

@@ -8,13 +8,14 @@ from tests.kernels.harness import DEVICE, backend
 from tests.kernels.test_fragments import _local_bytes
 
 from pronghorn.kernels import _nvrtc
+from pronghorn.kernels._hopper import CAPABILITY
 from pronghorn.kernels._operation import relative_error
 from pronghorn.kernels.suffix_layers import cuda, runs_fused, suffix_layers
 from pronghorn.kernels.suffix_layers.cases import OPERATION
 
 PUBLISHED = OPERATION.large
 on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != cuda.CAPABILITY, reason="no Hopper GPU"
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != CAPABILITY, reason="no Hopper GPU"
 )
 
 
@@ -104,7 +105,7 @@ def test_launches_fit_the_sources(monkeypatch, prefix):
             launches.append((self.variant, grid, shared_bytes, arguments, ahead))
 
     monkeypatch.setattr(cuda, "_kernel", lambda variant, device: Recorder(variant))
-    monkeypatch.setattr(cuda, "_index", lambda x: 0)
+    monkeypatch.setattr(cuda, "index_of", lambda x: 0)
     monkeypatch.setattr(_nvrtc, "tensor_map", lambda x, box: MAP)
     arguments = example(torch.bfloat16, **{**PUBLISHED, "layers": 1, "prefix": prefix})
     tensors = [tensor for layer in arguments["layers"] for tensor in layer]

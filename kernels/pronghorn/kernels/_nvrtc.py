@@ -73,6 +73,18 @@ class Kernel:
             dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(self._function, dynamic, limit - static))
 
+    def most_clusters(self, size: int, threads: int, shared_bytes: int) -> int:
+        """How many clusters of `size` blocks run at once on its device."""
+        from cuda.bindings import driver
+
+        config = _config((size, 1, 1), threads, shared_bytes)
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = size, 1, 1
+        config.attrs, config.numAttrs = [attribute], 1
+        count: int = _checked(driver.cuOccupancyMaxActiveClusters(self._function, config))
+        return count
+
     def launch(
         self, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: Sequence[Any], *,
         ahead: bool = False,
@@ -118,34 +130,35 @@ def _config(grid: tuple[int, int, int], threads: int, shared_bytes: int) -> Any:
     return config
 
 
-def tensor_map(x: Tensor, box: tuple[int, int]) -> Any:
-    """A kernel argument that tells the copy engine (TMA) how to copy boxes of a matrix to shared memory.
+def tensor_map(x: Tensor, box: tuple[int, ...]) -> Any:
+    """A kernel argument that tells the copy engine (TMA) how to copy boxes of a tensor to shared memory.
 
     Args:
-        x: contiguous [rows, columns], float16 or bfloat16; the caller keeps it alive, as with a pointer.
-        box: rows (at most 256) and columns (64) of a copy. Its rows of 128 bytes are swizzled as wgmma expects; what
-            lies outside of x becomes zero.
+        x: of two to five dimensions, float16 or bfloat16, of which the last lies side by side; the caller keeps it
+            alive, as with a pointer.
+        box: lengths of a copy in these (at most 256 each), 64 in the last. Its rows of 128 bytes are swizzled as wgmma
+            expects; what lies outside of x becomes zero.
     """
-    return _tensor_map(x.data_ptr(), *x.shape, *box, x.dtype == torch.bfloat16)
+    return _tensor_map(x.data_ptr(), x.shape, x.stride(), box, x.dtype == torch.bfloat16)
 
 
 @functools.lru_cache(maxsize=4096)
-def _tensor_map(pointer: int, rows: int, columns: int, box_rows: int, box_columns: int, bfloat: bool) -> Any:
+def _tensor_map(
+    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], bfloat: bool
+) -> Any:
     from cuda.bindings import driver
 
     kinds = driver.CUtensorMapDataType
     kind = kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bfloat else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-    shape, strides = [driver.cuuint64_t(columns), driver.cuuint64_t(rows)], [driver.cuuint64_t(2 * columns)]
-    box, steps = [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)], [driver.cuuint32_t(1)] * 2
     return _checked(
         driver.cuTensorMapEncodeTiled(
             kind,
-            2,
+            len(shape),
             pointer,
-            shape,
-            strides,
-            box,
-            steps,
+            [driver.cuuint64_t(length) for length in reversed(shape)],
+            [driver.cuuint64_t(2 * stride) for stride in reversed(strides[:-1])],
+            [driver.cuuint32_t(length) for length in reversed(box)],
+            [driver.cuuint32_t(1)] * len(shape),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

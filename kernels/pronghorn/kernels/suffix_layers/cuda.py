@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels import _nvrtc
+from pronghorn.kernels._hopper import ARCHITECTURE, aligned, index_of, is_hopper, wgmma_header
 from pronghorn.kernels.suffix_layers.call import SuffixLayer, unflattened
 
 FOLDER = Path(__file__).parent
-ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
 THREADS, ROWS, CHUNK = 256, 64, 64
 ROW_BYTES = 2 * CHUNK
 MOST_TOKENS = ROWS - 1  # one more row has the shift of a norm
 SIZE = 256  # of a head
-ALIGNMENT = 16  # bytes, of what the copy engine reads
 LOG2_E = 1.4426950408889634
 SHARED_BYTES = 226 << 10  # that a block can have; the rest is declared in the sources
 SWIZZLE = 1024  # bytes after which the swizzle repeats; operands begin at multiples of it
@@ -124,7 +123,7 @@ def attention(length: int) -> Attention:
 
 def obstacle(x: Tensor, layer: SuffixLayer) -> str:
     """Why the kernels cannot run on tokens [tokens, width] and layers like this one, or nothing."""
-    if not _is_hopper(x.device):
+    if not is_hopper(x.device):
         return "the device is no Hopper GPU"
     if x.dtype != torch.bfloat16:
         return f"x is {x.dtype}, not torch.bfloat16"
@@ -148,11 +147,6 @@ def _products(layer: SuffixLayer) -> tuple[tuple[Product, Tensor], ...]:
         (QKV_PRODUCT, layer.qkv), (OUT_PRODUCT, layer.out), (GATE_UP_PRODUCT, layer.gate_up),
         (DOWN_PRODUCT, layer.down),
     )  # fmt: skip
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == CAPABILITY
 
 
 class Workspace(NamedTuple):
@@ -182,8 +176,8 @@ def suffix_layers(
     x: Tensor, tensors: list[Tensor], prefix_mask: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> Tensor:
     """[tokens, width]."""
-    layers = [SuffixLayer(*map(_aligned, layer)) for layer in unflattened(tensors)]
-    x, prefix_mask, cos, sin = _aligned(x), prefix_mask.contiguous(), _aligned(cos.float()), _aligned(sin.float())
+    layers = [SuffixLayer(*map(aligned, layer)) for layer in unflattened(tensors)]
+    x, prefix_mask, cos, sin = aligned(x), prefix_mask.contiguous(), aligned(cos.float()), aligned(sin.float())
     work = Workspace.make(x, layers[0])
     _prepare(x, layers[0], work)
     out = torch.empty_like(x)
@@ -197,7 +191,7 @@ def suffix_layers(
 def _prepare(x: Tensor, layer: SuffixLayer, work: Workspace) -> None:
     """What the first norm gets; not ahead of time, so that what came before has been written when the others begin."""
     tokens, width = x.shape
-    kernel = _kernel(_preparing(width), _index(x))
+    kernel = _kernel(_preparing(width), index_of(x))
     kernel.launch((tokens + 1, 1, 1), THREADS, 0, (x, layer.scale, layer.shift, work.z, work.squares, tokens))
 
 
@@ -241,7 +235,7 @@ def _product(product: Product, x: Tensor, weight: Tensor, eps: float, **tensors:
     outputs, inputs = weight.shape
     width = tensors["out"].shape[1] if product.kind == ADD else inputs
     tokens = len(x) if product.kind == ADD else len(x) - 1
-    kernel = _kernel(product.variant(outputs, inputs, width), _index(x))
+    kernel = _kernel(product.variant(outputs, inputs, width), index_of(x))
     names = ("squares", "cos", "sin", "out", "out_key", "out_value", "residual", "gate", "scale", "shift", "z",
              "out_squares")  # fmt: skip
     pointers = [tensors.get(name, x) for name in names]  # a kind does not look at those of others
@@ -253,21 +247,11 @@ def _product(product: Product, x: Tensor, weight: Tensor, eps: float, **tensors:
 def _attention(layer: SuffixLayer, prefix_mask: Tensor, tokens: int, work: Workspace) -> None:
     length, rows = len(layer.key), len(work.query)
     tiles = attention(length)
-    kernel = _kernel(tiles.variant(), _index(work.query))
+    kernel = _kernel(tiles.variant(), index_of(work.query))
     keys = (layer.key, layer.value, work.key, work.value)
     maps = [_nvrtc.tensor_map(work.query, (ROWS, CHUNK)), *(_nvrtc.tensor_map(of, (tiles.keys, CHUNK)) for of in keys)]
     arguments = (*maps, prefix_mask, work.attended, rows, tokens, length, SIZE**-0.5 * LOG2_E)
     kernel.launch((tiles.blocks(rows), 1, 1), THREADS, tiles.shared_bytes(), arguments, ahead=True)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Contiguous and where the copy engine can begin; views need not be."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
-
-
-def _index(x: Tensor) -> int:
-    return torch.cuda.current_device() if x.device.index is None else x.device.index
 
 
 @functools.cache
@@ -279,30 +263,3 @@ def compile_cubin(variant: Variant) -> bytes:
     """Machine code of a variant; needs no GPU."""
     macros = {"BFLOAT": 1, **dict(variant.macros)}
     return _nvrtc.compile_cubin(FOLDER / variant.source, ARCHITECTURE, macros, {"wgmma.cuh": variant.header})
-
-
-def wgmma_header(name: str, columns: int, *, registers: bool = False) -> str:
-    """A function that adds 64 x 16 by 16 x `columns` to sums: it has to name each of them.
-
-    Args:
-        name: of the function.
-        columns: of the second operand.
-        registers: the first operand is in registers, and of the second, rows are summed over, as they lie; else both
-            are in shared memory, and columns are.
-    """
-    count = columns // 2
-    sums = ", ".join(f"%{index}" for index in range(count))
-    bound = ", ".join(f'"+f"(sum[{index}])' for index in range(count))
-    operation = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16"
-    if registers:
-        first = "{" + ", ".join(f"%{count + index}" for index in range(4)) + "}"
-        declared, given = "const u32 *a", ", ".join(f'"r"(a[{index}])' for index in range(4))
-        second, flags = count + 4, "1, 1, 1, 1"
-    else:
-        first, declared, given = f"%{count}", "u64 a", '"l"(a)'
-        second, flags = count + 1, "1, 1, 1, 0, 0"
-    return (
-        f"__device__ inline void {name}(float *sum, {declared}, u64 b) {{\n"
-        f'asm volatile("{operation} {{{sums}}}, {first}, %{second}, {flags};"\n'
-        f': {bound} : {given}, "l"(b));\n}}\n'
-    )

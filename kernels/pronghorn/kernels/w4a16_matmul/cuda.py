@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels import _nvrtc
+from pronghorn.kernels._hopper import ARCHITECTURE, aligned, is_hopper
 
 SOURCE = Path(__file__).with_name("fragments.cu")
-ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
 LAYOUT = "fragments"
 BITS = (2, 3, 4)
 STREAM_COLUMNS = 1 << 16  # beyond it, x would take more shared memory than eight blocks have
@@ -117,7 +117,7 @@ LARGE_TILES = {
 @functools.cache
 def obstacle(device: torch.device, dtype: torch.dtype, scales: torch.dtype, bits: int, group_size: int) -> str:
     """Why these kernels cannot run on x of `dtype` and a weight whose scales have dtype `scales`, or nothing."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != CAPABILITY:
+    if not is_hopper(device):
         return "the device is no Hopper GPU"
     if dtype not in (torch.float16, torch.bfloat16) or scales != dtype:
         return f"x is {dtype} and the scales are {scales}"
@@ -187,19 +187,13 @@ def w4a16_matmul(
     chosen = plan(rows, out_features, columns)
     kernel = _kernel(chosen, bits, group_size, columns, x.dtype, x.device)
     grid = (-(-out_features // chosen.outputs) * chosen.split, 1, 1)
-    arguments: list[Any] = [_aligned(tensor) for tensor in (x, qweight, scales, qzeros)]
+    arguments: list[Any] = [aligned(tensor) for tensor in (x, qweight, scales, qzeros)]
     if isinstance(chosen, Tile):
         grid = (grid[0], -(-rows // chosen.tokens), 1)
         arguments[0] = _nvrtc.tensor_map(arguments[0], (min(chosen.tokens, rows), 64))
     arguments += [output, rows, out_features, columns]
     kernel.launch(grid, chosen.threads, chosen.shared_bytes(rows, columns), arguments)
     return output
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Contiguous and where a load of 16 bytes may start; views need not be."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def prepare(

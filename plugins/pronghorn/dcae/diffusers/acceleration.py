@@ -27,7 +27,7 @@ from pronghorn.dcae.diffusers.attention import (
     qkv_weight,
     queries_keys_values,
 )
-from pronghorn.dcae.diffusers.convolution import Convolve, convolved
+from pronghorn.dcae.diffusers.convolution import Convolve, convolved, fuses
 from pronghorn.dcae.diffusers.fused_convolution import FusedConvolutions
 from pronghorn.dcae.diffusers.graphs import GraphedForward
 from pronghorn.dcae.diffusers.inference_only import InferenceOnly
@@ -35,6 +35,7 @@ from pronghorn.dcae.diffusers.inputs import check_images, whole_latents
 from pronghorn.dcae.diffusers.resampling import FastDownBlock, FastStem, FastUpBlock
 from pronghorn.dcae.diffusers.tiling import decode_in_tiles, encode_in_tiles
 from pronghorn.kernels.channel_rms_norm import channel_rms_norm
+from pronghorn.kernels.fused_convolution import fused_convolution
 from pronghorn.kernels.relu_linear_attention import relu_linear_attention
 
 ACTIVATIONS = {nn.SiLU: "silu", nn.ReLU: "relu"}
@@ -214,7 +215,12 @@ class FastResBlock(InferenceOnly):
         derived = self._buffers
         if derived["weight"] is not None:
             return self.convolve(inner["conv2"], y, weight=derived["weight"], bias=derived["bias"], residual=x)
-        return normed(self.convolve(inner["conv2"], y), inner["norm"], x)
+        conv, norm = inner["conv2"], inner["norm"]
+        if isinstance(norm, RMSNorm) and fuses(conv, y, conv.weight, norm=norm):
+            return fused_convolution(
+                y, conv.weight, conv.bias, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, residual=x
+            )
+        return normed(self.convolve(conv, y), norm, x)
 
 
 class FastEfficientViTBlock(InferenceOnly):

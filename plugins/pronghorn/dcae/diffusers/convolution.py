@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pronghorn.kernels.bias_activation import bias_activation
+from pronghorn.kernels.fused_convolution import fused_convolution, runs_fused
 
 Convolve = Callable[..., Tensor]  # as `convolved`
 
@@ -36,6 +38,8 @@ def convolved(
         weight, bias = own["weight"], own["bias"]
     assert weight is not None  # noqa: S101 - a convolution has one
     padding: Any = conv.padding
+    if fuses(conv, x, weight):
+        return fused_convolution(x, weight, bias, residual=residual, activation=activation)
     if bias is not None and residual is None:
         if activation is None and _of_pixels(conv, x):
             return functional.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
@@ -48,6 +52,16 @@ def convolved(
     if bias is None and residual is None and activation is None:
         return y
     return bias_activation(y, bias, residual=residual, activation=activation)
+
+
+def fuses(conv: nn.Conv2d, x: Tensor, weight: Tensor, *, norm: RMSNorm | None = None) -> bool:
+    """Whether the kernel of this library is the fast way for a convolution of x and what follows it."""
+    plain = conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
+    if not plain or conv.stride != (1, 1) or conv.dilation != (1, 1) or weight.dtype != x.dtype:
+        return False
+    if norm is not None and (norm.weight is None or norm.weight.dtype != x.dtype):
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) and runs_fused(x, weight, normed=norm is not None)
 
 
 def in_cudnn(x: Tensor) -> bool:

@@ -1,0 +1,26 @@
+"""The definition of a convolution and what follows it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fused_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    residual: Tensor | None, eps: float, activation: str | None,
+) -> Tensor:  # fmt: skip
+    """[batch, results, height, width], channels_last."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def of_channels(vector: Tensor) -> Tensor:
+        return vector.to(wide)[:, None, None]
+
+    y = torch.conv2d(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), padding=1)
+    if norm_weight is not None:
+        y = y * (y.square().mean(dim=1, keepdim=True) + eps).rsqrt() * of_channels(norm_weight)
+        y = y if norm_bias is None else y + of_channels(norm_bias)
+    y = y if residual is None else y + residual.to(wide)
+    if activation is not None:
+        y = y.relu() if activation == "relu" else y * y.sigmoid()
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
