@@ -48,6 +48,7 @@ class Recorder:
         self.run = run_of_now()
         self.written = time.monotonic()
         self.tests: dict[str, dict] = {}
+        self.finished: set[str] = set()  # torn down; what an interrupted run had begun proves nothing
 
     def pytest_runtest_logreport(self, report):
         properties = dict(report.user_properties)
@@ -61,14 +62,20 @@ class Recorder:
             test["outcome"] = report.outcome
             if report.outcome == "skipped":
                 test["reason"] = skip_reason(report)
+        if report.when == "teardown":
+            self.finished.add(name)
         if time.monotonic() - self.written > WRITE_SECONDS:
             self.written = time.monotonic()
-            merge(self.path, self.run, self.tests, self.unfinished)
+            merge(self.path, self.run, self.proved(), self.unfinished)
 
     def pytest_sessionfinish(self):
-        if self.tests:
-            merge(self.path, self.run, self.tests)
+        if self.finished:
+            merge(self.path, self.run, self.proved())
         self.unfinished.unlink(missing_ok=True)
+
+    def proved(self) -> dict[str, dict]:
+        """Tests that ran to their end."""
+        return {name: test for name, test in self.tests.items() if name in self.finished}
 
 
 def skip_reason(report) -> str:

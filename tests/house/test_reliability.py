@@ -113,7 +113,9 @@ def test_a_run_leaves_the_file_alone_until_its_end(record, tmp_path, monkeypatch
     recorder = record.Recorder(path)
     name = "tests/house/test_reliability.py::test_a_run_leaves_the_file_alone_until_its_end"
     recorder.pytest_runtest_logreport(
-        SimpleNamespace(nodeid=name, user_properties=[("fault rows", [9])], duration=0.5, outcome="passed")
+        SimpleNamespace(
+            nodeid=name, user_properties=[("fault rows", [9])], duration=0.5, outcome="passed", when="teardown"
+        )
     )
     assert not path.exists()
     written = json.loads(beside.read_text())
@@ -125,15 +127,19 @@ def test_a_run_leaves_the_file_alone_until_its_end(record, tmp_path, monkeypatch
 def test_what_a_test_gives_is_recorded(record, tmp_path):
     recorder = record.Recorder(tmp_path / "found.json")
 
-    def report(name, outcome="passed", rows=(9,), **more):
+    def report(name, outcome="passed", rows=(9,), when="teardown", **more):
         properties = [("fault rows", list(rows)), ("figure: n", 3)] if rows else []
-        return SimpleNamespace(nodeid=name, user_properties=properties, duration=0.5, outcome=outcome, **more)
+        return SimpleNamespace(
+            nodeid=name, user_properties=properties, duration=0.5, outcome=outcome, when=when, **more
+        )
 
-    for outcome in ("passed", "failed", "passed"):
-        recorder.pytest_runtest_logreport(report("t.py::test_x[a@b]@group", outcome))
+    for when, outcome in (("setup", "passed"), ("call", "failed"), ("teardown", "passed")):
+        recorder.pytest_runtest_logreport(report("t.py::test_x[a@b]@group", outcome, when=when))
+    for when in ("setup", "call"):
+        recorder.pytest_runtest_logreport(report("t.py::test_interrupted", when=when))
     recorder.pytest_runtest_logreport(report("t.py::test_y", "skipped", longrepr=("t.py", 1, "Skipped: no GPU")))
     recorder.pytest_runtest_logreport(report("t.py::test_z", rows=()))
-    assert recorder.tests == {
+    assert recorder.proved() == {
         "t.py::test_x[a@b]": {"rows": [9], "outcome": "failed", "seconds": 1.5, "figures": {"n": 3}},
         "t.py::test_y": {"rows": [9], "outcome": "skipped", "seconds": 0.5, "figures": {"n": 3}, "reason": "no GPU"},
     }

@@ -147,7 +147,8 @@ class CalibrationRunner:
                         transform(block, result)
                     if index + 1 < len(self.blocks):
                         bar.set_postfix_str(f"{block.name}: forward")
-                        self._smaller_if_needed(chunks, calls, block, partial(self._advance, index, chunks))
+                        halve = partial(_halve, chunks, calls)
+                        self._smaller_if_needed(block.name, chunks, halve, partial(self._advance, index, chunks))
         return results
 
     def rehearse(self, search: Callable[[Block, BlockInputs], BlockResult]) -> tuple[Estimate, int]:
@@ -211,18 +212,25 @@ class CalibrationRunner:
                 _halve(chunks, calls)
             return result
         block = self.blocks[index]
-        result = self._smaller_if_needed(chunks, calls, block, lambda: search(block, chunks.inputs(index, self.device)))
+        result = self._smaller_if_needed(
+            block.name, chunks, partial(_halve, chunks, calls), lambda: search(block, chunks.inputs(index, self.device))
+        )
         state.save(index, result, chunks.halvings)
         return result
 
     def _capture(self, calls: BlockCalls, directory: Path) -> _Chunks:
         # Half of the budget: the inputs of the next block grow while those of this one are still there.
         chunks = _Chunks(list(self.samples), ActivationStore(self.activation_budget // 2, directory), [])
-        for index, ids in enumerate(self.samples):
-            hidden_states, arguments = calls.record(ids)
-            _check_finite(hidden_states, index, "the embedding")
-            chunks.store.append(hidden_states)
-            chunks.arguments.append(arguments)
+
+        def record() -> None:
+            chunks.store, chunks.arguments = ActivationStore(chunks.store.budget, directory), []
+            for index, ids in enumerate(chunks.ids):
+                hidden_states, arguments = calls.record(ids)
+                _check_finite(hidden_states, index, "the embedding")
+                chunks.store.append(hidden_states)
+                chunks.arguments.append(arguments)
+
+        self._smaller_if_needed("what surrounds the blocks", chunks, partial(_halve_ids, chunks), record)
         return chunks
 
     def _advance(self, index: int, chunks: _Chunks) -> None:
@@ -236,7 +244,9 @@ class CalibrationRunner:
             following.append(output)
         chunks.store = following
 
-    def _smaller_if_needed(self, chunks: _Chunks, calls: BlockCalls, block: Block, work: Callable[[], Done]) -> Done:
+    def _smaller_if_needed(
+        self, what: str, chunks: _Chunks, halve: Callable[[], None], work: Callable[[], Done]
+    ) -> Done:
         """Do the work; where memory runs out, halve the chunks for good and do it again."""
         while True:
             try:
@@ -248,14 +258,14 @@ class CalibrationRunner:
                 if batch == 1 or chunks.halvings == MOST_HALVINGS:
                     tokens = max(ids.shape[1] for ids in chunks.ids)
                     raise torch.OutOfMemoryError(
-                        f"{block.name} does not fit on {self.device} with {batch} sequence(s) of {tokens} tokens at a "
+                        f"{what} does not fit on {self.device} with {batch} sequence(s) of {tokens} tokens at a "
                         f"time{_memory_of(self.device)}: give shorter or fewer calibration samples (seq_len, "
                         f"n_samples), smaller batches, or another device ({error})"
                     ) from error
             # Here the error is gone, and with it what its frames held.
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            _halve(chunks, calls)
+            halve()
 
     def _undertaking(self) -> Undertaking:
         tokens = sum(ids.numel() for ids in self.samples)
@@ -299,8 +309,12 @@ def _halve(chunks: _Chunks, calls: BlockCalls) -> None:
         for part in hidden_states.split((len(hidden_states) + 1) // 2):
             store.append(part)
     chunks.store = store
-    chunks.ids = [part for ids in chunks.ids for part in ids.split((len(ids) + 1) // 2)]
+    _halve_ids(chunks)
     chunks.arguments = [calls.record(ids)[1] for ids in chunks.ids]
+
+
+def _halve_ids(chunks: _Chunks) -> None:
+    chunks.ids = [part for ids in chunks.ids for part in ids.split((len(ids) + 1) // 2)]
     chunks.halvings += 1
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pronghorn.transformers.decoder import Block
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "use_cache", "output_attentions")
+FEW_TOKENS = 8
 DISTINCT = 4  # tensors of one name and shape to compare a new one with: masks of local and of global attention
 
 
@@ -33,6 +34,11 @@ class BlockCalls:
         Args:
             ids: int64 token ids [batch, tokens].
         """
+        if self._returns_tuple is None:
+            self._pass(ids[:1, :FEW_TOKENS])
+        return self._pass(ids)
+
+    def _pass(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         hidden: list[Tensor] = []
         arguments: list[dict[str, Any]] = [{} for _ in self._blocks]
         copies: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of a tensor that they keep alive
@@ -45,7 +51,7 @@ class BlockCalls:
                 hidden_states = given.pop(names[0])
                 given = {name: value for name, value in given.items() if not _is_cache(name, value)}
                 if self._returns_tuple is None:
-                    # One block runs once for real: some models' blocks return a tuple, most a tensor.
+                    # One block runs once for real, on little: some models' blocks return a tuple, most a tensor.
                     self._returns_tuple = isinstance(original(hidden_states, **given), tuple)
                 hidden.append(hidden_states)
                 arguments[index] = {name: self._on_cpu(name, value, copies) for name, value in given.items()}

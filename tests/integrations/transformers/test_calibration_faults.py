@@ -162,6 +162,32 @@ def test_memory_that_runs_out_in_the_forward_pass(error):
 
 
 @pytest.mark.fault(11)
+def test_memory_that_runs_out_around_the_blocks(monkeypatch):
+    """What comes after the blocks, or before them, may need more than they do."""
+    model, samples, tried = tiny_model("llama"), [token_ids(4), token_ids(1, seed=1)], []
+    wanted, norm = run(model, samples), model.model.norm.forward
+
+    def hungry_norm(most):
+        def forward(hidden):
+            tried.append(len(hidden))
+            if hidden[..., 0].numel() > most:
+                raise torch.OutOfMemoryError("full")
+            return norm(hidden)
+
+        return forward
+
+    tokens = samples[0].shape[1]
+    monkeypatch.setattr(model.model.norm, "forward", hungry_norm(2 * tokens))
+    results = run(model, samples)
+    assert tried == [1, 4, 2, 2, 1]  # the first, of few tokens, tells what blocks return
+    for name in wanted:
+        torch.testing.assert_close(results[name].tensors["out"], wanted[name].tensors["out"], rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(model.model.norm, "forward", hungry_norm(tokens - 1))
+    with pytest.raises(torch.OutOfMemoryError, match=r"what surrounds the blocks does not fit on cpu with 1 sequence"):
+        run(model, samples)
+
+
+@pytest.mark.fault(11)
 def test_other_errors_of_a_search_are_not_retried():
     calls = []
 
