@@ -126,7 +126,7 @@ def _bytes_of(value):
 
 def _parameter_bytes(cubin):
     """Sizes of a kernel's parameters, which its ELF attributes EIATTR_KPARAM_INFO (0x17) note in any order."""
-    found = re.findall(rb"\x04\x17\x0c\x00.{4}(..)..(....)", cubin, re.DOTALL)
+    found = re.findall(rb"\x04\x17\x0c\x00\x00{4}(..)..(....)", cubin, re.DOTALL)
     sizes = {int.from_bytes(at, "little"): int.from_bytes(word, "little") >> 18 for at, word in found}
     return [sizes[at] for at in sorted(sizes)]
 
