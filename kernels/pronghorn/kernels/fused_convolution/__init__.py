@@ -80,8 +80,11 @@ def fused_convolution(
 
 
 def runs_fused(x: Tensor, weight: Tensor, *, normed: bool = False) -> bool:
-    """Whether the CUDA kernel runs on tensors like these and fills the GPU, so that it is the fast way."""
-    if not unforced() or wants_gradient(x, weight) or cuda.obstacle(x, weight):
+    """Whether the CUDA kernel runs on tensors like these and fills the GPU, so that it is the fast way.
+
+    While `torch.compile` looks on it does not: what fills a GPU is asked of the loaded kernel.
+    """
+    if not unforced() or torch.compiler.is_compiling() or wants_gradient(x, weight) or cuda.obstacle(x, weight):
         return False
     return cuda.fills(x, weight, normed)
 
