@@ -37,7 +37,7 @@ def _oracle(arguments: Arguments) -> Tensor:
     x, weight = given["x"], given["weight"]
     batch, channels, height, width = x.shape
     around = torch.nn.functional.unfold(x, 3, padding=1).view(batch, channels * 9, height * width)
-    y = (weight.reshape(len(weight), -1) @ around).view(batch, -1, height, width) + given["bias"].view(-1, 1, 1)
+    y = (weight.reshape(len(weight), -1) @ around).view(batch, len(weight), height, width) + given["bias"].view(-1, 1, 1)
     if "norm_weight" in given:
         y = y / (y.square().mean(dim=1, keepdim=True) + arguments["eps"]).sqrt()
         y = y * given["norm_weight"].view(-1, 1, 1) + given["norm_bias"].view(-1, 1, 1)
@@ -62,7 +62,7 @@ OPERATION = Operation(
     oracle=_oracle,
     shapes=(
         {"batch": 2, "channels": 3, "results": 5, "space": (3, 4), "normed": True, "activation": None},
-        {"batch": 1, "channels": 6, "results": 4, "space": (5, 1), "normed": False, "activation": "silu"},
+        {"batch": 1, "channels": 6, "results": 4, "space": (5, 1), "normed": True, "activation": "silu"},
         {"batch": 3, "channels": 64, "results": 256, "space": (9, 7), "normed": True, "activation": None},
         {"batch": 1, "channels": 128, "results": 512, "space": (17, 9), "normed": True, "activation": "relu"},
         {"batch": 2, "channels": 64, "results": 512, "space": (16, 8), "normed": False, "activation": "silu"},
@@ -70,6 +70,5 @@ OPERATION = Operation(
     large={"batch": 4, "channels": 512, "results": 512, "space": (256, 256), "normed": True, "activation": None},
     cost=_cost,
     tolerance={torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3},
-    trains=("x", "weight", "bias", "residual"),
-    rows={"x": 0, "residual": 0},
+    trains=("x", "weight", "bias", "residual", "norm_weight", "norm_bias"),
 )

@@ -138,8 +138,8 @@ def accelerate_dcae(
 
     Queries, keys and values become one convolution, attention and the gated depthwise convolution one kernel each, a
     norm one kernel together with the sum or activation after it, a batch norm part of the convolution before it, and a
-    bias one pass with what follows it. On Hopper GPUs, in bfloat16, a convolution of a residual block is one kernel with
-    all that follows it, where it fills the GPU.
+    bias one pass with what follows it. On Hopper GPUs, in bfloat16, a convolution of a residual block is one kernel
+    with all that follows it, where it fills the GPU.
     Where grids are halved or doubled, what follows the convolution is one kernel.
     After `vae.enable_tiling()`, tiles are exact and of any size.
     Names of weights stay, so it can be saved as it is; weights are read now, and what is loaded later is not seen.
