@@ -56,6 +56,8 @@ def fused_convolution(
     check_tensor("weight", weight, dim=4, floating=True, like=x)
     results = weight.shape[0]
     check_shape("weight", weight, (results, x.shape[1], 3, 3))
+    if not weight.numel():
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted at least one channel and one result")
     shapes = {"bias": (results,), "norm_weight": (results,), "norm_bias": (results,),
               "residual": (len(x), results, *x.shape[2:])}  # fmt: skip
     given = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias, "residual": residual}
