@@ -53,11 +53,13 @@ def fused_convolution(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.
     """
     check_tensor("x", x, dim=4, floating=True)
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted at least one channel and one pixel")
     check_tensor("weight", weight, dim=4, floating=True, like=x)
     results = weight.shape[0]
     check_shape("weight", weight, (results, x.shape[1], 3, 3))
-    if not weight.numel():
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted at least one channel and one result")
+    if not results:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted at least one result")
     shapes = {"bias": (results,), "norm_weight": (results,), "norm_bias": (results,),
               "residual": (len(x), results, *x.shape[2:])}  # fmt: skip
     given = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias, "residual": residual}

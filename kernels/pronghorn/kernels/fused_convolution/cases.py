@@ -37,7 +37,7 @@ def _oracle(arguments: Arguments) -> Tensor:
     x, weight = given["x"], given["weight"]
     batch, channels, height, width = x.shape
     around = torch.nn.functional.unfold(x, 3, padding=1).view(batch, channels * 9, height * width)
-    y = (weight.reshape(len(weight), -1) @ around).view(batch, len(weight), height, width) + given["bias"].view(-1, 1, 1)
+    y = (weight.reshape(len(weight), -1) @ around + given["bias"].view(-1, 1)).view(batch, len(weight), height, width)
     if "norm_weight" in given:
         y = y / (y.square().mean(dim=1, keepdim=True) + arguments["eps"]).sqrt()
         y = y * given["norm_weight"].view(-1, 1, 1) + given["norm_bias"].view(-1, 1, 1)
