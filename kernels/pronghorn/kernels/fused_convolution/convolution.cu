@@ -19,18 +19,10 @@
 #define RELU 1
 #define SILU 2
 
-#ifndef BASE
-#define BASE 0
-#endif
-#ifndef STAGES
-#define STAGES 5
-#endif
 #define CHUNK 64  // channels of a row of an operand
 #define COLUMNS 256
 #define PARTS (OUTPUTS / COLUMNS)
-#ifndef SIDES
 #define SIDES (NORMED ? PARTS : 1)
-#endif
 #define CLUSTER (2 * SIDES)
 #define HEIGHT 16
 #define WIDTH 8
@@ -40,14 +32,9 @@
 #define X_PLACE ((X_BYTES + 1023) / 1024 * 1024)
 #define WEIGHT_BYTES (COLUMNS * ROW_BYTES)
 #define X_SLOTS 2
+#define STAGES 5
 #define CHUNKS (CHANNELS / CHUNK)
-#ifndef EARLY
-#define EARLY 16
-#endif
-#define RESIDUAL_OF(i) (i % 2 * width * OUTPUTS + i / 2 * 32)
-#ifndef LEAD
-#define LEAD 4
-#endif
+#define LEAD 4  // stages that one warpgroup is ahead
 #define THREADS 384
 #define WARPS 8  // that multiply
 
@@ -63,7 +50,7 @@ struct Place {
 // One thread copies a box of images to the same place in all blocks of the mask.
 __device__ inline void copy_pixels(
     u32 to, const TensorMap &from, int channel, int x, int y, int image, u32 barrier, u16 mask) {
-#if !(NORMED && PARTS == 2)
+#if SIDES == 1
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
         "%5}], [%6];" ::"r"(to),
@@ -102,7 +89,7 @@ __device__ inline void send(u32 to, float value, u32 barrier) {
 
 // Rows of 128 bytes in groups of eight, WIDTH pixels of one row of the image: the next row is AROUND pixels away.
 __device__ inline u64 pixels(u32 address) {
-    return (u64)(address >> 4 & 0x3fff) | (u64)(AROUND * ROW_BYTES >> 4) << 32 | 1ull << 62 | (BASE ? (u64)(address >> 7 & 7) << 49 : 0);
+    return (u64)(address >> 4 & 0x3fff) | (u64)(AROUND * ROW_BYTES >> 4) << 32 | 1ull << 62;
 }
 
 struct Eight {
@@ -131,12 +118,6 @@ __device__ inline void prefetch_rows(const u16 *from, int image, int y, int x, i
                      : "memory");
 }
 
-#ifdef TIMED
-#define TIME(k) if (thread % 128 == 0 && item / clusters < 16) times[((blockIdx.x * 2 + group) * 16 + item / clusters) * 5 + k] = clock64();
-#else
-#define TIME(k)
-#endif
-
 __device__ inline float active(float x) {
 #if ACTIVATION == RELU
     return fmaxf(x, 0);
@@ -151,12 +132,8 @@ __device__ inline float active(float x) {
 
 extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) void run(
     const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map, const u16 *bias,
-    const u16 *norm_weight, const u16 *norm_bias, int norm_biased, const u16 *residual, u16 *out, int images, int height, int width,
-    float eps
-#ifdef TIMED
-    , u64 *times
-#endif
-) {
+    const u16 *norm_weight, const u16 *norm_bias, int norm_biased, const u16 *residual, u16 *out, int images, int height,
+    int width, float eps) {
     extern __shared__ u8 memory[];
     __shared__ alignas(16) float biases[OUTPUTS], norm_weights[OUTPUTS], norm_biases[OUTPUTS];
     __shared__ alignas(8) u64 barrier_memory[2 * X_SLOTS + 2 * STAGES + 2];
@@ -199,7 +176,8 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                 int image = tile / (across * down);
 #if ADDED
                 if (image < images)
-                    prefetch_rows(residual, image, tile / across % down * HEIGHT + side * (HEIGHT / SIDES), x + 1, height, width);
+                    prefetch_rows(
+                        residual, image, tile / across % down * HEIGHT + side * (HEIGHT / SIDES), x + 1, height, width);
 #endif
                 for (int chunk = 0; chunk < CHUNKS; chunk++) {
                     u32 full = x_full + x_place.slot * 8;
@@ -237,7 +215,6 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
 #pragma unroll
             for (int below = 0; below < 2; below++)
                 valid[below] = image < images && y + below < height && x < width;
-            TIME(0)
 #pragma unroll
             for (int i = 0; i < COLUMNS / 32; i++) {
                 Eight own = eight(biases + part * COLUMNS + i * 32 + quad * 8);
@@ -245,7 +222,7 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                 for (int j = 0; j < 8; j++)
                     sum[at_of(i, 0, j)] = sum[at_of(i, 1, j)] = own.value[j];
             }
-            if (LEAD && group == 1)
+            if (group == 1)
                 asm volatile("bar.sync 1, 256;" ::: "memory");
 #if ADDED
             uint4 residuals[COLUMNS / 16];
@@ -255,8 +232,8 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
 #if ADDED
                 if (chunk == CHUNKS - 1) {
 #pragma unroll
-                    for (int i = 0; i < EARLY; i++)
-                        residuals[i] = load(residual + at + RESIDUAL_OF(i), valid[i % 2]);
+                    for (int i = 0; i < COLUMNS / 16; i++)
+                        residuals[i] = load(residual + at + i % 2 * width * OUTPUTS + i / 2 * 32, valid[i % 2]);
                 }
 #endif
                 wait_barrier(x_full + x_place.slot * 8, x_place.turn);
@@ -270,7 +247,7 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                     for (int step = 0; step < 4; step++)
                         multiply(sum, a + step * 2, b + step * 2);
                     wgmma_commit();
-                    if (LEAD && group == 0 && chunk == 0 && tap == LEAD)
+                    if (group == 0 && chunk == 0 && tap == LEAD)
                         asm volatile("bar.arrive 1, 256;" ::: "memory");
                     wgmma_wait<1>();
                     if (used >= 0 && lane < 2)
@@ -282,18 +259,11 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                 }
                 x_place.go_on(X_SLOTS);
             }
-            TIME(1)
             wgmma_wait<0>();
             if (lane < 2)
                 arrive_at_rank(weight_empty + used * 8, side + lane * SIDES);
             if (lane < SIDES)
                 arrive_at_rank(x_empty + (x_place.slot ^ 1) * 8, half * SIDES + lane);
-#if ADDED
-#pragma unroll
-            for (int i = EARLY; i < COLUMNS / 16; i++)
-                residuals[i] = load(residual + at + RESIDUAL_OF(i), valid[i % 2]);
-#endif
-            TIME(2)
 
             float ratio[2];
 #if NORMED
@@ -309,7 +279,7 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                 total += __shfl_xor_sync(0xffffffffu, total, 2);
                 ratio[below] = total;
             }
-#if NORMED && PARTS == 2
+#if SIDES == 2
             if (thread % 128 == 0)
                 expect_bytes(squares_full + group * 8, 64 * 4);
             if (quad == 0) {
@@ -332,10 +302,8 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
             for (int below = 0; below < 2; below++)
                 ratio[below] = rsqrtf(ratio[below] / OUTPUTS + eps);
 #endif
-            TIME(3)
 #pragma unroll
             for (int i = 0; i < COLUMNS / 32; i++) {
-                asm volatile("" ::: "memory");  // nothing of the next columns is loaded yet: registers are few
 #if NORMED
                 Eight scale = eight(norm_weights + part * COLUMNS + i * 32 + quad * 8);
                 Eight shift = eight(norm_biases + part * COLUMNS + i * 32 + quad * 8);
@@ -364,7 +332,6 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                             make_uint4(word[0], word[1], word[2], word[3]);
                 }
             }
-            TIME(4)
         }
     }
     arrive_in_cluster();  // others may still write to this block
