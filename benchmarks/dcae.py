@@ -3,6 +3,8 @@
 - autoencoder: encoding and decoding, as CUDA graphs and without, against diffusers' own class as it is loaded.
 - compiled: the same, and with fused convolutions, against `torch.compile` of that, as it is loaded and with channels
   last (a graph for every shape, default mode).
+- convolutions: those of residual blocks with what follows them, against PyTorch's (cuDNN) with the kernels of this
+  library for what follows.
 - memory: decoding 8192 x 8192 pixels in tiles, and what tiles change at 4096 x 4096.
 - uvit: UViT-H for images of 512 x 512 pixels, on latents of f64c128 in patches of 1, against latents as Stable
   Diffusion's in patches of 2: training steps, sampling (30 times one evaluation of the network), and sampling with the
@@ -32,6 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pronghorn.dcae.bench import Timing, bench, free, in_form, inputs, timed
 from pronghorn.dcae.config import EVIT, RES, DCAEConfig, published
 from pronghorn.dcae.diffusers import SIZES, UViT2DModel, accelerate_dcae, stream_decode, tiled_decode
+from pronghorn.kernels.bias_activation import bias_activation
+from pronghorn.kernels.channel_rms_norm import channel_rms_norm
+from pronghorn.kernels.fused_convolution import fused_convolution
 
 GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -48,6 +53,8 @@ SHAPES = [(512, 1), (512, 16), (1024, 1), (1024, 8), (4096, 1)] if GPU else [(16
 # Where peers are compiled: a graph takes many seconds.
 COMPILED_SHAPES = {"dc-ae-f32c32-in-1.0": [(1024, 8)], "dc-ae-f64c128-in-1.0": [(512, 16)],
                    "dc-ae-f32c32-sana-1.1": [(1024, 8)]} if GPU else {"tiny": [(16, 1)]}  # fmt: skip
+# Images, channels and edge, as in the shapes above.
+CONVOLUTIONS = [(8, 256, 512), (8, 512, 256), (16, 256, 256), (16, 512, 128)] if GPU else [(1, 4, 8)]
 OURS = {"accelerated_graphs": "", "accelerated": ", without CUDA graphs"}
 FUSED = {"accelerated_fused": ", convolutions fused", **OURS}
 REPEATS = 10 if GPU else 2
@@ -99,6 +106,41 @@ def compiled_rows() -> Iterator[Rows]:
         vae = stock(MODELS[name])
         for shape in shapes:
             yield from going_on(partial(speed_rows, name, vae, shape, FUSED, peers, None))
+
+
+@torch.no_grad()
+def convolution_rows() -> Iterator[Rows]:
+    """Convolutions of residual blocks, each with what follows it."""
+    for batch, channels, size in CONVOLUTIONS:
+        yield from going_on(partial(one_convolution, batch, channels, size))
+
+
+def one_convolution(batch: int, channels: int, size: int) -> Rows:
+    """With an activation, and with a norm and a sum."""
+    torch.manual_seed(0)
+    like: dict[str, Any] = {"device": device(), "dtype": DTYPE}
+    x, residual = (torch.randn(batch, channels, size, size, **like).to(memory_format=torch.channels_last)
+                   for _ in range(2))  # fmt: skip
+    weight = torch.randn(channels, channels, 3, 3, **like).div(3 * channels**0.5)
+    weight = weight.to(memory_format=torch.channels_last)
+    bias, scale, shift = torch.randn(3, channels, **like)
+    shape, operations = f"{batch} x {channels} x {size} x {size}", 2 * 9 * batch * size**2 * channels**2
+    ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+        "SiLU": (
+            lambda: fused_convolution(x, weight, bias, activation="silu"),
+            lambda: bias_activation(torch.conv2d(x, weight, padding=1), bias, activation="silu"),
+        ),
+        "norm and sum": (
+            lambda: fused_convolution(x, weight, norm_weight=scale, norm_bias=shift, residual=residual),
+            lambda: channel_rms_norm(torch.conv2d(x, weight, padding=1), scale, shift, residual=residual),
+        ),
+    }
+    rows = []
+    for what, runs in ways.items():
+        ours, theirs = (timed(run, device(), repeats=REPEATS).seconds for run in runs)
+        rows.append(row(f"fused_convolution, {what}", "cuDNN, and our kernel for the rest", shape, ours, theirs,
+                        note=f"{operations / ours['p50'] / 1e12:.0f} TFLOP/s"))  # fmt: skip
+    return rows
 
 
 def going_on(measure: Callable[[], Rows]) -> Iterator[Rows]:
@@ -385,7 +427,10 @@ def decoder_seconds() -> tuple[float, float]:
     return deep.seconds["p50"] / DECODED_BATCH, shallow.seconds["p50"] / DECODED_BATCH
 
 
-PARTS = {"autoencoder": autoencoder_rows, "compiled": compiled_rows, "memory": memory_rows, "uvit": uvit_rows}
+PARTS = {
+    "autoencoder": autoencoder_rows, "compiled": compiled_rows, "convolutions": convolution_rows, "memory": memory_rows,
+    "uvit": uvit_rows,
+}  # fmt: skip
 
 
 def main() -> None:

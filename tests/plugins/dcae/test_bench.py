@@ -125,7 +125,7 @@ def test_benchmark(monkeypatch, tmp_path, compiled, cudnn):
         dcae.main()
     if torch.cuda.is_available():
         pytest.skip("its sizes on a GPU take minutes")
-    parts = ["autoencoder", "compiled", "memory", "uvit"]
+    parts = ["autoencoder", "compiled", "convolutions", "memory", "uvit"]
     monkeypatch.setattr("sys.argv", ["dcae.py", *parts])
     for name, value in {"SHAPES": [(16, 1)], "LAST_BATCH": 1}.items():
         monkeypatch.setattr(dcae, name, value)
@@ -134,6 +134,7 @@ def test_benchmark(monkeypatch, tmp_path, compiled, cudnn):
     assert {part: len(found) for part, found in rows.items()} == {
         "autoencoder": 4,
         "compiled": 12,
+        "convolutions": 2,
         "memory": 2,
         "uvit": 8,
     }
