@@ -13,6 +13,7 @@ from tests.kernels.test_fragments import _local_bytes
 
 import pronghorn.kernels.decode_attention as operation
 from pronghorn.kernels import _nvrtc
+from pronghorn.kernels._hopper import CAPABILITY
 from pronghorn.kernels._operation import relative_error
 from pronghorn.kernels.decode_attention import CachedHeads, cuda, decode_attention
 from pronghorn.kernels.decode_attention.call import Call
@@ -34,7 +35,7 @@ CASES = {
     "one block a head": {"blocks": 1, "lengths": (0, 190)},
 }
 on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != cuda.CAPABILITY, reason="no Hopper GPU"
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != CAPABILITY, reason="no Hopper GPU"
 )
 
 
@@ -103,7 +104,7 @@ def test_the_kernel_on_a_cpu(case, monkeypatch, tmp_path):
         return kernels[-1]
 
     monkeypatch.setattr(cuda, "_kernel", compiled)
-    monkeypatch.setattr(cuda, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(cuda, "is_hopper", lambda device: True)
     monkeypatch.setattr(cuda, "PROCESSORS", blocks)
     monkeypatch.setattr(_nvrtc, "available", lambda: True)
     monkeypatch.setattr(operation, "use_triton", lambda *_: True)
@@ -144,7 +145,7 @@ def test_the_kernel_on_a_gpu(case, monkeypatch):
 
 
 def test_what_the_kernel_does_not_run(monkeypatch):
-    monkeypatch.setattr(cuda, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(cuda, "is_hopper", lambda device: True)
     monkeypatch.setattr(_nvrtc, "available", lambda: True)
 
     def obstacle(dtype=torch.float16, size=64, group=2, page=16, shift=0):

@@ -119,7 +119,7 @@ def test_says_what_the_kernel_does_not_take(monkeypatch, change, words):
 )
 def test_runs_where_it_fills_the_gpu(monkeypatch, space, batch, results, normed, wanted):
     """An H100 has room for 66 clusters of two blocks, or 30 of four."""
-    monkeypatch.setattr(cuda, "index_of", lambda x: 0)
+    monkeypatch.setattr(cuda, "index_of", lambda device: 0)
     room = {2: 66, 4: 30}
     monkeypatch.setattr(cuda, "_kernel", lambda variant, device: cuda.Loaded(None, room[variant.cluster]))
     x, weight = torch.empty(batch, 256, *space, device="meta"), torch.empty(results, 256, 3, 3, device="meta")
@@ -147,7 +147,7 @@ def test_launches_fit_the_source(monkeypatch, results, normed):
 
     chosen = []
     monkeypatch.setattr(cuda, "_kernel", lambda variant, device: chosen.append(variant) or cuda.Loaded(Recorder(), 5))
-    monkeypatch.setattr(cuda, "index_of", lambda x: 0)
+    monkeypatch.setattr(cuda, "index_of", lambda device: 0)
     monkeypatch.setattr(_nvrtc, "tensor_map", lambda x, box: boxes.append((x, box)) or MAP)
     boxes = []
     arguments = example(torch.bfloat16, batch=1, channels=256, results=results, space=(17, 30), normed=normed)

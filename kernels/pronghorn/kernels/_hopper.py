@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
-ALIGNMENT = 16  # bytes, of what the copy engine reads
+ALIGNMENT = 16  # bytes, of what the copy engine reads, or a lane at once
 
 
 @functools.cache
@@ -17,9 +17,9 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == CAPABILITY
 
 
-def index_of(x: Tensor) -> int:
-    """Of the device of a tensor on a GPU."""
-    return torch.cuda.current_device() if x.device.index is None else x.device.index
+def index_of(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels import _nvrtc
+from pronghorn.kernels._hopper import ALIGNMENT, ARCHITECTURE, index_of, is_hopper
 from pronghorn.kernels.decode_attention.call import Call
 from pronghorn.kernels.decode_attention.launch import SHORTEST_STRETCH, prepare
 
 SOURCE = Path(__file__).with_name("decode.cu")
-ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
 SIZES = (64, 128)
 MOST_QUERIES = 16  # query heads of a key/value head
 SUB = 16  # slots of a fragment, of which pages hold whole ones
 WARPS = 4
 PROCESSORS = 132
-ALIGNMENT = 16  # bytes that a lane loads at once
 LOG2_E = 1.4426950408889634
 
 
@@ -35,7 +34,7 @@ def blocks_of_processor(group: int) -> int:
 def obstacle(call: Call) -> str:
     """Why the kernel cannot run, or nothing."""
     query = call.query
-    if not _is_hopper(query.device):
+    if not is_hopper(query.device):
         return "the device is no Hopper GPU"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"queries are {query.dtype}"
@@ -55,11 +54,6 @@ def _wide(tensors: list[Tensor], bits: int) -> list[Tensor]:
     return tensors if bits == 16 else [tensors[0], tensors[3]]
 
 
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == CAPABILITY
-
-
 def decode_attention(call: Call) -> Tensor:
     """[batch, heads, 1, head_dim]."""
     query = call.query
@@ -74,8 +68,7 @@ def decode_attention(call: Call) -> Tensor:
         "CAPPED": int(call.softcap > 0), "ALONE": int(launch.splits == 1), "SHORTEST": SHORTEST_STRETCH,
         "WARPS": WARPS, "BLOCKS": blocks,
     }  # fmt: skip
-    index = torch.cuda.current_device() if query.device.index is None else query.device.index
-    _kernel(tuple(macros.items()), index).launch((*launch.grid, 1), 32 * WARPS, 0, launch.arguments)
+    _kernel(tuple(macros.items()), index_of(query.device)).launch((*launch.grid, 1), 32 * WARPS, 0, launch.arguments)
     from pronghorn.kernels.decode_attention.triton import join
 
     join(launch)

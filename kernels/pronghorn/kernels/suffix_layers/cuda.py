@@ -191,7 +191,7 @@ def suffix_layers(
 def _prepare(x: Tensor, layer: SuffixLayer, work: Workspace) -> None:
     """What the first norm gets; not ahead of time, so that what came before has been written when the others begin."""
     tokens, width = x.shape
-    kernel = _kernel(_preparing(width), index_of(x))
+    kernel = _kernel(_preparing(width), index_of(x.device))
     kernel.launch((tokens + 1, 1, 1), THREADS, 0, (x, layer.scale, layer.shift, work.z, work.squares, tokens))
 
 
@@ -235,7 +235,7 @@ def _product(product: Product, x: Tensor, weight: Tensor, eps: float, **tensors:
     outputs, inputs = weight.shape
     width = tensors["out"].shape[1] if product.kind == ADD else inputs
     tokens = len(x) if product.kind == ADD else len(x) - 1
-    kernel = _kernel(product.variant(outputs, inputs, width), index_of(x))
+    kernel = _kernel(product.variant(outputs, inputs, width), index_of(x.device))
     names = ("squares", "cos", "sin", "out", "out_key", "out_value", "residual", "gate", "scale", "shift", "z",
              "out_squares")  # fmt: skip
     pointers = [tensors.get(name, x) for name in names]  # a kind does not look at those of others
@@ -247,7 +247,7 @@ def _product(product: Product, x: Tensor, weight: Tensor, eps: float, **tensors:
 def _attention(layer: SuffixLayer, prefix_mask: Tensor, tokens: int, work: Workspace) -> None:
     length, rows = len(layer.key), len(work.query)
     tiles = attention(length)
-    kernel = _kernel(tiles.variant(), index_of(work.query))
+    kernel = _kernel(tiles.variant(), index_of(work.query.device))
     keys = (layer.key, layer.value, work.key, work.value)
     maps = [_nvrtc.tensor_map(work.query, (ROWS, CHUNK)), *(_nvrtc.tensor_map(of, (tiles.keys, CHUNK)) for of in keys)]
     arguments = (*maps, prefix_mask, work.attended, rows, tokens, length, SIZE**-0.5 * LOG2_E)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels import _nvrtc
-from pronghorn.kernels._hopper import ARCHITECTURE, aligned, is_hopper
+from pronghorn.kernels._hopper import ARCHITECTURE, aligned, index_of, is_hopper
 
 SOURCE = Path(__file__).with_name("fragments.cu")
 LAYOUT = "fragments"
@@ -209,8 +209,7 @@ def _kernel(
 ) -> _nvrtc.Kernel:
     grouped = 0 if group_size == columns else group_size
     chunks = min(chosen.chunks, 1 if grouped % 128 or columns % 128 else 2)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _compiled(chosen, chunks, bits, grouped, dtype == torch.bfloat16, index)
+    return _compiled(chosen, chunks, bits, grouped, dtype == torch.bfloat16, index_of(device))
 
 
 @functools.cache
