@@ -12,12 +12,12 @@ from torch import Tensor
 from pronghorn.transformers.decoder import Block
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "use_cache", "output_attentions")
-FEW_TOKENS = 8
+FEW_TOKENS = 8  # that tell what blocks return: all of a batch may need more memory than there is
 DISTINCT = 4  # tensors of one name and shape to compare a new one with: masks of local and of global attention
 
 
 class BlockCalls:
-    """Records the arguments of every block in one pass of the model with stand-ins for its blocks.
+    """Records the arguments of every block in a pass of the model with stand-ins for its blocks.
 
     Equal tensors (rotary embeddings, masks) of blocks and of batches are kept once.
     """

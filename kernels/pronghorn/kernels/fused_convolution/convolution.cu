@@ -15,8 +15,7 @@
 #include "hopper.cuh"
 #include "wgmma.cuh"  // multiply(float sum[128], u64 x, u64 weight)
 
-#define NONE 0
-#define RELU 1
+#define RELU 1  // of ACTIVATION; 0 is none
 #define SILU 2
 
 #define CHUNK 64  // channels of a row of an operand
