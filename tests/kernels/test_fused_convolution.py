@@ -111,17 +111,16 @@ def test_says_what_the_kernel_does_not_take(monkeypatch, change, words):
     [
         ((128, 128), 16, 512, False, True),  # 62 of 63 turns
         ((128, 128), 1, 512, False, True),  # 256 blocks in two turns of 132
-        ((128, 128), 1, 512, True, False),  # 64 clusters in three turns of 30
+        ((128, 128), 1, 512, True, True),  # 128 blocks of 132
         ((64, 64), 1, 512, False, False),  # half of the GPU
         ((256, 256), 1, 256, True, True),
         ((257, 1), 64, 256, False, False),  # most of a tile is outside
     ],
 )
 def test_runs_where_it_fills_the_gpu(monkeypatch, space, batch, results, normed, wanted):
-    """An H100 has room for 66 clusters of two blocks, or 30 of four."""
+    """An H100 has room for 66 clusters of two blocks."""
     monkeypatch.setattr(cuda, "index_of", lambda device: 0)
-    room = {2: 66, 4: 30}
-    monkeypatch.setattr(cuda, "_kernel", lambda variant, device: cuda.Loaded(None, room[variant.cluster]))
+    monkeypatch.setattr(cuda, "_kernel", lambda variant, device: cuda.Loaded(None, 66))
     x, weight = torch.empty(batch, 256, *space, device="meta"), torch.empty(results, 256, 3, 3, device="meta")
     assert cuda.fills(x, weight, normed) == wanted
 
@@ -156,12 +155,12 @@ def test_launches_fit_the_source(monkeypatch, results, normed):
     assert out.shape == arguments["residual"].shape
     ((grid, shared_bytes, given),) = launches
     items = 4 if normed else 4 * results // 256  # eight tiles
-    assert grid == (min(5, items) * chosen[0].cluster, 1, 1)
+    assert grid == (min(5, items) * cuda.CLUSTER, 1, 1)
     assert shared_bytes <= 232448 - 9 * 1024  # of an H100's block, the kernel's own arrays apart
     assert _parameter_bytes(cuda.compile_cubin(chosen[0])) == [_bytes_of(value) for value in given]
     (x, of_x), (weight, of_weight) = boxes
     assert x.shape == (1, 17, 30, 256)
-    assert of_x == (1, 18 if chosen[0].sides == 1 else 9, 10, 64)
+    assert of_x == (1, 18, 10, 64)
     # Rows of 128 results, as the copy engine brings them: a thread has two of each eight, and they are neighbours.
     rows = weight[:4, ..., 0].reshape(-1)
     assert of_weight == (4, 4, 4, 2, 64)

@@ -7,8 +7,8 @@
 // channels are a stage of a ring. One warpgroup runs ahead of the other by some stages, so that while one has its sums
 // in hand, the tensor cores have the other's work.
 //
-// A cluster has two such places (`half`), which share weights, and of 512 channels both halves (`side`), which share
-// pixels: each block reads its share and gives it to the others. A norm's sums of squares go from side to side.
+// A cluster has two such places, which share weights: each block reads a half and gives it to the other too. A norm over
+// 512 channels takes two turns: what the first one sums up is kept in the L2 cache until the second one has its squares.
 //
 // Macros: BFLOAT; CHANNELS, of x, a multiple of 64; OUTPUTS, 256 or 512; ACTIVATION; BIASED, NORMED, ADDED: 0 or 1.
 
@@ -21,12 +21,11 @@
 #define CHUNK 64  // channels of a row of an operand
 #define COLUMNS 256
 #define PARTS (OUTPUTS / COLUMNS)
-#define SIDES (NORMED ? PARTS : 1)
-#define CLUSTER (2 * SIDES)
+#define TURNS (NORMED ? PARTS : 1)  // that a block takes for its pixels
+#define CLUSTER 2
 #define HEIGHT 16
 #define WIDTH 8
 #define AROUND (WIDTH + 2)  // of a row of pixels with those around
-#define SHARE ((HEIGHT + 2) / SIDES)  // rows of these that a block reads
 #define X_BYTES ((HEIGHT + 2) * AROUND * ROW_BYTES)
 #define X_PLACE ((X_BYTES + 1023) / 1024 * 1024)
 #define WEIGHT_BYTES (COLUMNS * ROW_BYTES)
@@ -36,6 +35,7 @@
 #define LEAD 4  // stages that one warpgroup is ahead
 #define THREADS 384
 #define WARPS 8  // that multiply
+#define KEPT (COLUMNS / 8)  // times four sums, of a thread
 
 // Counted by who fills and by who empties: which of a ring is next, and how often it went around.
 struct Place {
@@ -46,44 +46,28 @@ struct Place {
     }
 };
 
-// One thread copies a box of images to the same place in all blocks of the mask.
-__device__ inline void copy_pixels(
-    u32 to, const TensorMap &from, int channel, int x, int y, int image, u32 barrier, u16 mask) {
-#if SIDES == 1
+// One thread copies a box of images.
+__device__ inline void copy_pixels(u32 to, const TensorMap &from, int channel, int x, int y, int image, u32 barrier) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
         "%5}], [%6];" ::"r"(to),
         "l"(&from), "r"(channel), "r"(x), "r"(y), "r"(image), "r"(barrier)
         : "memory");
-#else
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
-        "l"(&from), "r"(channel), "r"(x), "r"(y), "r"(image), "r"(barrier), "h"(mask)
-        : "memory");
-#endif
 }
 
-// Likewise of weights: 128 results, of which 32 adjacent ones are four groups of eight. They come in the order that puts
+// Likewise weights, to the same place in both blocks: 128 results, of which 32 adjacent ones are four groups of eight. They come in the order that puts
 // eight adjacent ones into the registers of one thread: pair 0 of each group, pair 1 of each, and so on.
-__device__ inline void copy_weights(u32 to, const TensorMap &from, int column, int row, u32 barrier, u16 mask) {
+__device__ inline void copy_weights(u32 to, const TensorMap &from, int column, int row, u32 barrier) {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
         "[%1, {%2, %3, %3, %3, %4}], [%5], %6;" ::"r"(to),
-        "l"(&from), "r"(column), "r"(0), "r"(row / 32), "r"(barrier), "h"(mask)
+        "l"(&from), "r"(column), "r"(0), "r"(row / 32), "r"(barrier), "h"((u16)0b11)
         : "memory");
 }
 
 // For what was read alone: what was written may not be seen there.
 __device__ inline void arrive_at_rank(u32 barrier, u32 rank) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_of_rank(barrier, rank)) : "memory");
-}
-
-__device__ inline void send(u32 to, float value, u32 barrier) {
-    asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(value),
-        "r"(barrier)
-        : "memory");
 }
 
 // Rows of 128 bytes in groups of eight, WIDTH pixels of one row of the image: the next row is AROUND pixels away.
@@ -110,7 +94,7 @@ __device__ inline uint4 load(const u16 *from, bool valid) {
 // To the L2 cache.
 __device__ inline void prefetch_rows(const u16 *from, int image, int y, int x, int height, int width) {
 #pragma unroll 1
-    for (int row = y; row < min(y + HEIGHT / SIDES, height); row++)
+    for (int row = y; row < min(y + HEIGHT, height); row++)
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
                          from + (((u64)image * height + row) * width + x) * OUTPUTS),
                      "r"(min(WIDTH, width - x) * (OUTPUTS * 2))
@@ -131,27 +115,23 @@ __device__ inline float active(float x) {
 
 extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) void run(
     const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map, const u16 *bias,
-    const u16 *norm_weight, const u16 *norm_bias, int norm_biased, const u16 *residual, u16 *out, int images, int height,
-    int width, float eps) {
+    const u16 *norm_weight, const u16 *norm_bias, int norm_biased, const u16 *residual, float4 *kept, u16 *out, int images,
+    int height, int width, float eps) {
     extern __shared__ u8 memory[];
     __shared__ alignas(16) float biases[OUTPUTS], norm_weights[OUTPUTS], norm_biases[OUTPUTS];
-    __shared__ alignas(8) u64 barrier_memory[2 * X_SLOTS + 2 * STAGES + 2];
-    __shared__ float squares[2][2][64];  // of the other side: of a turn, a warpgroup, a pixel
+    __shared__ alignas(8) u64 barrier_memory[2 * X_SLOTS + 2 * STAGES];
     u32 x_at = (shared_address(memory) + 1023) & ~1023u, weight_at = x_at + X_SLOTS * X_PLACE;
     u32 x_full = shared_address(barrier_memory), x_empty = x_full + X_SLOTS * 8;
     u32 weight_full = x_empty + X_SLOTS * 8, weight_empty = weight_full + STAGES * 8;
-    u32 squares_full = weight_empty + STAGES * 8;
-    int rank = rank_in_cluster(), side = rank % SIDES, half = rank / SIDES, thread = threadIdx.x;
+    int rank = rank_in_cluster(), thread = threadIdx.x;
     int across = (width + WIDTH - 1) / WIDTH, down = (height + HEIGHT - 1) / HEIGHT;
-    int items = (images * down * across + 1) / 2 * (PARTS / SIDES), clusters = gridDim.x / CLUSTER;
+    int items = (images * down * across + 1) / 2 * (PARTS / TURNS), clusters = gridDim.x / CLUSTER;
 
     if (thread == 0) {
         for (int i = 0; i < X_SLOTS; i++)
-            init_barrier(x_full + i * 8, 1), init_barrier(x_empty + i * 8, SIDES * WARPS);
+            init_barrier(x_full + i * 8, 1), init_barrier(x_empty + i * 8, WARPS);
         for (int i = 0; i < STAGES; i++)
-            init_barrier(weight_full + i * 8, 1), init_barrier(weight_empty + i * 8, 2 * WARPS);
-        for (int i = 0; i < 2; i++)
-            init_barrier(squares_full + i * 8, 1);
+            init_barrier(weight_full + i * 8, 1), init_barrier(weight_empty + i * 8, CLUSTER * WARPS);
         publish_barriers();
     }
     for (int column = thread; column < OUTPUTS; column += THREADS) {
@@ -168,33 +148,31 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
         if (thread == WARPS * LANES) {
             prefetch_map(x_map), prefetch_map(weight_map);
             Place x_place, weight_place;
-            u16 with_weights = 1 << side | 1 << (side + SIDES), with_pixels = ((1 << SIDES) - 1) << (half * SIDES);
             for (int item = blockIdx.x / CLUSTER; item < items; item += clusters) {
-                int tile = item / (PARTS / SIDES) * 2 + half, part = PARTS == SIDES ? side : item % PARTS;
-                int x = tile % across * WIDTH - 1, y = tile / across % down * HEIGHT - 1 + side * SHARE;
-                int image = tile / (across * down);
+                int tile = item / (PARTS / TURNS) * 2 + rank, first = item % (PARTS / TURNS);
+                int x = tile % across * WIDTH, y = tile / across % down * HEIGHT, image = tile / (across * down);
 #if ADDED
                 if (image < images)
-                    prefetch_rows(
-                        residual, image, tile / across % down * HEIGHT + side * (HEIGHT / SIDES), x + 1, height, width);
+                    prefetch_rows(residual, image, y, x, height, width);
 #endif
-                for (int chunk = 0; chunk < CHUNKS; chunk++) {
-                    u32 full = x_full + x_place.slot * 8;
-                    wait_barrier(x_empty + x_place.slot * 8, x_place.turn ^ 1);
-                    expect_bytes(full, X_BYTES);
-                    copy_pixels(
-                        x_at + x_place.slot * X_PLACE + side * (SHARE * AROUND * ROW_BYTES), x_map, chunk * CHUNK, x, y,
-                        image, full, with_pixels);
-                    x_place.go_on(X_SLOTS);
+                for (int part = first; part < first + TURNS; part++) {
+                    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                        u32 full = x_full + x_place.slot * 8;
+                        wait_barrier(x_empty + x_place.slot * 8, x_place.turn ^ 1);
+                        expect_bytes(full, X_BYTES);
+                        copy_pixels(
+                            x_at + x_place.slot * X_PLACE, x_map, chunk * CHUNK, x - 1, y - 1, image, full);
+                        x_place.go_on(X_SLOTS);
 #pragma unroll 1
-                    for (int tap = 0; tap < 9; tap++) {
-                        full = weight_full + weight_place.slot * 8;
-                        wait_barrier(weight_empty + weight_place.slot * 8, weight_place.turn ^ 1);
-                        expect_bytes(full, WEIGHT_BYTES);
-                        copy_weights(
-                            weight_at + weight_place.slot * WEIGHT_BYTES + half * (WEIGHT_BYTES / 2), weight_map,
-                            tap * CHANNELS + chunk * CHUNK, part * COLUMNS + half * (COLUMNS / 2), full, with_weights);
-                        weight_place.go_on(STAGES);
+                        for (int tap = 0; tap < 9; tap++) {
+                            full = weight_full + weight_place.slot * 8;
+                            wait_barrier(weight_empty + weight_place.slot * 8, weight_place.turn ^ 1);
+                            expect_bytes(full, WEIGHT_BYTES);
+                            copy_weights(
+                                weight_at + weight_place.slot * WEIGHT_BYTES + rank * (WEIGHT_BYTES / 2), weight_map,
+                                tap * CHANNELS + chunk * CHUNK, part * COLUMNS + rank * (COLUMNS / 2), full);
+                            weight_place.go_on(STAGES);
+                        }
                     }
                 }
             }
@@ -203,136 +181,140 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         int group = thread / 128, warp = thread % 128 / LANES, lane = thread % LANES, quad = lane % 4;
         Place x_place, weight_place;
-        int turn = 0;
+        kept += blockIdx.x * (KEPT * WARPS * LANES) + thread;
         float sum[COLUMNS / 2];
         for (int item = blockIdx.x / CLUSTER; item < items; item += clusters) {
-            int tile = item / (PARTS / SIDES) * 2 + half, part = PARTS == SIDES ? side : item % PARTS;
+            int tile = item / (PARTS / TURNS) * 2 + rank, first = item % (PARTS / TURNS);
             int image = tile / (across * down), x = tile % across * WIDTH + lane / 4;
             int y = tile / across % down * HEIGHT + group * 8 + warp * 2;
-            u64 at = (((u64)image * height + y) * width + x) * OUTPUTS + part * COLUMNS + quad * 8;
+            u64 at = (((u64)image * height + y) * width + x) * OUTPUTS + quad * 8;
             bool valid[2];
 #pragma unroll
             for (int below = 0; below < 2; below++)
                 valid[below] = image < images && y + below < height && x < width;
-#pragma unroll
-            for (int i = 0; i < COLUMNS / 32; i++) {
-                Eight own = eight(biases + part * COLUMNS + i * 32 + quad * 8);
-#pragma unroll
-                for (int j = 0; j < 8; j++)
-                    sum[at_of(i, 0, j)] = sum[at_of(i, 1, j)] = own.value[j];
-            }
-            if (group == 1)
-                asm volatile("bar.sync 1, 256;" ::: "memory");
+            float ratio[2] = {0, 0};
 #if ADDED
             uint4 residuals[COLUMNS / 16];
 #endif
-            int used = -1;  // slot of the ring whose products may not be done
-            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            auto load_residuals = [&](int part) {
 #if ADDED
-                if (chunk == CHUNKS - 1) {
 #pragma unroll
-                    for (int i = 0; i < COLUMNS / 16; i++)
-                        residuals[i] = load(residual + at + i % 2 * width * OUTPUTS + i / 2 * 32, valid[i % 2]);
-                }
+                for (int i = 0; i < COLUMNS / 16; i++)
+                    residuals[i] =
+                        load(residual + at + part * COLUMNS + i % 2 * width * OUTPUTS + i / 2 * 32, valid[i % 2]);
 #endif
-                wait_barrier(x_full + x_place.slot * 8, x_place.turn);
-                u32 first = x_at + x_place.slot * X_PLACE + group * (8 * AROUND * ROW_BYTES);
-                for (int tap = 0; tap < 9; tap++) {
-                    wait_barrier(weight_full + weight_place.slot * 8, weight_place.turn);
-                    u64 a = pixels(first + (tap / 3 * AROUND + tap % 3) * ROW_BYTES);
-                    u64 b = operand(weight_at + weight_place.slot * WEIGHT_BYTES);
-                    wgmma_fence();
+            };
+#pragma unroll 1
+            for (int part = first; part < first + TURNS; part++) {
 #pragma unroll
-                    for (int step = 0; step < 4; step++)
-                        multiply(sum, a + step * 2, b + step * 2);
-                    wgmma_commit();
-                    if (group == 0 && chunk == 0 && tap == LEAD)
-                        asm volatile("bar.arrive 1, 256;" ::: "memory");
-                    wgmma_wait<1>();
-                    if (used >= 0 && lane < 2)
-                        arrive_at_rank(weight_empty + used * 8, side + lane * SIDES);
-                    if (chunk > 0 && tap == 0 && lane < SIDES)
-                        arrive_at_rank(x_empty + (x_place.slot ^ 1) * 8, half * SIDES + lane);
-                    used = weight_place.slot;
-                    weight_place.go_on(STAGES);
+                for (int i = 0; i < COLUMNS / 32; i++) {
+                    Eight own = eight(biases + part * COLUMNS + i * 32 + quad * 8);
+#pragma unroll
+                    for (int j = 0; j < 8; j++)
+                        sum[at_of(i, 0, j)] = sum[at_of(i, 1, j)] = own.value[j];
                 }
-                x_place.go_on(X_SLOTS);
-            }
-            wgmma_wait<0>();
-            if (lane < 2)
-                arrive_at_rank(weight_empty + used * 8, side + lane * SIDES);
-            if (lane < SIDES)
-                arrive_at_rank(x_empty + (x_place.slot ^ 1) * 8, half * SIDES + lane);
-
-            float ratio[2];
+                if (group == 1)
+                    asm volatile("bar.sync 1, 256;" ::: "memory");
+                int used = -1;  // slot of the ring whose products may not be done
+                for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                    if (chunk == CHUNKS - 1 && part == first + TURNS - 1)
+                        load_residuals(part);
+                    wait_barrier(x_full + x_place.slot * 8, x_place.turn);
+                    u32 pixel = x_at + x_place.slot * X_PLACE + group * (8 * AROUND * ROW_BYTES);
+                    for (int tap = 0; tap < 9; tap++) {
+                        wait_barrier(weight_full + weight_place.slot * 8, weight_place.turn);
+                        u64 a = pixels(pixel + (tap / 3 * AROUND + tap % 3) * ROW_BYTES);
+                        u64 b = operand(weight_at + weight_place.slot * WEIGHT_BYTES);
+                        wgmma_fence();
+#pragma unroll
+                        for (int step = 0; step < 4; step++)
+                            multiply(sum, a + step * 2, b + step * 2);
+                        wgmma_commit();
+                        if (group == 0 && chunk == 0 && tap == LEAD)
+                            asm volatile("bar.arrive 1, 256;" ::: "memory");
+                        wgmma_wait<1>();
+                        if (used >= 0 && lane < CLUSTER)
+                            arrive_at_rank(weight_empty + used * 8, lane);
+                        if (chunk > 0 && tap == 0 && lane == 0)
+                            arrive_at_rank(x_empty + (x_place.slot ^ 1) * 8, rank);
+                        used = weight_place.slot;
+                        weight_place.go_on(STAGES);
+                    }
+                    x_place.go_on(X_SLOTS);
+                }
+                wgmma_wait<0>();
+                if (lane < CLUSTER)
+                    arrive_at_rank(weight_empty + used * 8, lane);
+                if (lane == 0)
+                    arrive_at_rank(x_empty + (x_place.slot ^ 1) * 8, rank);
 #if NORMED
-#pragma unroll
-            for (int below = 0; below < 2; below++) {
-                float total = 0;
-#pragma unroll
-                for (int i = 0; i < COLUMNS / 8; i++) {
-                    float a = sum[4 * i + 2 * below], b = sum[4 * i + 2 * below + 1];
-                    total = fmaf(a, a, fmaf(b, b, total));
-                }
-                total += __shfl_xor_sync(0xffffffffu, total, 1);
-                total += __shfl_xor_sync(0xffffffffu, total, 2);
-                ratio[below] = total;
-            }
-#if SIDES == 2
-            if (thread % 128 == 0)
-                expect_bytes(squares_full + group * 8, 64 * 4);
-            if (quad == 0) {
-#pragma unroll
-                for (int below = 0; below < 2; below++)
-                    send(
-                        address_of_rank(
-                            shared_address(&squares[turn][group][warp * 16 + lane / 4 + below * 8]), rank ^ 1),
-                        ratio[below], address_of_rank(squares_full + group * 8, rank ^ 1));
-            }
-            wait_barrier(squares_full + group * 8, turn);
-#pragma unroll
-            for (int below = 0; below < 2; below++) {
-                float other = squares[turn][group][warp * 16 + lane / 4 + below * 8];
-                ratio[below] += other;
-            }
-            turn ^= 1;
-#endif
-#pragma unroll
-            for (int below = 0; below < 2; below++)
-                ratio[below] = rsqrtf(ratio[below] / OUTPUTS + eps);
-#endif
-#pragma unroll
-            for (int i = 0; i < COLUMNS / 32; i++) {
-#if NORMED
-                Eight scale = eight(norm_weights + part * COLUMNS + i * 32 + quad * 8);
-                Eight shift = eight(norm_biases + part * COLUMNS + i * 32 + quad * 8);
-#endif
 #pragma unroll
                 for (int below = 0; below < 2; below++) {
-                    u32 word[4];
-#if ADDED
-                    uint4 four = residuals[2 * i + below];
-                    word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
+#pragma unroll
+                    for (int i = 0; i < COLUMNS / 8; i++) {
+                        float a = sum[4 * i + 2 * below], b = sum[4 * i + 2 * below + 1];
+                        ratio[below] = fmaf(a, a, fmaf(b, b, ratio[below]));
+                    }
+                }
+                if (part < first + TURNS - 1) {
+#pragma unroll
+                    for (int i = 0; i < KEPT; i++)
+                        __stcg(kept + i * (WARPS * LANES), make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
+                }
+#endif
+            }
+
+#if NORMED
+#pragma unroll
+            for (int below = 0; below < 2; below++) {
+                ratio[below] += __shfl_xor_sync(0xffffffffu, ratio[below], 1);
+                ratio[below] += __shfl_xor_sync(0xffffffffu, ratio[below], 2);
+                ratio[below] = rsqrtf(ratio[below] / OUTPUTS + eps);
+            }
+#endif
+#pragma unroll 1
+            for (int part = first + TURNS - 1; part >= first; part--) {  // the last one's sums are at hand
+                if (part < first + TURNS - 1) {
+#pragma unroll
+                    for (int i = 0; i < KEPT; i++) {
+                        float4 four = __ldcg(kept + i * (WARPS * LANES));
+                        sum[4 * i] = four.x, sum[4 * i + 1] = four.y, sum[4 * i + 2] = four.z, sum[4 * i + 3] = four.w;
+                    }
+                    load_residuals(part);
+                }
+#pragma unroll
+                for (int i = 0; i < COLUMNS / 32; i++) {
+#if NORMED
+                    Eight scale = eight(norm_weights + part * COLUMNS + i * 32 + quad * 8);
+                    Eight shift = eight(norm_biases + part * COLUMNS + i * 32 + quad * 8);
 #endif
 #pragma unroll
-                    for (int j = 0; j < 8; j += 2) {
-                        float a = sum[at_of(i, below, j)], b = sum[at_of(i, below, j + 1)];
+                    for (int below = 0; below < 2; below++) {
+                        u32 word[4];
+#if ADDED
+                        uint4 four = residuals[2 * i + below];
+                        word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
+#endif
+#pragma unroll
+                        for (int j = 0; j < 8; j += 2) {
+                            float a = sum[at_of(i, below, j)], b = sum[at_of(i, below, j + 1)];
 #if NORMED
-                        a = fmaf(a * ratio[below], scale.value[j], shift.value[j]);
-                        b = fmaf(b * ratio[below], scale.value[j + 1], shift.value[j + 1]);
+                            a = fmaf(a * ratio[below], scale.value[j], shift.value[j]);
+                            b = fmaf(b * ratio[below], scale.value[j + 1], shift.value[j + 1]);
 #endif
 #if ADDED
-                        a += widen(word[j / 2] & 0xffff), b += widen(word[j / 2] >> 16);
+                            a += widen(word[j / 2] & 0xffff), b += widen(word[j / 2] >> 16);
 #endif
-                        word[j / 2] = narrow(active(a), active(b));
+                            word[j / 2] = narrow(active(a), active(b));
+                        }
+                        if (valid[below])
+                            *(uint4 *)(out + at + part * COLUMNS + below * width * OUTPUTS + i * 32) =
+                                make_uint4(word[0], word[1], word[2], word[3]);
                     }
-                    if (valid[below])
-                        *(uint4 *)(out + at + below * width * OUTPUTS + i * 32) =
-                            make_uint4(word[0], word[1], word[2], word[3]);
                 }
             }
         }
     }
-    arrive_in_cluster();  // others may still write to this block
+    arrive_in_cluster();  // the other may still write to this block
     wait_for_cluster();
 }

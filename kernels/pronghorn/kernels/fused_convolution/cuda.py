@@ -15,7 +15,7 @@ from pronghorn.kernels._hopper import ARCHITECTURE, aligned, index_of, is_hopper
 SOURCE = Path(__file__).parent / "convolution.cu"
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2}
 THREADS, CHUNK, COLUMNS = 384, 64, 256
-HEIGHT, WIDTH = 16, 8  # pixels of a block
+HEIGHT, WIDTH, CLUSTER = 16, 8, 2  # pixels of a block, and blocks that share weights
 CHANNELS = RESULTS = (COLUMNS, 2 * COLUMNS)  # any multiple of 64 channels compiles, but these alone ran on a GPU
 X_BYTES, WEIGHT_BYTES, X_SLOTS, STAGES = 23 << 10, COLUMNS * CHUNK * 2, 2, 5
 SHARED_BYTES = 1024 + X_SLOTS * X_BYTES + STAGES * WEIGHT_BYTES  # operands begin at multiples of 1024
@@ -34,20 +34,15 @@ class Variant(NamedTuple):
     added: bool
 
     @property
-    def sides(self) -> int:
-        """Blocks of a cluster that have the same pixels: all of their results, where a norm needs them."""
+    def turns(self) -> int:
+        """That a block takes for its pixels: a norm needs all of their results."""
         return self.results // COLUMNS if self.normed else 1
-
-    @property
-    def cluster(self) -> int:
-        """Blocks that share what they read."""
-        return 2 * self.sides
 
     def items(self, x: Tensor) -> int:
         """What clusters have to do, each as long as the others."""
         batch, _, height, width = x.shape
         tiles = batch * -(-height // HEIGHT) * -(-width // WIDTH)
-        return -(-tiles // 2) * (self.results // COLUMNS // self.sides)
+        return -(-tiles // CLUSTER) * (self.results // COLUMNS // self.turns)
 
 
 def obstacle(x: Tensor, weight: Tensor) -> str:
@@ -71,9 +66,9 @@ def fills(x: Tensor, weight: Tensor, normed: bool) -> bool:
     results, channels = weight.shape[:2]
     variant = Variant(x.dtype == torch.bfloat16, channels, results, 0, False, normed, False)
     loaded = _kernel(variant, index_of(x.device))
-    turns = -(-variant.items(x) // loaded.clusters)
+    rounds = -(-variant.items(x) // loaded.clusters)
     work = x.shape[0] * x.shape[2] * x.shape[3] * (results // COLUMNS)
-    return work >= FULL * turns * loaded.clusters * variant.cluster * HEIGHT * WIDTH
+    return work >= FULL * rounds * loaded.clusters * CLUSTER * variant.turns * HEIGHT * WIDTH
 
 
 def fused_convolution(
@@ -91,16 +86,17 @@ def fused_convolution(
         norm_weight is not None, residual is not None,
     )  # fmt: skip
     loaded = _kernel(variant, index_of(x.device))
-    x_map = _nvrtc.tensor_map(x, (1, (HEIGHT + 2) // variant.sides, WIDTH + 2, CHUNK))
+    x_map = _nvrtc.tensor_map(x, (1, HEIGHT + 2, WIDTH + 2, CHUNK))
     # Of 32 results, which are 4 times 4 pairs: first pair 0 of each four, as the kernel multiplies them.
     ordered = weight.view(results // 32, 4, 4, 2, 9 * channels).transpose(1, 2)
     weight_map = _nvrtc.tensor_map(ordered, (4, 4, 4, 2, CHUNK))
+    grid = CLUSTER * min(loaded.clusters, variant.items(out.permute(0, 3, 1, 2)))
+    kept = out.new_empty((grid, HEIGHT * WIDTH, COLUMNS) if variant.turns == 2 else 0, dtype=torch.float32)
     pointers = [out if tensor is None else tensor.contiguous() for tensor in (bias, norm_weight)]
     arguments = (
         x_map, weight_map, *pointers, out if norm_bias is None else norm_bias.contiguous(), int(norm_bias is not None),
-        out if residual is None else residual, out, batch, height, width, float(eps),
+        out if residual is None else residual, kept, out, batch, height, width, float(eps),
     )  # fmt: skip
-    grid = variant.cluster * min(loaded.clusters, variant.items(out.permute(0, 3, 1, 2)))
     loaded.kernel.launch((grid, 1, 1), THREADS, SHARED_BYTES, arguments)
     return out.permute(0, 3, 1, 2)
 
@@ -115,7 +111,7 @@ class Loaded(NamedTuple):
 @functools.cache
 def _kernel(variant: Variant, device: int) -> Loaded:
     kernel = _nvrtc.Kernel(compile_cubin(variant), "run", device)
-    return Loaded(kernel, kernel.most_clusters(variant.cluster, THREADS, SHARED_BYTES))
+    return Loaded(kernel, kernel.most_clusters(CLUSTER, THREADS, SHARED_BYTES))
 
 
 def compile_cubin(variant: Variant) -> bytes:
