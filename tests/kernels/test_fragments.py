@@ -1,6 +1,7 @@
 """The CUDA kernels of the "fragments" layout: tiles that fit, code without spills, and every kernel's result."""
 
 import re
+import struct
 
 import pytest
 import torch
@@ -52,10 +53,28 @@ def test_every_plan_compiles_without_spilling():
 
 
 def _local_bytes(cubin):
-    """Size of the stack frame that the compiler notes in the ELF attribute EIATTR_FRAME_SIZE (0x11) of the function."""
-    found = re.findall(rb"\x04\x11\x08\x00..\x00\x00(....)", cubin, re.DOTALL)  # a symbol of two bytes
+    """Size of the largest stack frame: the ELF attribute EIATTR_FRAME_SIZE (0x11) in the section ".nv.info"."""
+    found = re.findall(rb"\x04\x11\x08\x00....(....)", _section(cubin, b".nv.info"), re.DOTALL)
     assert found
     return max(int.from_bytes(size, "little") for size in found)
+
+
+def _section(elf, name):
+    """Bytes of a section of a 64-bit ELF file."""
+    (start,), (size, count, names) = struct.unpack_from("<Q", elf, 0x28), struct.unpack_from("<3H", elf, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", elf, start + size * i) for i in range(count)]
+    texts = elf[sections[names][4] :]
+    _, _, _, _, at, length = next(each for each in sections if texts[each[0] :].split(b"\0", 1)[0] == name)
+    return elf[at : at + length]
+
+
+def test_a_single_row_may_have_any_stride(monkeypatch):
+    """The copy engine wants strides that are multiples of 16 bytes, also of what there is one of."""
+    given = []
+    monkeypatch.setattr(_nvrtc, "_tensor_map", lambda pointer, shape, strides, box, bfloat: given.append(strides))
+    x = torch.empty(3, 64, dtype=torch.bfloat16)
+    _nvrtc.tensor_map(x.as_strided((1, 3, 1, 64), (1, 64, 7, 1)), (1, 1, 1, 64))
+    assert given == [(8, 64, 8, 1)]
 
 
 @pytest.mark.skipif(not _nvrtc.available(), reason="cuda-bindings is not installed")

@@ -139,7 +139,9 @@ def tensor_map(x: Tensor, box: tuple[int, ...]) -> Any:
         box: lengths of a copy in these (at most 256 each), 64 in the last. Its rows of 128 bytes are swizzled as wgmma
             expects; what lies outside of x becomes zero.
     """
-    return _tensor_map(x.data_ptr(), x.shape, x.stride(), box, x.dtype == torch.bfloat16)
+    # Where there is one of something its stride is any number, of which the copy engine wants a multiple of 16 bytes.
+    strides = tuple(stride if length > 1 else 8 for length, stride in zip(x.shape, x.stride(), strict=True))
+    return _tensor_map(x.data_ptr(), x.shape, strides, box, x.dtype == torch.bfloat16)
 
 
 @functools.lru_cache(maxsize=4096)

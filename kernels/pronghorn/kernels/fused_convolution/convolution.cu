@@ -8,7 +8,8 @@
 // in hand, the tensor cores have the other's work.
 //
 // A cluster has two such places, which share weights: each block reads a half and gives it to the other too. A norm over
-// 512 channels takes two turns: what the first one sums up is kept in the L2 cache until the second one has its squares.
+// 512 channels takes two turns: what the first one sums up is kept in the L2 cache until the second one has its squares;
+// then the warps beside the one that asks for copies finish it, while the tensor cores have the next pixels.
 //
 // Macros: BFLOAT; CHANNELS, of x, a multiple of 64; OUTPUTS, 256 or 512; ACTIVATION; BIASED, NORMED, ADDED: 0 or 1.
 
@@ -36,6 +37,17 @@
 #define THREADS 384
 #define WARPS 8  // that multiply
 #define KEPT (COLUMNS / 8)  // times four sums, of a thread
+#define FINISHERS (THREADS - (WARPS + 1) * LANES)
+#define AHEAD 1  // barrier at which one warpgroup waits for the other
+#define READY 2  // barriers of the two warpgroups: their sums are kept, and
+#define FREE 4   // finished
+#if TURNS == 2  // registers of a thread that multiplies, and of another
+#define MOST_REGISTERS "224"
+#define FEW_REGISTERS "56"
+#else
+#define MOST_REGISTERS "232"
+#define FEW_REGISTERS "40"
+#endif
 
 // Counted by who fills and by who empties: which of a ring is next, and how often it went around.
 struct Place {
@@ -87,18 +99,16 @@ __device__ inline Eight eight(const float *from) {
 // Where a thread's sums have result j of the eight adjacent ones that it has of 32, of the upper or lower row of pixels.
 __device__ constexpr int at_of(int i, int below, int j) { return 4 * (4 * i + j / 2) + 2 * below + j % 2; }
 
-__device__ inline uint4 load(const u16 *from, bool valid) {
-    return valid ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
+__device__ inline Eight eight_of(const float *sum, int i, int below) {
+    Eight eight;
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+        eight.value[j] = sum[at_of(i, below, j)];
+    return eight;
 }
 
-// To the L2 cache.
-__device__ inline void prefetch_rows(const u16 *from, int image, int y, int x, int height, int width) {
-#pragma unroll 1
-    for (int row = y; row < min(y + HEIGHT, height); row++)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                         from + (((u64)image * height + row) * width + x) * OUTPUTS),
-                     "r"(min(WIDTH, width - x) * (OUTPUTS * 2))
-                     : "memory");
+__device__ inline uint4 load(const u16 *from, bool valid) {
+    return valid ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
 }
 
 __device__ inline float active(float x) {
@@ -113,12 +123,45 @@ __device__ inline float active(float x) {
 #endif
 }
 
+template <int COUNT>
+__device__ inline void arrive_at_named(int barrier) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(COUNT) : "memory");
+}
+
+template <int COUNT>
+__device__ inline void wait_at_named(int barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(COUNT) : "memory");
+}
+
+// Eight adjacent results of a pixel, from their sums.
+__device__ inline uint4 finish(
+    const Eight &sums, float ratio, const float *norm_weights, const float *norm_biases, uint4 added) {
+    u32 word[4] = {added.x, added.y, added.z, added.w};
+#if NORMED
+    Eight scale = eight(norm_weights), shift = eight(norm_biases);
+#endif
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+        float a = sums.value[j], b = sums.value[j + 1];
+#if NORMED
+        a = fmaf(a * ratio, scale.value[j], shift.value[j]);
+        b = fmaf(b * ratio, scale.value[j + 1], shift.value[j + 1]);
+#endif
+#if ADDED
+        a += widen(word[j / 2] & 0xffff), b += widen(word[j / 2] >> 16);
+#endif
+        word[j / 2] = narrow(active(a), active(b));
+    }
+    return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
 extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) void run(
     const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map, const u16 *bias,
     const u16 *norm_weight, const u16 *norm_bias, int norm_biased, const u16 *residual, float4 *kept, u16 *out, int images,
     int height, int width, float eps) {
     extern __shared__ u8 memory[];
     __shared__ alignas(16) float biases[OUTPUTS], norm_weights[OUTPUTS], norm_biases[OUTPUTS];
+    __shared__ float ratios[2][64];  // of a warpgroup's pixels
     __shared__ alignas(8) u64 barrier_memory[2 * X_SLOTS + 2 * STAGES];
     u32 x_at = (shared_address(memory) + 1023) & ~1023u, weight_at = x_at + X_SLOTS * X_PLACE;
     u32 x_full = shared_address(barrier_memory), x_empty = x_full + X_SLOTS * 8;
@@ -143,18 +186,15 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
     arrive_in_cluster();
     wait_for_cluster();
 
+    kept += blockIdx.x * (KEPT * WARPS * LANES);
     if (thread >= WARPS * LANES) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 " FEW_REGISTERS ";");
         if (thread == WARPS * LANES) {
             prefetch_map(x_map), prefetch_map(weight_map);
             Place x_place, weight_place;
             for (int item = blockIdx.x / CLUSTER; item < items; item += clusters) {
                 int tile = item / (PARTS / TURNS) * 2 + rank, first = item % (PARTS / TURNS);
                 int x = tile % across * WIDTH, y = tile / across % down * HEIGHT, image = tile / (across * down);
-#if ADDED
-                if (image < images)
-                    prefetch_rows(residual, image, y, x, height, width);
-#endif
                 for (int part = first; part < first + TURNS; part++) {
                     for (int chunk = 0; chunk < CHUNKS; chunk++) {
                         u32 full = x_full + x_place.slot * 8;
@@ -177,17 +217,50 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                 }
             }
         }
+#if TURNS == 2
+        if (thread >= (WARPS + 1) * LANES) {
+            for (int item = blockIdx.x / CLUSTER; item < items; item += clusters) {
+                int tile = item * 2 + rank, image = tile / (across * down);
+                int x = tile % across * WIDTH, y = tile / across % down * HEIGHT;
+                for (int group = 0; group < 2; group++)
+                    arrive_at_named<128 + FINISHERS>(FREE + group);
+                for (int group = 0; group < 2; group++) {
+                    wait_at_named<128 + FINISHERS>(READY + group);
+#pragma unroll 1
+                    for (int unit = thread - (WARPS + 1) * LANES; unit < 128 * (COLUMNS / 16); unit += FINISHERS) {
+                        // As a thread had them: eight of 32 results of its upper or lower row.
+                        int of = unit % 128, i = unit / 256, below = unit / 128 % 2;
+                        const float4 *from = kept + unit / 128 * 2 * (WARPS * LANES) + group * 128 + of;
+                        float4 low = __ldcg(from), high = __ldcg(from + WARPS * LANES);
+                        int row = y + group * 8 + of / LANES * 2 + below, column = i * 32 + of % 4 * 8;
+                        bool valid = image < images && row < height && x + of % LANES / 4 < width;
+                        u64 at = (((u64)image * height + row) * width + x + of % LANES / 4) * OUTPUTS + column;
+                        uint4 added = make_uint4(0, 0, 0, 0);
+#if ADDED
+                        added = load(residual + at, valid);
+#endif
+                        added = finish(
+                            {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}},
+                            ratios[group][of / LANES * 16 + below * 8 + of % LANES / 4], norm_weights + column,
+                            norm_biases + column, added);
+                        if (valid)
+                            *(uint4 *)(out + at) = added;
+                    }
+                }
+            }
+        }
+#endif
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 " MOST_REGISTERS ";");
         int group = thread / 128, warp = thread % 128 / LANES, lane = thread % LANES, quad = lane % 4;
         Place x_place, weight_place;
-        kept += blockIdx.x * (KEPT * WARPS * LANES) + thread;
         float sum[COLUMNS / 2];
         for (int item = blockIdx.x / CLUSTER; item < items; item += clusters) {
             int tile = item / (PARTS / TURNS) * 2 + rank, first = item % (PARTS / TURNS);
             int image = tile / (across * down), x = tile % across * WIDTH + lane / 4;
             int y = tile / across % down * HEIGHT + group * 8 + warp * 2;
-            u64 at = (((u64)image * height + y) * width + x) * OUTPUTS + quad * 8;
+            int last = first + TURNS - 1;
+            u64 at = (((u64)image * height + y) * width + x) * OUTPUTS + last * COLUMNS + quad * 8;
             bool valid[2];
 #pragma unroll
             for (int below = 0; below < 2; below++)
@@ -196,16 +269,8 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
 #if ADDED
             uint4 residuals[COLUMNS / 16];
 #endif
-            auto load_residuals = [&](int part) {
-#if ADDED
-#pragma unroll
-                for (int i = 0; i < COLUMNS / 16; i++)
-                    residuals[i] =
-                        load(residual + at + part * COLUMNS + i % 2 * width * OUTPUTS + i / 2 * 32, valid[i % 2]);
-#endif
-            };
 #pragma unroll 1
-            for (int part = first; part < first + TURNS; part++) {
+            for (int part = first; part <= last; part++) {
 #pragma unroll
                 for (int i = 0; i < COLUMNS / 32; i++) {
                     Eight own = eight(biases + part * COLUMNS + i * 32 + quad * 8);
@@ -214,11 +279,16 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                         sum[at_of(i, 0, j)] = sum[at_of(i, 1, j)] = own.value[j];
                 }
                 if (group == 1)
-                    asm volatile("bar.sync 1, 256;" ::: "memory");
+                    wait_at_named<256>(AHEAD);
                 int used = -1;  // slot of the ring whose products may not be done
                 for (int chunk = 0; chunk < CHUNKS; chunk++) {
-                    if (chunk == CHUNKS - 1 && part == first + TURNS - 1)
-                        load_residuals(part);
+#if ADDED
+                    if (chunk == CHUNKS - 1 && part == last) {
+#pragma unroll
+                        for (int i = 0; i < COLUMNS / 16; i++)
+                            residuals[i] = load(residual + at + i % 2 * width * OUTPUTS + i / 2 * 32, valid[i % 2]);
+                    }
+#endif
                     wait_barrier(x_full + x_place.slot * 8, x_place.turn);
                     u32 pixel = x_at + x_place.slot * X_PLACE + group * (8 * AROUND * ROW_BYTES);
                     for (int tap = 0; tap < 9; tap++) {
@@ -231,7 +301,7 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                             multiply(sum, a + step * 2, b + step * 2);
                         wgmma_commit();
                         if (group == 0 && chunk == 0 && tap == LEAD)
-                            asm volatile("bar.arrive 1, 256;" ::: "memory");
+                            arrive_at_named<256>(AHEAD);
                         wgmma_wait<1>();
                         if (used >= 0 && lane < CLUSTER)
                             arrive_at_rank(weight_empty + used * 8, lane);
@@ -256,11 +326,20 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                         ratio[below] = fmaf(a, a, fmaf(b, b, ratio[below]));
                     }
                 }
-                if (part < first + TURNS - 1) {
+#if TURNS == 2
+                if (part == 0) {
+                    wait_at_named<128 + FINISHERS>(FREE + group);
 #pragma unroll
-                    for (int i = 0; i < KEPT; i++)
-                        __stcg(kept + i * (WARPS * LANES), make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
+                    for (int i = 0; i < COLUMNS / 16; i++) {
+                        Eight own = eight_of(sum, i / 2, i % 2);
+#pragma unroll
+                        for (int j = 0; j < 2; j++)
+                            __stcg(
+                                kept + (2 * i + j) * (WARPS * LANES) + thread,
+                                make_float4(own.value[4 * j], own.value[4 * j + 1], own.value[4 * j + 2], own.value[4 * j + 3]));
+                    }
                 }
+#endif
 #endif
             }
 
@@ -272,45 +351,27 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                 ratio[below] = rsqrtf(ratio[below] / OUTPUTS + eps);
             }
 #endif
-#pragma unroll 1
-            for (int part = first + TURNS - 1; part >= first; part--) {  // the last one's sums are at hand
-                if (part < first + TURNS - 1) {
+#if TURNS == 2
+            if (quad == 0) {
 #pragma unroll
-                    for (int i = 0; i < KEPT; i++) {
-                        float4 four = __ldcg(kept + i * (WARPS * LANES));
-                        sum[4 * i] = four.x, sum[4 * i + 1] = four.y, sum[4 * i + 2] = four.z, sum[4 * i + 3] = four.w;
-                    }
-                    load_residuals(part);
-                }
-#pragma unroll
-                for (int i = 0; i < COLUMNS / 32; i++) {
-#if NORMED
-                    Eight scale = eight(norm_weights + part * COLUMNS + i * 32 + quad * 8);
-                    Eight shift = eight(norm_biases + part * COLUMNS + i * 32 + quad * 8);
+                for (int below = 0; below < 2; below++)
+                    ratios[group][warp * 16 + below * 8 + lane / 4] = ratio[below];
+            }
+            __threadfence_block();
+            arrive_at_named<128 + FINISHERS>(READY + group);
 #endif
 #pragma unroll
-                    for (int below = 0; below < 2; below++) {
-                        u32 word[4];
+            for (int i = 0; i < COLUMNS / 32; i++) {
+#pragma unroll
+                for (int below = 0; below < 2; below++) {
+                    int column = last * COLUMNS + i * 32 + quad * 8;
+                    uint4 added = make_uint4(0, 0, 0, 0);
 #if ADDED
-                        uint4 four = residuals[2 * i + below];
-                        word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
+                    added = residuals[2 * i + below];
 #endif
-#pragma unroll
-                        for (int j = 0; j < 8; j += 2) {
-                            float a = sum[at_of(i, below, j)], b = sum[at_of(i, below, j + 1)];
-#if NORMED
-                            a = fmaf(a * ratio[below], scale.value[j], shift.value[j]);
-                            b = fmaf(b * ratio[below], scale.value[j + 1], shift.value[j + 1]);
-#endif
-#if ADDED
-                            a += widen(word[j / 2] & 0xffff), b += widen(word[j / 2] >> 16);
-#endif
-                            word[j / 2] = narrow(active(a), active(b));
-                        }
-                        if (valid[below])
-                            *(uint4 *)(out + at + part * COLUMNS + below * width * OUTPUTS + i * 32) =
-                                make_uint4(word[0], word[1], word[2], word[3]);
-                    }
+                    added = finish(eight_of(sum, i, below), ratio[below], norm_weights + column, norm_biases + column, added);
+                    if (valid[below])
+                        *(uint4 *)(out + at + below * width * OUTPUTS + i * 32) = added;
                 }
             }
         }

@@ -194,7 +194,7 @@ def _plan(shape: torch.Size, adjacent: bool, dtype: torch.dtype, ptx: bool) -> t
     tile = min(MOST_CHANNELS[adjacent], power_of_2(channels))
     groups = min(ELEMENTS // tile, power_of_2(blocks(width, COLUMNS)))
     columns = batch * blocks(channels, tile) * blocks(width, groups * COLUMNS)
-    rows = MOST_ROWS
+    rows = min(MOST_ROWS, power_of_2(height))  # those below the image would be gone through like others
     while rows > FEWEST_ROWS and columns * blocks(height, rows) < BUSY:
         rows //= 2
     return (
