@@ -1,8 +1,8 @@
 """DC-AE at its published sizes with random weights, in bf16: autoencoders, large images, and diffusion on latents.
 
 - autoencoder: encoding and decoding, as CUDA graphs and without, against diffusers' own class as it is loaded.
-- compiled: the same, and with fused convolutions, against `torch.compile` of that, as it is loaded and with channels
-  last (a graph for every shape, default mode).
+- compiled, compiled_sana: the same against `torch.compile` of that, as it is loaded and with channels last (a graph for
+  every shape, default mode).
 - convolutions: those of residual blocks with what follows them, against PyTorch's (cuDNN) with the kernels of this
   library for what follows.
 - memory: decoding 8192 x 8192 pixels in tiles, and what tiles change at 4096 x 4096.
@@ -51,12 +51,11 @@ MODELS = {name: published(name) for name in NAMES} if GPU else {"tiny": TINY}
 # Edge in pixels and images at a time.
 SHAPES = [(512, 1), (512, 16), (1024, 1), (1024, 8), (4096, 1)] if GPU else [(16, 1), (32, 2)]
 # Where peers are compiled: a graph takes many seconds.
-COMPILED_SHAPES = {"dc-ae-f32c32-in-1.0": [(1024, 8)], "dc-ae-f64c128-in-1.0": [(512, 16)],
-                   "dc-ae-f32c32-sana-1.1": [(1024, 8)]} if GPU else {"tiny": [(16, 1)]}  # fmt: skip
+COMPILED = {"dc-ae-f32c32-in-1.0": (1024, 8), "dc-ae-f64c128-in-1.0": (512, 16)} if GPU else {"tiny": (16, 1)}
+COMPILED_SANA = {"dc-ae-f32c32-sana-1.1": (1024, 8)} if GPU else COMPILED
 # Images, channels and edge, as in the shapes above.
 CONVOLUTIONS = [(8, 256, 512), (8, 512, 256), (16, 256, 256), (16, 512, 128)] if GPU else [(1, 4, 8)]
 OURS = {"accelerated_graphs": "", "accelerated": ", without CUDA graphs"}
-FUSED = {"accelerated_fused": ", convolutions fused", **OURS}
 REPEATS = 10 if GPU else 2
 FEWER_PIXELS = 2 << 20  # beyond, a call is long enough for half the repeats
 EAGER_REACH, COMPILED_REACH = 1.8, 1.2
@@ -96,16 +95,14 @@ def autoencoder_rows() -> Iterator[Rows]:
             yield from going_on(partial(speed_rows, name, vae, shape, OURS, peers, rounding))
 
 
-def compiled_rows() -> Iterator[Rows]:
+def compiled_rows(shapes: dict[str, tuple[int, int]]) -> Iterator[Rows]:
     """Against it compiled."""
     peers: dict[str, tuple[str, float | None]] = {
         "compiled": ("diffusers, torch.compile", COMPILED_REACH),
         "compiled_channels_last": ("diffusers with channels last, torch.compile", COMPILED_REACH),
     }
-    for name, shapes in COMPILED_SHAPES.items():
-        vae = stock(MODELS[name])
-        for shape in shapes:
-            yield from going_on(partial(speed_rows, name, vae, shape, FUSED, peers, None))
+    for name, shape in shapes.items():
+        yield from going_on(partial(speed_rows, name, stock(MODELS[name]), shape, OURS, peers, None))
 
 
 @torch.no_grad()
@@ -428,7 +425,8 @@ def decoder_seconds() -> tuple[float, float]:
 
 
 PARTS = {
-    "autoencoder": autoencoder_rows, "compiled": compiled_rows, "convolutions": convolution_rows, "memory": memory_rows,
+    "autoencoder": autoencoder_rows, "compiled": partial(compiled_rows, COMPILED),
+    "compiled_sana": partial(compiled_rows, COMPILED_SANA), "convolutions": convolution_rows, "memory": memory_rows,
     "uvit": uvit_rows,
 }  # fmt: skip
 

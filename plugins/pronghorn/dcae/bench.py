@@ -14,11 +14,9 @@ from torch import Tensor
 
 from pronghorn.dcae.diffusers import accelerate_dcae
 
-# As diffusers has it, and that compiled; both with a pixel's channels side by side; ours, ours as CUDA graphs, and ours
-# with those and fused convolutions.
+# As diffusers has it, and that compiled; both with a pixel's channels side by side; ours, and ours as CUDA graphs.
 OURS: dict[str, dict[str, bool]] = {
     "accelerated": {}, "accelerated_graphs": {"cuda_graphs": True},
-    "accelerated_fused": {"cuda_graphs": True, "fused_convolutions": True},
 }  # fmt: skip
 FORMS = ("stock", "compiled", "channels_last", "compiled_channels_last", *OURS)
 WARM_UP = 2

@@ -177,8 +177,7 @@ def bench(
     forms: Annotated[
         str,
         typer.Option(
-            help="Of stock, compiled, channels_last, compiled_channels_last, accelerated, accelerated_graphs, "
-            "accelerated_fused."
+            help="Of stock, compiled, channels_last, compiled_channels_last, accelerated, accelerated_graphs."
         ),
     ] = "stock,accelerated",
     repeats: Annotated[int, typer.Option(help="Timed calls.")] = 10,

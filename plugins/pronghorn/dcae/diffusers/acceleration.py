@@ -27,8 +27,7 @@ from pronghorn.dcae.diffusers.attention import (
     qkv_weight,
     queries_keys_values,
 )
-from pronghorn.dcae.diffusers.convolution import Convolve, convolved, fuses
-from pronghorn.dcae.diffusers.fused_convolution import FusedConvolutions
+from pronghorn.dcae.diffusers.convolution import convolved, fuses
 from pronghorn.dcae.diffusers.graphs import GraphedForward
 from pronghorn.dcae.diffusers.inference_only import InferenceOnly
 from pronghorn.dcae.diffusers.inputs import check_images, whole_latents
@@ -57,9 +56,8 @@ METHODS = {"encode": _encode, "decode": _decode, "tiled_encode": encode_in_tiles
 class Accelerated:
     """An autoencoder in its fast form; `restore` (or the end of a `with` block) gives the old one back."""
 
-    def __init__(self, vae: Any, channels_last: bool, cuda_graphs: bool, fused_convolutions: bool) -> None:
+    def __init__(self, vae: Any, channels_last: bool, cuda_graphs: bool) -> None:
         self.vae = vae
-        self._convolve: Convolve = FusedConvolutions() if fused_convolutions else convolved
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         self._graphed: list[Any] = []
         self._wanted_gradients = [parameter for parameter in vae.parameters() if parameter.requires_grad]
@@ -87,13 +85,13 @@ class Accelerated:
             if type(child) is EfficientViTBlock:
                 self._replace(module, name, FastEfficientViTBlock(child))
             elif type(child) is ResBlock:
-                self._replace(module, name, FastResBlock(child, self._convolve))
+                self._replace(module, name, FastResBlock(child))
             elif type(child) is DCDownBlock2d and child.shortcut:
-                self._replace(module, name, FastDownBlock(child, self._convolve))
+                self._replace(module, name, FastDownBlock(child))
             elif type(child) is DCDownBlock2d and isinstance(module, Encoder):
                 self._replace(module, name, FastStem(child))
             elif type(child) is DCUpBlock2d and child.shortcut and child.interpolation_mode == "nearest":
-                self._replace(module, name, FastUpBlock(child, self._convolve))
+                self._replace(module, name, FastUpBlock(child))
             else:
                 self._visit(child)
         if type(module) is Decoder and isinstance(module.norm_out, RMSNorm) and type(module.conv_act) in ACTIVATIONS:
@@ -131,9 +129,7 @@ class Accelerated:
         self.restore()
 
 
-def accelerate_dcae(
-    vae: AutoencoderDC, *, channels_last: bool = True, cuda_graphs: bool = False, fused_convolutions: bool = False
-) -> Accelerated:
+def accelerate_dcae(vae: AutoencoderDC, *, channels_last: bool = True, cuda_graphs: bool = False) -> Accelerated:
     """Bring an autoencoder into its fast form for inference, in place; in a pipeline, too.
 
     Queries, keys and values become one convolution, attention and the gated depthwise convolution one kernel each, a
@@ -150,16 +146,13 @@ def accelerate_dcae(
         channels_last: also let a pixel's channels lie side by side, as convolutions on a GPU want them.
         cuda_graphs: also record the encoder and the decoder, for each of the last shapes, and replay them: for few and
             small images, whose layers are shorter than their launches. Each recording keeps its memory.
-        fused_convolutions: also let cuDNN's compiler join convolutions with the bias, activation or sum after them, in
-            half precision on a GPU, and keep the fastest of its kernels: for large images and batches of one shape. The
-            first call with a new shape searches for them. Needs nvidia-cudnn-frontend (`pronghorn[cudnn]`).
 
     Returns:
         The handle of the autoencoder, also a context manager.
 
     Raises:
         TypeError: no `AutoencoderDC`. ValueError: it is in training mode, or fast already, or its weights are offloaded
-            or cast layer by layer; it is then as it was. ImportError: nvidia-cudnn-frontend is not installed.
+            or cast layer by layer; it is then as it was.
 
     Examples:
         >>> with accelerate_dcae(pipe.vae):
@@ -168,7 +161,7 @@ def accelerate_dcae(
     if not isinstance(vae, AutoencoderDC):
         raise TypeError(f"vae: got {type(vae).__name__}, wanted an AutoencoderDC")
     _check(vae)
-    return Accelerated(vae, channels_last, cuda_graphs, fused_convolutions)
+    return Accelerated(vae, channels_last, cuda_graphs)
 
 
 def _check(vae: AutoencoderDC) -> None:
@@ -198,9 +191,8 @@ class FastResBlock(InferenceOnly):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, block: ResBlock, convolve: Convolve) -> None:
+    def __init__(self, block: ResBlock) -> None:
         super().__init__()
-        self.convolve = convolve
         self.conv1, self.nonlinearity, self.conv2, self.norm = block.conv1, block.nonlinearity, block.conv2, block.norm
         self.activation = ACTIVATIONS.get(type(block.nonlinearity))
         weight, bias = _folded(block.conv2, block.norm) if isinstance(block.norm, _BatchNorm) else (None, None)
@@ -211,17 +203,17 @@ class FastResBlock(InferenceOnly):
         """The block of features [batch, channels, height, width]."""
         self.refuse_gradients()
         inner: Any = self._modules
-        y = self.convolve(inner["conv1"], x, activation=self.activation)
+        y = convolved(inner["conv1"], x, activation=self.activation)
         y = y if self.activation else inner["nonlinearity"](y)
         derived = self._buffers
         if derived["weight"] is not None:
-            return self.convolve(inner["conv2"], y, weight=derived["weight"], bias=derived["bias"], residual=x)
+            return convolved(inner["conv2"], y, weight=derived["weight"], bias=derived["bias"], residual=x)
         conv, norm = inner["conv2"], inner["norm"]
         if isinstance(norm, RMSNorm) and fuses(conv, y, conv.weight, norm=norm):
             return fused_convolution(
                 y, conv.weight, conv.bias, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, residual=x
             )
-        return normed(self.convolve(conv, y), norm, x)
+        return normed(convolved(conv, y), norm, x)
 
 
 class FastEfficientViTBlock(InferenceOnly):

@@ -5,7 +5,6 @@ PyTorch adds a bias in a pass of its own, which on large images takes as long as
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from torch.nn import functional
 
 from pronghorn.kernels.bias_activation import bias_activation
 from pronghorn.kernels.fused_convolution import fused_convolution, runs_fused
-
-Convolve = Callable[..., Tensor]  # as `convolved`
 
 
 def convolved(

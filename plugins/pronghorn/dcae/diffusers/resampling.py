@@ -8,7 +8,6 @@ from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBloc
 from torch import Tensor, nn
 
 from pronghorn.dcae.diffusers.convolution import (
-    Convolve,
     convolved,
     convolved_cells,
     shuffled_weight,
@@ -34,16 +33,16 @@ class _Derived(InferenceOnly):
 class FastDownBlock(InferenceOnly):
     """A residual block that halves a grid."""
 
-    def __init__(self, block: DCDownBlock2d, convolve: Convolve) -> None:
+    def __init__(self, block: DCDownBlock2d) -> None:
         super().__init__()
-        self.conv, self.factor, self.convolve = block.conv, block.factor, convolve
+        self.conv, self.factor = block.conv, block.factor
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [batch, channels, height, width] to [batch, channels of the next stage, height / 2, width / 2]."""
         self.refuse_gradients()
         conv: Any = self._modules["conv"]
         bias = conv._parameters["bias"]
-        y = self.convolve(conv, x, weight=conv._parameters["weight"])
+        y = convolved(conv, x, weight=conv._parameters["weight"])
         return unshuffle_add(y, x, factor=self.factor, bias=bias)
 
 
@@ -64,13 +63,13 @@ class FastStem(_Derived):
 class FastUpBlock(_Derived):
     """A residual block that doubles a grid. What was to be doubled before a convolution is shuffled after it."""
 
-    def __init__(self, block: DCUpBlock2d, convolve: Convolve) -> None:
+    def __init__(self, block: DCUpBlock2d) -> None:
         super().__init__(block.conv, *(shuffled_weight(block.conv) if block.interpolate else (None, None)))
-        self.factor, self.convolve = block.factor, convolve
+        self.factor = block.factor
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [batch, channels, height, width] to [batch, channels of the next stage, height * 2, width * 2]."""
         self.refuse_gradients()
         conv: Any = self._modules["conv"]
         own = conv._parameters if self._buffers["weight"] is None else self._buffers
-        return shuffle_add(self.convolve(conv, x, weight=own["weight"]), x, factor=self.factor, bias=own["bias"])
+        return shuffle_add(convolved(conv, x, weight=own["weight"]), x, factor=self.factor, bias=own["bias"])
