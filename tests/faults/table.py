@@ -86,7 +86,6 @@ ROWS = (
         "Killed or interrupted",
         "Long work is killed, interrupted, or loses power",
         "It goes on and ends with the same bits; at most one layer is lost; no half-written folder can be loaded",
-        "a model of 7 billion parameters, whose test has not run to its end",
     ),
     Row(
         9,
@@ -107,8 +106,6 @@ ROWS = (
         "Memory runs out during calibration",
         "Half the micro-batch up to three times, then an error that says what was needed and what to turn; memory is "
         "back where it was",
-        "on a GPU: with a quarter of one, what surrounds the blocks ran out of memory where nothing was halved; it is "
-        "mended, and has not run there since",
     ),
     Row(
         12,

@@ -202,3 +202,13 @@ def test_bad_input_is_named():
         gated_depthwise_conv(x, weight, bias[:2])
     with pytest.raises(TypeError, match=r"bias: got torch\.int64, wanted a floating-point dtype"):
         gated_depthwise_conv(x, weight, bias.long())
+
+
+@pytest.mark.parametrize(("height", "rows"), [(1, 1), (5, 8), (8, 8), (64, 64), (200, 64)])
+def test_a_program_goes_through_the_rows_of_an_image(height, rows):
+    """Rows below it would take as long as others: eight times too long where an image has eight."""
+    pytest.importorskip("triton")
+    from pronghorn.kernels.gated_depthwise_conv.triton import _plan
+
+    _, (_, _, found), *_ = _plan(torch.Size((64, 8192, height, 8)), True, torch.bfloat16, False)
+    assert found == rows

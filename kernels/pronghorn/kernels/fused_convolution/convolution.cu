@@ -7,9 +7,9 @@
 // channels are a stage of a ring. One warpgroup runs ahead of the other by some stages, so that while one has its sums
 // in hand, the tensor cores have the other's work.
 //
-// A cluster has two such places, which share weights: each block reads a half and gives it to the other too. A norm over
-// 512 channels takes two turns: what the first one sums up is kept in the L2 cache until the second one has its squares;
-// then the warps beside the one that asks for copies finish it, while the tensor cores have the next pixels.
+// A cluster has two such places, which share weights: each block reads a half and gives it to the other too. A norm
+// over 512 channels takes two turns: what the first one sums up is kept in the L2 cache until the second one has its
+// squares; then the warps beside the one that asks for copies finish it, while the tensor cores have the next pixels.
 //
 // Macros: BFLOAT; CHANNELS, of x, a multiple of 64; OUTPUTS, 256 or 512; ACTIVATION; BIASED, NORMED, ADDED: 0 or 1.
 
@@ -61,14 +61,15 @@ struct Place {
 // One thread copies a box of images.
 __device__ inline void copy_pixels(u32 to, const TensorMap &from, int channel, int x, int y, int image, u32 barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
-        "%5}], [%6];" ::"r"(to),
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
         "l"(&from), "r"(channel), "r"(x), "r"(y), "r"(image), "r"(barrier)
         : "memory");
 }
 
-// Likewise weights, to the same place in both blocks: 128 results, of which 32 adjacent ones are four groups of eight. They come in the order that puts
-// eight adjacent ones into the registers of one thread: pair 0 of each group, pair 1 of each, and so on.
+// Likewise weights, to the same place in both blocks: 128 results, of which 32 adjacent ones are four groups of eight.
+// They come in the order that puts eight adjacent ones into the registers of one thread: pair 0 of each group, pair 1
+// of each, and so on.
 __device__ inline void copy_weights(u32 to, const TensorMap &from, int column, int row, u32 barrier) {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
@@ -96,7 +97,7 @@ __device__ inline Eight eight(const float *from) {
     return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
 }
 
-// Where a thread's sums have result j of the eight adjacent ones that it has of 32, of the upper or lower row of pixels.
+// Where a thread's sums have result j of the eight adjacent ones that it has of 32, in the upper or lower row.
 __device__ constexpr int at_of(int i, int below, int j) { return 4 * (4 * i + j / 2) + 2 * below + j % 2; }
 
 __device__ inline Eight eight_of(const float *sum, int i, int below) {
@@ -157,8 +158,8 @@ __device__ inline uint4 finish(
 
 extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) void run(
     const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map, const u16 *bias,
-    const u16 *norm_weight, const u16 *norm_bias, int norm_biased, const u16 *residual, float4 *kept, u16 *out, int images,
-    int height, int width, float eps) {
+    const u16 *norm_weight, const u16 *norm_bias, int norm_biased, const u16 *residual, float4 *kept, u16 *out,
+    int images, int height, int width, float eps) {
     extern __shared__ u8 memory[];
     __shared__ alignas(16) float biases[OUTPUTS], norm_weights[OUTPUTS], norm_biases[OUTPUTS];
     __shared__ float ratios[2][64];  // of a warpgroup's pixels
@@ -200,8 +201,7 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                         u32 full = x_full + x_place.slot * 8;
                         wait_barrier(x_empty + x_place.slot * 8, x_place.turn ^ 1);
                         expect_bytes(full, X_BYTES);
-                        copy_pixels(
-                            x_at + x_place.slot * X_PLACE, x_map, chunk * CHUNK, x - 1, y - 1, image, full);
+                        copy_pixels(x_at + x_place.slot * X_PLACE, x_map, chunk * CHUNK, x - 1, y - 1, image, full);
                         x_place.go_on(X_SLOTS);
 #pragma unroll 1
                         for (int tap = 0; tap < 9; tap++) {
@@ -333,10 +333,10 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                     for (int i = 0; i < COLUMNS / 16; i++) {
                         Eight own = eight_of(sum, i / 2, i % 2);
 #pragma unroll
-                        for (int j = 0; j < 2; j++)
+                        for (int j = 0; j < 8; j += 4)
                             __stcg(
-                                kept + (2 * i + j) * (WARPS * LANES) + thread,
-                                make_float4(own.value[4 * j], own.value[4 * j + 1], own.value[4 * j + 2], own.value[4 * j + 3]));
+                                kept + (2 * i + j / 4) * (WARPS * LANES) + thread,
+                                make_float4(own.value[j], own.value[j + 1], own.value[j + 2], own.value[j + 3]));
                     }
                 }
 #endif
@@ -369,7 +369,8 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
 #if ADDED
                     added = residuals[2 * i + below];
 #endif
-                    added = finish(eight_of(sum, i, below), ratio[below], norm_weights + column, norm_biases + column, added);
+                    added = finish(
+                        eight_of(sum, i, below), ratio[below], norm_weights + column, norm_biases + column, added);
                     if (valid[below])
                         *(uint4 *)(out + at + below * width * OUTPUTS + i * 32) = added;
                 }
