@@ -1,6 +1,11 @@
 """A convolution with what follows it: formats, gradients, bad input, and its CUDA kernel, which needs a Hopper GPU."""
 
+import ctypes
 import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +23,7 @@ SHAPE = OPERATION.shapes[0]
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != CAPABILITY, reason="no Hopper GPU"
 )
+COMPILER = shutil.which("g++")
 has_nvrtc = pytest.mark.skipif(not _nvrtc.available(), reason="cuda-bindings is not installed")
 
 
@@ -169,23 +175,105 @@ def test_launches_fit_the_source(monkeypatch, results, normed):
     assert torch.equal(rows, lying[order])
 
 
+class Description(ctypes.Structure):
+    """Of a tensor, in the place of the copy engine's."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("shape", ctypes.c_uint64 * 5), ("stride", ctypes.c_uint64 * 5),
+                ("box", ctypes.c_uint32 * 5), ("rank", ctypes.c_int), ("rest", ctypes.c_uint8 * 16))  # fmt: skip
+
+
+def described(x, box):
+    """In the place of `_nvrtc.tensor_map`."""
+    five = ctypes.c_uint64 * 5
+    return Description(x.data_ptr(), five(*x.shape), five(*x.stride()), (ctypes.c_uint32 * 5)(*box), x.dim())
+
+
+def as_cpp(source):
+    """What C++ has another order or no words for: alignments of shared variables, and dynamic shared memory."""
+    dynamic = "extern __shared__ u8 memory[];"
+    assert dynamic in source
+    source = source.replace(dynamic, "u8 *memory = own_block().memory;")
+    return re.sub(r"__shared__ (alignas\(\d+\))", r"\1 __shared__", source)
+
+
+class Emulated:
+    """The kernel for the CPU, with as many threads as on a GPU."""
+
+    def __init__(self, variant, folder):
+        here, library = Path(__file__).parent / "emulation", folder / "convolution.so"
+        (folder / "kernel.cu").write_text(as_cpp(cuda.SOURCE.read_text()))
+        defined = [f"-D{name}={value}" for name, value in cuda.macros(variant).items()]
+        subprocess.run(
+            [COMPILER, "-std=c++20", "-O2", "-shared", "-fPIC", "-mf16c", "-pthread", "-w", f"-I{here}", *defined,
+             f'-DKERNEL="{folder / "kernel.cu"}"', str(here / "convolution.cpp"), "-o", str(library)],
+            check=True,
+        )  # fmt: skip
+        self.library = ctypes.CDLL(str(library))
+
+    def launch(self, grid, threads, shared_bytes, arguments):
+        """In the place of `_nvrtc.Kernel.launch`."""
+        maps = (Description * 2)(*arguments[:2])
+        pointers = [value.data_ptr() for value in arguments if isinstance(value, torch.Tensor)]
+        numbers = [value for value in arguments if type(value) is int]
+        (eps,) = (value for value in arguments if type(value) is float)
+        assert (len(pointers), len(numbers)) == (6, 4)
+        self.library.launch(
+            grid[0], maps, (ctypes.c_void_p * 6)(*pointers), (ctypes.c_int * 4)(*numbers), ctypes.c_float(eps)
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernel itself")
+@pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
+@pytest.mark.parametrize(
+    ("chosen", "space", "clusters"),
+    [
+        (variant(128, 512, biased=True, normed=True, added=True), (17, 9), 1),
+        (variant(64, 512, "silu", normed=True), (33, 5), 2),
+        (variant(64, 512, "silu", biased=True), (16, 8), 1),
+        (variant(128, 256, normed=True, added=True), (5, 17), 2),
+        (variant(64, 256, "relu", biased=True, added=True), (1, 1), 1),
+        (variant(64, 512, biased=True, normed=True, bfloat=False), (3, 30), 1),
+    ],
+    ids=str,
+)
+def test_the_kernel_on_a_cpu(chosen, space, clusters, monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda, "_kernel", lambda variant, device: cuda.Loaded(Emulated(variant, tmp_path), clusters))
+    monkeypatch.setattr(cuda, "index_of", lambda device: 0)
+    monkeypatch.setattr(_nvrtc, "tensor_map", described)
+    arguments, activation = with_what_is_chosen(chosen, space)
+    names = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")
+    result = cuda.fused_convolution(*(arguments[name] for name in names), 1e-2, activation)
+    assert relative_error(result, exact(arguments)) <= (3e-3 if chosen.bfloat else 5e-4)
+
+
+def with_what_is_chosen(chosen, space, batch=3):
+    """Arguments of an example, None where a variant has none, and the name of its activation."""
+    activation = next(name for name, value in cuda.ACTIVATIONS.items() if value == chosen.activation)
+    dtype = torch.bfloat16 if chosen.bfloat else torch.float16
+    arguments = example(
+        dtype, batch=batch, channels=chosen.channels, results=chosen.results, space=space, normed=True,
+        activation=activation,
+    )  # fmt: skip
+    there = {"bias": chosen.biased, "norm_weight": chosen.normed, "norm_bias": chosen.normed, "residual": chosen.added}
+    return arguments | {name: None for name, given in there.items() if not given}, activation
+
+
+def exact(arguments):
+    """The result in float64."""
+    wide = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    with backend("reference"):
+        return fused_convolution(**wide)
+
+
 @on_hopper
 @pytest.mark.parametrize("kind", range(5))
 @pytest.mark.parametrize(("channels", "results"), [(256, 256), (512, 512), (256, 512)])
 @pytest.mark.parametrize("space", [(33, 19), (16, 8), (1, 1), (5, 130)])
 def test_cuda_kernel(channels, results, space, kind):
-    chosen = VARIANTS[kind]
-    activation = next(name for name, value in cuda.ACTIVATIONS.items() if value == chosen.activation)
-    arguments = example(
-        torch.bfloat16, batch=3, channels=channels, results=results, space=space, normed=True, activation=activation
-    )
-    there = {"bias": chosen.biased, "norm_weight": chosen.normed, "norm_bias": chosen.normed, "residual": chosen.added}
-    arguments |= {name: None for name, given in there.items() if not given}
+    arguments, _ = with_what_is_chosen(VARIANTS[kind]._replace(channels=channels, results=results), space)
     assert not cuda.obstacle(arguments["x"], arguments["weight"])
     result = fused_convolution(**arguments)
-    exact = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-    with backend("reference"):
-        assert relative_error(result, fused_convolution(**exact)) <= 3e-3  # bfloat16 rounds by 1.7e-3 on average
+    assert relative_error(result, exact(arguments)) <= 3e-3  # bfloat16 rounds by 1.7e-3 on average
     assert torch.equal(fused_convolution(**arguments), result)
 
 

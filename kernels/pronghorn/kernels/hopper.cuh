@@ -33,6 +33,18 @@ __device__ inline void wait_barrier(u32 barrier, u32 parity) {
         "@!p bra WAIT; }" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// The hardware's sixteen barriers of a block, 0 of which is that of __syncthreads: COUNT threads, of whole warps, arrive,
+// and of them those go on at once that do not wait.
+template <int COUNT>
+__device__ inline void arrive_at_named(int barrier) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(COUNT) : "memory");
+}
+
+template <int COUNT>
+__device__ inline void wait_at_named(int barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(COUNT) : "memory");
+}
+
 // ---- Copies --------------------------------------------------------------------------------------------------------
 
 // One thread copies a box of a matrix. What lies outside of the matrix becomes zero.
@@ -41,6 +53,25 @@ __device__ inline void copy_box(u32 to, const TensorMap &from, int column, int r
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
             to),
         "l"(&from), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
+// Likewise of images.
+__device__ inline void copy_box(u32 to, const TensorMap &from, int channel, int x, int y, int image, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+        "l"(&from), "r"(channel), "r"(x), "r"(y), "r"(image), "r"(barrier)
+        : "memory");
+}
+
+// Likewise of five dimensions, to the same place in all blocks of the cluster that the mask has, each with its barrier.
+__device__ inline void copy_box_to_blocks(
+    u32 to, const TensorMap &from, int a, int b, int c, int d, int e, u32 barrier, u16 mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(to),
+        "l"(&from), "r"(a), "r"(b), "r"(c), "r"(d), "r"(e), "r"(barrier), "h"(mask)
         : "memory");
 }
 
@@ -78,6 +109,11 @@ __device__ inline u32 address_of_rank(u32 address, u32 rank) {
     return d;
 }
 
+// At a barrier of that block. For what was read alone: what was written may not be seen there.
+__device__ inline void arrive_at_rank(u32 barrier, u32 rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_of_rank(barrier, rank)) : "memory");
+}
+
 __device__ inline void store_to_rank(u32 address, float a) {
     asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(a) : "memory");
 }
@@ -86,6 +122,19 @@ __device__ inline void store_to_rank(u32 address, float4 v) {
     asm volatile(
         "st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
         : "memory");
+}
+
+// ---- Registers -----------------------------------------------------------------------------------------------------
+
+// By all threads of a warpgroup, so that they have so many each; what is given back, others of the block may take.
+template <int COUNT>
+__device__ inline void give_registers_back() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+__device__ inline void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 // ---- wgmma ---------------------------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ extern "C" void run(int splits, int heads, void **pointers, const int *numbers, 
             for (int i = 0; i < WARPS; i++)
                 warps.push_back(std::make_unique<Warp>());
             std::barrier<> barrier(THREADS);
-            block_barrier = &barrier;
             std::vector<std::thread> threads;
             for (int i = 0; i < THREADS; i++)
-                threads.emplace_back([=] {
+                threads.emplace_back([=, &barrier] {
+                    own_barrier = &barrier;
                     threadIdx.x = i, blockIdx.x = x, blockIdx.y = y;
                     call(pointers, numbers, scale, softcap, std::make_index_sequence<POINTERS>(),
                          std::make_index_sequence<NUMBERS>());

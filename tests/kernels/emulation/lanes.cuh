@@ -6,6 +6,8 @@
 
 inline float power_of_two(float x) { return std::exp2(x); }
 
+inline float fast_tanh(float x) { return std::tanh(x); }
+
 template <int BYTES>
 void load_words(u32 *words, const u8 *at) {
     if ((u64)at % BYTES)

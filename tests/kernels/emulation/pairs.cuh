@@ -39,11 +39,12 @@ struct Warp {
 
 static thread_local Index threadIdx, blockIdx;
 static std::vector<std::unique_ptr<Warp>> warps;
-static std::barrier<> *block_barrier;
+static thread_local int first_warp = 0;  // of the block
+static thread_local std::barrier<> *own_barrier;
 
-inline Warp &own_warp() { return *warps[threadIdx.x / LANES]; }
+inline Warp &own_warp() { return *warps[first_warp + threadIdx.x / LANES]; }
 
-inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline void __syncthreads() { own_barrier->arrive_and_wait(); }
 
 template <class T>
 T __ldg(const T *pointer) {

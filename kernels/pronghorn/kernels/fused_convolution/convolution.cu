@@ -14,6 +14,7 @@
 // Macros: BFLOAT; CHANNELS, of x, a multiple of 64; OUTPUTS, 256 or 512; ACTIVATION; BIASED, NORMED, ADDED: 0 or 1.
 
 #include "hopper.cuh"
+#include "lanes.cuh"
 #include "wgmma.cuh"  // multiply(float sum[128], u64 x, u64 weight)
 
 #define RELU 1  // of ACTIVATION; 0 is none
@@ -42,11 +43,11 @@
 #define READY 2  // barriers of the two warpgroups: their sums are kept, and
 #define FREE 4   // finished
 #if TURNS == 2  // registers of a thread that multiplies, and of another
-#define MOST_REGISTERS "224"
-#define FEW_REGISTERS "56"
+#define MOST_REGISTERS 224
+#define FEW_REGISTERS 56
 #else
-#define MOST_REGISTERS "232"
-#define FEW_REGISTERS "40"
+#define MOST_REGISTERS 232
+#define FEW_REGISTERS 40
 #endif
 
 // Counted by who fills and by who empties: which of a ring is next, and how often it went around.
@@ -57,31 +58,6 @@ struct Place {
             slot = 0, turn ^= 1;
     }
 };
-
-// One thread copies a box of images.
-__device__ inline void copy_pixels(u32 to, const TensorMap &from, int channel, int x, int y, int image, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-        "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
-        "l"(&from), "r"(channel), "r"(x), "r"(y), "r"(image), "r"(barrier)
-        : "memory");
-}
-
-// Likewise weights, to the same place in both blocks: 128 results, of which 32 adjacent ones are four groups of eight.
-// They come in the order that puts eight adjacent ones into the registers of one thread: pair 0 of each group, pair 1
-// of each, and so on.
-__device__ inline void copy_weights(u32 to, const TensorMap &from, int column, int row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%2, %3, %3, %3, %4}], [%5], %6;" ::"r"(to),
-        "l"(&from), "r"(column), "r"(0), "r"(row / 32), "r"(barrier), "h"((u16)0b11)
-        : "memory");
-}
-
-// For what was read alone: what was written may not be seen there.
-__device__ inline void arrive_at_rank(u32 barrier, u32 rank) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_of_rank(barrier, rank)) : "memory");
-}
 
 // Rows of 128 bytes in groups of eight, WIDTH pixels of one row of the image: the next row is AROUND pixels away.
 __device__ inline u64 pixels(u32 address) {
@@ -116,22 +92,11 @@ __device__ inline float active(float x) {
 #if ACTIVATION == RELU
     return fmaxf(x, 0);
 #elif ACTIVATION == SILU
-    float half = 0.5f * x, tanh;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(half));
-    return fmaf(half, tanh, half);
+    float half = 0.5f * x;
+    return fmaf(half, fast_tanh(half), half);
 #else
     return x;
 #endif
-}
-
-template <int COUNT>
-__device__ inline void arrive_at_named(int barrier) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(COUNT) : "memory");
-}
-
-template <int COUNT>
-__device__ inline void wait_at_named(int barrier) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(COUNT) : "memory");
 }
 
 // Eight adjacent results of a pixel, from their sums.
@@ -189,7 +154,7 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
 
     kept += blockIdx.x * (KEPT * WARPS * LANES);
     if (thread >= WARPS * LANES) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 " FEW_REGISTERS ";");
+        give_registers_back<FEW_REGISTERS>();
         if (thread == WARPS * LANES) {
             prefetch_map(x_map), prefetch_map(weight_map);
             Place x_place, weight_place;
@@ -201,16 +166,20 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
                         u32 full = x_full + x_place.slot * 8;
                         wait_barrier(x_empty + x_place.slot * 8, x_place.turn ^ 1);
                         expect_bytes(full, X_BYTES);
-                        copy_pixels(x_at + x_place.slot * X_PLACE, x_map, chunk * CHUNK, x - 1, y - 1, image, full);
+                        copy_box(x_at + x_place.slot * X_PLACE, x_map, chunk * CHUNK, x - 1, y - 1, image, full);
                         x_place.go_on(X_SLOTS);
 #pragma unroll 1
                         for (int tap = 0; tap < 9; tap++) {
                             full = weight_full + weight_place.slot * 8;
                             wait_barrier(weight_empty + weight_place.slot * 8, weight_place.turn ^ 1);
                             expect_bytes(full, WEIGHT_BYTES);
-                            copy_weights(
+                            // Of 128 results, 32 adjacent ones are four groups of eight. They come in the order that
+                            // puts eight adjacent ones into the registers of one thread: pair 0 of each group, pair 1
+                            // of each, and so on.
+                            copy_box_to_blocks(
                                 weight_at + weight_place.slot * WEIGHT_BYTES + rank * (WEIGHT_BYTES / 2), weight_map,
-                                tap * CHANNELS + chunk * CHUNK, part * COLUMNS + rank * (COLUMNS / 2), full);
+                                tap * CHANNELS + chunk * CHUNK, 0, 0, 0, (part * COLUMNS + rank * (COLUMNS / 2)) / 32,
+                                full, (1 << CLUSTER) - 1);
                             weight_place.go_on(STAGES);
                         }
                     }
@@ -251,7 +220,7 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
         }
 #endif
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 " MOST_REGISTERS ";");
+        take_registers<MOST_REGISTERS>();
         int group = thread / 128, warp = thread % 128 / LANES, lane = thread % LANES, quad = lane % 4;
         Place x_place, weight_place;
         float sum[COLUMNS / 2];
@@ -346,8 +315,8 @@ extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS,
 #if NORMED
 #pragma unroll
             for (int below = 0; below < 2; below++) {
-                ratio[below] += __shfl_xor_sync(0xffffffffu, ratio[below], 1);
-                ratio[below] += __shfl_xor_sync(0xffffffffu, ratio[below], 2);
+                ratio[below] += from_other(ratio[below], 1);
+                ratio[below] += from_other(ratio[below], 2);
                 ratio[below] = rsqrtf(ratio[below] / OUTPUTS + eps);
             }
 #endif

@@ -116,11 +116,14 @@ def _kernel(variant: Variant, device: int) -> Loaded:
 
 def compile_cubin(variant: Variant) -> bytes:
     """Machine code of a variant; needs no GPU."""
-    macros = {
+    header = wgmma_header("multiply", COLUMNS, bfloat=variant.bfloat)
+    return _nvrtc.compile_cubin(SOURCE, ARCHITECTURE, macros(variant), {"wgmma.cuh": header})
+
+
+def macros(variant: Variant) -> dict[str, int]:
+    """As the source names them."""
+    named = {
         "BFLOAT": variant.bfloat, "CHANNELS": variant.channels, "OUTPUTS": variant.results,
         "ACTIVATION": variant.activation, "BIASED": variant.biased, "NORMED": variant.normed, "ADDED": variant.added,
     }  # fmt: skip
-    header = wgmma_header("multiply", COLUMNS, bfloat=variant.bfloat)
-    return _nvrtc.compile_cubin(
-        SOURCE, ARCHITECTURE, {name: int(value) for name, value in macros.items()}, {"wgmma.cuh": header}
-    )
+    return {name: int(value) for name, value in named.items()}
