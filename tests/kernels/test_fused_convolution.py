@@ -134,9 +134,13 @@ def test_runs_where_it_fills_the_gpu(monkeypatch, space, batch, results, normed,
 @has_nvrtc
 @pytest.mark.parametrize("chosen", VARIANTS, ids=str)
 def test_sums_stay_in_registers(chosen):
-    """Of 232 registers 128 are sums and 64 a residual; a few numbers that the loop does not want may be elsewhere."""
+    """Of 232 registers 128 are sums and 64 a residual; a few numbers that the loop does not want may be elsewhere.
+
+    Which, is the compiler's: of a norm in two turns NVRTC 13.0 has twelve, 13.5 has six.
+    """
+    most = 64 if chosen.normed else 0
     for bfloat in (True, False):
-        assert _local_bytes(cuda.compile_cubin(chosen._replace(bfloat=bfloat))) <= (32 if chosen.normed else 0)
+        assert _local_bytes(cuda.compile_cubin(chosen._replace(bfloat=bfloat))) <= most
 
 
 @has_nvrtc

