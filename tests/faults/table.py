@@ -58,7 +58,7 @@ ROWS = (
         "Wrong tensors to a kernel",
         "A kernel is given the wrong device, dtype or layout",
         "An error that names the argument; strides that are allowed give the same bits as contiguous memory",
-        "on some CPUs the references of three operations give other rounding, as PyTorch's matrix products do there",
+        "on some CPUs the references of three operations round otherwise unless MKL_CBWR=COMPATIBLE is set",
     ),
     Row(
         5,

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from pronghorn.kernels._operation import relative_error
 from pronghorn.kernels.gated_depthwise_conv import gated_depthwise_conv
+from pronghorn.kernels.gated_depthwise_conv.triton import _plan
 
 BACKENDS = ["reference", "triton"]
 SHAPES = [(2, 6, 5, 7), (1, 10, 1, 1), (1, 4, 9, 1), (1, 4, 1, 9), (1, 2, 11, 18)]
@@ -207,8 +208,5 @@ def test_bad_input_is_named():
 @pytest.mark.parametrize(("height", "rows"), [(1, 1), (5, 8), (8, 8), (64, 64), (200, 64)])
 def test_a_program_goes_through_the_rows_of_an_image(height, rows):
     """Rows below it would take as long as others: eight times too long where an image has eight."""
-    pytest.importorskip("triton")
-    from pronghorn.kernels.gated_depthwise_conv.triton import _plan
-
     _, (_, _, found), *_ = _plan(torch.Size((64, 8192, height, 8)), True, torch.bfloat16, False)
     assert found == rows
