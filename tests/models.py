@@ -55,6 +55,19 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
+SEVEN_BILLION = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def seven_billion(dtype: torch.dtype) -> PreTrainedModel:
+    """The shapes of Llama-2-7B with random weights, on the GPU."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SEVEN_BILLION), dtype=dtype).eval()
+
+
 def tiny_model(name: str, seed: int = 0, **changes) -> PreTrainedModel:
     """A model whose weights are large enough that quantization and routing show."""
     kind, sizes = CONFIGS[name]

@@ -1,14 +1,15 @@
 """What is served, and answers that are known beforehand."""
 
 import pytest
-from tests.faults.serving import ANSWER, TRIED, decided, in_process, random_prompts, save_models
+from tests.faults.serving import ANSWER, SIZES, TRIED, decided, in_process, random_prompts, save_models
+from tests.models import tiny_model
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Of the models that are served."""
     folder = tmp_path_factory.mktemp("served")
-    save_models(folder)
+    save_models(tiny_model("llama", **SIZES), folder, group_size=32)
     return folder
 
 

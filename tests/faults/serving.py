@@ -11,6 +11,7 @@ import asyncio
 import ctypes
 import gc
 import json
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.models import tiny_model
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 512}
 LENGTH, BLOCK = 256, 32  # tokens; vLLM's attention on a CPU takes no shorter blocks
@@ -68,17 +68,17 @@ ANSWER = 32  # tokens, of those that are known
 FEW = 48  # blocks, of which requests need up to 8
 
 
-def save_models(folder: Path) -> None:
-    """A random model and its packed form, in `folder/whole` and `folder/packed`."""
+def save_models(model: Any, folder: Path, group_size: int) -> None:
+    """A model and its packed form, in `folder/whole` and `folder/packed`."""
     from transformers import AutoModelForCausalLM
 
     import pronghorn.transformers  # noqa: F401 - registers
     from pronghorn.awq import AwqConfig
 
-    tiny_model("llama", **SIZES).save_pretrained(folder / "whole")
-    how = AwqConfig(group_size=32, method="rtn")
-    model = AutoModelForCausalLM.from_pretrained(folder / "whole", dtype=torch.float32, quantization_config=how)
-    model.save_pretrained(folder / "packed")
+    model.save_pretrained(folder / "whole")
+    how = {"dtype": model.dtype, "quantization_config": AwqConfig(group_size=group_size, method="rtn")}
+    packed = AutoModelForCausalLM.from_pretrained(folder / "whole", device_map=str(model.device), **how)
+    packed.save_pretrained(folder / "packed")
 
 
 def engine_options(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
@@ -154,10 +154,11 @@ class Request:
 
 @dataclass
 class Outcome:
-    """What a client got: each copy's tokens, by its number, as far as it stayed; or an error."""
+    """What a client got: each copy's tokens, by its number, as far as it stayed; or an error; and after how long."""
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
     error: Exception | None = None
+    seconds: float = 0.0
 
     def take(self, answer: Any) -> None:
         """What there is now of some copies."""
@@ -193,6 +194,20 @@ def decided(
 def _margin(place: dict[int, Any]) -> float:
     best, second, *_ = sorted((token.logprob for token in place.values()), reverse=True)
     return best - second
+
+
+def worst_gap(llm: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> float:
+    """By how much, in nats, the best token is at most ahead of an answer's, given all before it; each asked alone."""
+    how, worst = Request([], 1).sampling(prompt_logprobs=1), 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        (found,) = llm.generate([{"prompt_token_ids": prompt + answer}], how, use_tqdm=False)
+        places = found.prompt_logprobs[len(prompt) :]
+        gaps = [
+            max(one.logprob for one in place.values()) - place[token].logprob
+            for place, token in zip(places, answer, strict=True)
+        ]
+        worst = max(worst, *gaps)
+    return worst
 
 
 def crowd(known: Sequence[tuple], count: int, tokens: Sequence[int]) -> list[Request]:
@@ -249,7 +264,7 @@ async def ask(engine: Any, requests: Sequence[Request], name: str = "") -> list[
     started = asyncio.Event()
 
     async def client(index: int) -> None:
-        request, outcome = requests[index], outcomes[index]
+        request, outcome, asked = requests[index], outcomes[index], time.monotonic()
         stream = engine.generate({"prompt_token_ids": request.prompt}, request.sampling(), f"{name}{index}")
         try:
             async for answer in stream:
@@ -261,6 +276,7 @@ async def ask(engine: Any, requests: Sequence[Request], name: str = "") -> list[
         except Exception as error:  # noqa: BLE001 - it is what the client got
             outcome.error = error
         finally:
+            outcome.seconds = time.monotonic() - asked
             started.set()
 
     tasks = [asyncio.create_task(client(index)) for index in range(len(requests))]

@@ -13,16 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from tests.faults.child import finished_program, run_as_program
-from tests.models import tiny_model, token_ids
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tests.models import SEVEN_BILLION, seven_billion, tiny_model, token_ids
 
 from pronghorn.transformers.calibration import BlockResult, CalibrationRunner
 
 KILLED, GIB = signal.SIGKILL, 2**30
-SEVEN_BILLION = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 8192,
-}  # fmt: skip
 SHARE = 0.25  # of the GPU's memory, of which the weights take two thirds
 
 pytestmark = [
@@ -34,11 +29,7 @@ pytestmark = [
 
 def model():
     """The same weights each time."""
-    if not torch.cuda.is_available():
-        return tiny_model("llama", num_hidden_layers=4)
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(LlamaConfig(**SEVEN_BILLION), dtype=torch.bfloat16).eval()
+    return seven_billion(torch.bfloat16) if torch.cuda.is_available() else tiny_model("llama", num_hidden_layers=4)
 
 
 def calibrate(state, notes, kill_after):
