@@ -103,7 +103,7 @@ def test_preempted_requests_of_seven_billion(large, name, figure):
     """No answer of so many layers is decided: every token is the best, or next to it, when it is asked for alone."""
     heads = [float(number % 2) for number in range(SEVEN_BILLION["num_key_value_heads"])]
     how = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "num_gpu_blocks_override": 4 * FEW}
-    how |= {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 2**34}
+    how |= {"gpu_memory_utilization": 0.25, "kv_cache_memory_bytes": 2**34}
     if "duoattention" in name:
         gates = [heads] * SEVEN_BILLION["num_hidden_layers"]
         how["additional_config"] = {"duoattention": {**DUO["additional_config"]["duoattention"], "gates": gates}}

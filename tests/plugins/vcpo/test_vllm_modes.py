@@ -1,6 +1,7 @@
 """TRL's two ways to sample with vLLM: in the learner's process, and by a server; what is sampled from is fresh."""
 
 import functools
+import itertools
 import os
 
 import pytest
@@ -12,8 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from pronghorn.vcpo.records import read_run
 
+ON_GPU = torch.cuda.is_available()
+# vLLM's attention on a GPU takes no float32. Of 11 bits the last is worth 1e-2 in a logit of 20.
+DTYPE, NEAR = ("float16", 1e-2) if ON_GPU else ("float32", 1e-3)
+MISSED = 4  # the update whose weights are not handed over
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
-STEPS = 5
 
 
 def _keep_weights():
@@ -44,30 +48,46 @@ def _send_files(folder):
     VLLMClient.init_communicator, VLLMClient.update_named_params = begin, send
 
 
-def _in_float32():
-    """TRL leaves it to vLLM, which makes 16 bits of it."""
-    from trl.generation import vllm_generation
+def _miss_once():
+    """One set of weights does not reach the sampler beside the learner."""
+    from trl.generation.vllm_generation import VLLMGeneration
 
-    vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype="float32")
+    whole, calls = VLLMGeneration.sync_weights, itertools.count()
+
+    def sync(generation):
+        if next(calls) != MISSED:
+            whole(generation)
+
+    VLLMGeneration.sync_weights = sync
 
 
-def _learn(_, folder, mode, port, steps, on_gpu):
+def _learn(_, folder, mode, port, steps):
     """Updates that each move the policy by much."""
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    if on_gpu:
-        _in_float32()
-    elif mode == "colocate":
-        _keep_weights()
+    if mode == "colocate":
+        from trl.generation import vllm_generation
+
+        vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype=DTYPE)  # TRL has none
+        _miss_once()
+        if not ON_GPU:
+            _keep_weights()
     else:
         _send_files(f"{folder}/weights")
     trainer = trained(
         f"{folder}/out", steps=steps, model=AutoModelForCausalLM.from_pretrained(folder), use_vllm=True, vllm_mode=mode,
         vllm_max_model_length=32, vllm_gpu_memory_utilization=0.05, vllm_server_port=port, ess_scaling="off",
-        use_cpu=not on_gpu,
+        use_cpu=not (ON_GPU and mode == "colocate"),
     )  # fmt: skip
     pairs = zip(trainer.model.parameters(), AutoModelForCausalLM.from_pretrained(folder).parameters(), strict=True)
     moved = max(float((new.cpu() - old).abs().max()) for new, old in pairs)
-    torch.save((logged(trainer, "vcpo/ess_ratio"), logged(trainer, "grad_norm"), moved), f"{folder}/found.pt")
+    assert moved > 0.01
+    assert all(norm > 0 for norm in logged(trainer, "grad_norm")[:5])  # later all answers may be right
+
+
+def learned(policy, mode, steps, port=0):
+    """By how much log-probabilities of sampler and learner differ at most, at each step."""
+    torch.multiprocessing.spawn(_learn, (str(policy), mode, port, steps))
+    return abs(read_run(policy / "out").trajectories["log_ratio"]).reshape(steps, -1).max(1)
 
 
 @pytest.fixture
@@ -79,28 +99,14 @@ def policy(tmp_path):
     return tmp_path
 
 
-def check(policy, mode, port=0, near=1e-3, steps=STEPS, on_gpu=False):
-    """The sampler's log-probabilities are those of the weights that the learner has, after each update."""
-    torch.multiprocessing.spawn(_learn, (str(policy), mode, port, steps, on_gpu))
-    ratios, norms, moved = torch.load(policy / "found.pt")
-    assert moved > 0.01
-    assert ratios == pytest.approx([1.0] * steps, abs=near)
-    assert all(norm > 0 for norm in norms[:STEPS])  # later all may be right
-
-
-def test_beside_the_learner(policy):
-    check(policy, "colocate")  # it computes in bfloat16
-
-
-@pytest.mark.gpu
 @pytest.mark.fault(25)
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM's kernels and CUDA graphs on a GPU")
-def test_fifty_steps_beside_the_learner_on_a_gpu(policy, figure):
-    check(policy, "colocate", near=1e-5, steps=50, on_gpu=True)
-    gap = float(abs(read_run(policy / "out").trajectories["log_ratio"]).max())
-    figure("steps", 50)
-    figure("largest gap of log-probabilities", gap)
-    assert gap <= 1e-3
+def test_beside_the_learner(policy, figure):
+    steps = 50
+    gaps = learned(policy, "colocate", steps)
+    assert [step for step, gap in enumerate(gaps) if gap > NEAR] == [MISSED]
+    figure("steps", steps)
+    figure("largest gap of log-probabilities", float(sorted(gaps)[-2]))
+    figure("where weights were not handed over", float(gaps[MISSED]))
 
 
 def test_as_a_server(policy, tmp_path, monkeypatch):
@@ -110,4 +116,4 @@ def test_as_a_server(policy, tmp_path, monkeypatch):
              "--worker-extension-cls", "pronghorn.vllm.weight_files.WeightFiles"]  # fmt: skip
     with vllm_server(tmp_path / "site", flags, policy, tmp_path / "log") as (server, port):
         ask(port, {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 1}, server)
-        check(policy, "server", port, near=1e-5)
+        assert max(learned(policy, "server", 5, port)) <= 1e-4
