@@ -113,7 +113,7 @@ ROWS = (
         "Preemption",
         "vLLM takes a running request's blocks away",
         "64 requests give the tokens of a run without want, with 50 preemptions or more",
-        "models of 7 billion parameters on a GPU",
+        "both methods together with 7 billion parameters on a GPU: the test passed, but its run was cut off unrecorded",
     ),
     Row(
         13,
@@ -127,7 +127,6 @@ ROWS = (
         "Many requests at once, some aborted, some whose clients run out of time; several answers a prompt; prompts of "
         "no or too many tokens",
         "Each answer is that of its request alone; every block is given back",
-        "2,000 requests on a GPU of AWQ and DuoAttention together, which did not end in the time that the run had; "
         "LoRA beside none, which vLLM 0.32 gets wrong on a CPU by itself",
     ),
     Row(
@@ -141,7 +140,7 @@ ROWS = (
         "Running for long",
         "A server runs for long",
         "Memory grows by at most 1 MiB in 10,000 requests; descriptors and threads stay as many",
-        "millions of requests, a GPU that has no time left, how late the slowest answers are; on a CPU vLLM itself "
+        "millions of requests; ten minutes of them on a GPU, whose test has not run yet; on a CPU vLLM itself "
         "grows with every new number of tokens (oneDNN's cache), which is limited to one entry here, and freed memory "
         "is given back before each sample",
     ),
