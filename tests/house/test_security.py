@@ -11,6 +11,9 @@ BARRED = {
     "torch.load": r"\btorch\.load\(",
     "pickle": r"\bpickle\b|\bdill\b|\bjoblib\b|\bmarshal\b|allow_pickle\s*=\s*True",
     "accelerate's unpickling": r"register_for_checkpointing\(",
+    "unpickling what other processes send": (
+        r"_object\(|_object_list\(|\bmultiprocessing\b|\brecv_pyobj\b|\bshelve\b|num_workers\s*=(?!\s*0\b)"
+    ),
     "eval": r"(?<![\w.])eval\(",
     "exec": r"(?<![\w.])exec\(",
     "trust_remote_code": r"trust_remote_code\s*=\s*True",
@@ -18,17 +21,27 @@ BARRED = {
     "a shell": r"shell\s*=\s*True|\bos\.system\(|\bos\.popen\(",
 }
 # (what, file, what must stand in that line): the reason.
-ALLOWED = {
-    ("torch.load", file, "weights_only=True"): reason
-    for file, reason in {
-        "integrations/pronghorn/transformers/quantizer.py": "checkpoints of AutoAWQ's time come as .bin, too",
-        "plugins/pronghorn/awq/search.py": "llm-awq publishes its search results so",
-        "plugins/pronghorn/dcae/diffusers/autoencoder.py": "some autoencoders are published so",
-    }.items()
-} | {
-    ("pickle", "integrations/pronghorn/checkpoint/files.py", mention): "it names what it refuses"
-    for mention in ("no pickle", "PICKLES =")
-}
+ALLOWED = (
+    {
+        ("torch.load", file, "weights_only=True"): reason
+        for file, reason in {
+            "integrations/pronghorn/transformers/quantizer.py": "checkpoints of AutoAWQ's time come as .bin, too",
+            "plugins/pronghorn/awq/search.py": "llm-awq publishes its search results so",
+            "plugins/pronghorn/dcae/diffusers/autoencoder.py": "some autoencoders are published so",
+        }.items()
+    }
+    | {
+        ("pickle", "integrations/pronghorn/checkpoint/files.py", mention): "it names what it refuses"
+        for mention in ("no pickle", "PICKLES =")
+    }
+    | {
+        (
+            "unpickling what other processes send",
+            "plugins/pronghorn/dcae/diffusers/training/loop.py",
+            "config.workers",
+        ): ("a DataLoader's workers are children of the process that they send batches to")
+    }
+)
 
 pytestmark = pytest.mark.fault("gates")
 
@@ -64,6 +77,9 @@ def test_no_source_does_it(what):
         ("pickle", "import pickle"),
         ("pickle", "np.load(path, allow_pickle=True)"),
         ("accelerate's unpickling", "accelerator.register_for_checkpointing(ema)"),
+        ("unpickling what other processes send", "dist.scatter_object_list(found, shares, src=0)"),
+        ("unpickling what other processes send", "dist.all_gather_object(found, rows)"),
+        ("unpickling what other processes send", "import torch.multiprocessing as mp"),
         ("eval", "value = eval(text)"),
         ("exec", "exec(code)"),
         ("trust_remote_code", "from_pretrained(name, trust_remote_code=True)"),

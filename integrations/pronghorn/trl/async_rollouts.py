@@ -122,7 +122,7 @@ class GroupBuffer:
 
     def save(self, path: Path) -> None:
         """Write the groups that wait; what is not whole is not done, and will be made anew."""
-        save_tensors(path, _encoded([rollout for group in self.waiting for rollout in group]), format=FORMAT)
+        save_tensors(path, encoded([rollout for group in self.waiting for rollout in group]), format=FORMAT)
 
     def load(self, path: Path) -> None:
         """Take up what `save` wrote.
@@ -132,7 +132,7 @@ class GroupBuffer:
         """
         self._incomplete.clear()
         groups: dict[int, list[Rollout]] = {}
-        for rollout in _decoded(load_tensors(path, newest=FORMAT)[0], path):
+        for rollout in decoded(load_tensors(path, newest=FORMAT)[0], path):
             groups.setdefault(rollout.group, []).append(rollout)
         self.waiting = list(groups.values())
 
@@ -142,7 +142,8 @@ def version_of(group: Sequence[Rollout]) -> int:
     return min(rollout.policy_version for rollout in group)
 
 
-def _encoded(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+def encoded(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+    """Rollouts of an asynchronous worker as a few tensors, exactly."""
     columns = {
         "rewards": [rollout.reward for rollout in rollouts],
         "advantages": [rollout.advantage for rollout in rollouts],
@@ -160,12 +161,21 @@ def _encoded(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
     return {**numbers, **tokens}
 
 
-def _decoded(tensors: dict[str, Tensor], path: Path) -> list[Rollout]:
+def decoded(tensors: dict[str, Tensor], source: Path | str) -> list[Rollout]:
+    """What `encoded` encoded.
+
+    Args:
+        tensors: by name.
+        source: where they come from, which errors name.
+
+    Raises:
+        ValueError: they are damaged, or something else.
+    """
     wanted = _NUMBERS | _TOKENS
     if {name: (tensor.dtype, tensor.dim()) for name, tensor in tensors.items()} != {
         name: (dtype, 1) for name, dtype in wanted.items()
     }:
-        raise ValueError(f"{path}: got {', '.join(tensors)}, wanted {', '.join(wanted)}, all of one dimension")
+        raise ValueError(f"{source}: got {', '.join(tensors)}, wanted {', '.join(wanted)}, all of one dimension")
     lengths = {name: tensors[f"{name}_lengths"].tolist() for name in ("prompt", "completion")}
     sizes = {"prompt_ids": sum(lengths["prompt"])} | dict.fromkeys(list(_TOKENS)[1:], sum(lengths["completion"]))
     sizes |= dict.fromkeys(_NUMBERS, len(tensors["groups"]))
@@ -173,7 +183,7 @@ def _decoded(tensors: dict[str, Tensor], path: Path) -> list[Rollout]:
     wrong += [f"{name}_lengths" for name in lengths if min(lengths[name], default=0) < 0]
     wrong += [name for name in ("prompt_ids", "completion_ids") if (tensors[name] < 0).any()]
     if wrong or not all(map(math.isfinite, tensors["advantages"].tolist())):
-        raise ValueError(f"{path}: {', '.join(wrong) or 'advantages'} cannot be right; the file is damaged")
+        raise ValueError(f"{source}: {', '.join(wrong) or 'advantages'} cannot be right; what came is damaged")
     prompts = tensors["prompt_ids"].split(lengths["prompt"])
     completions = [tensors[name].split(lengths["completion"]) for name in list(_TOKENS)[1:]]
     numbers = [tensors[name].tolist() for name in ("rewards", "advantages", "groups", "versions", "version_ends")]

@@ -11,15 +11,27 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import torch.distributed as dist
+import torch
+from torch import Tensor
 
-from pronghorn.trl.async_rollouts import GROUP_ROWS, STAMPS, VERSION_END, GroupBuffer, Position, rollout_of
+from pronghorn.trl.async_rollouts import (
+    GROUP_ROWS,
+    STAMPS,
+    VERSION_END,
+    GroupBuffer,
+    Position,
+    decoded,
+    encoded,
+    rollout_of,
+)
+from pronghorn.trl.messages import scatter_tensors
 from pronghorn.trl.rollouts import Rollout
 
 _log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 LONG_AGO = -(1 << 30)  # updates, of weights that were there before this run
+ERROR, TOTALS = "error", "totals."  # of the tensors that ranks are sent
 
 
 class RolloutError(RuntimeError):
@@ -220,10 +232,15 @@ class StepLoader:
         updates: says how many there were.
         micro_batches: of a step.
         ranks: how many processes share a step.
+        device: where those communicate.
     """
 
-    def __init__(self, source: GroupSource | None, updates: Callable[[], int], micro_batches: int, ranks: int) -> None:
+    def __init__(
+        self, source: GroupSource | None, updates: Callable[[], int], micro_batches: int, ranks: int,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         self._source, self._updates, self._micro_batches, self._ranks = source, updates, micro_batches, ranks
+        self._device = device
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
@@ -234,23 +251,36 @@ class StepLoader:
 
     def _own_share(self) -> tuple[list[Rollout], StepTotals]:
         if self._source is None:
-            return self._received([None] * self._ranks)
+            return _unpacked(scatter_tensors(None, self._device))
         try:
             groups = self._source.next_groups(self._updates())
         except Exception as error:
-            if self._ranks > 1:  # the others wait for their share, and are to end too
-                self._received([f"{type(error).__name__}: {error}"] * self._ranks, from_here=True)
+            # The others wait for their share, and are to end too.
+            self._send([{ERROR: _bytes_of(f"{type(error).__name__}: {error}")}] * self._ranks)
             raise
-        totals = StepTotals.of(groups)
-        shares = [(share, totals) for share in shares_of(groups, self._ranks)]
-        return shares[0] if self._ranks == 1 else self._received(shares, from_here=True)
+        totals, shares = StepTotals.of(groups), shares_of(groups, self._ranks)
+        self._send([_packed(share, totals) for share in shares])
+        return shares[0], totals
 
-    def _received(self, shares: list[Any], from_here: bool = False) -> Any:
-        found: list[Any] = [None]
-        dist.scatter_object_list(found, shares if from_here else None, src=0)
-        if isinstance(found[0], str) and not from_here:
-            raise RolloutError(f"process 0: {found[0]}")
-        return found[0]
+    def _send(self, shares: list[dict[str, Tensor]]) -> None:
+        if self._ranks > 1:
+            scatter_tensors(shares, self._device)
+
+
+def _packed(rollouts: Sequence[Rollout], totals: StepTotals) -> dict[str, Tensor]:
+    return encoded(rollouts) | {f"{TOTALS}{name}": torch.tensor(value) for name, value in vars(totals).items()}
+
+
+def _unpacked(tensors: dict[str, Tensor]) -> tuple[list[Rollout], StepTotals]:
+    if ERROR in tensors:
+        raise RolloutError(f"process 0: {bytes(tensors[ERROR].tolist()).decode()}")
+    totals = {name: tensors.pop(name).tolist() for name in [*tensors] if name.startswith(TOTALS)}
+    named = {name.removeprefix(TOTALS): value for name, value in totals.items()}
+    return decoded(tensors, "process 0"), StepTotals(**named)
+
+
+def _bytes_of(text: str) -> Tensor:
+    return torch.tensor([*text.encode()], dtype=torch.uint8)
 
 
 def shares_of(groups: Sequence[Sequence[Rollout]], ranks: int) -> list[list[Rollout]]:

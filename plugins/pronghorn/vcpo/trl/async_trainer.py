@@ -86,7 +86,7 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
         """A `StepLoader`; the main process reads the worker's queue."""
         return StepLoader(
             self.rollouts, lambda: self.state.global_step, self.args.gradient_accumulation_steps,
-            self.accelerator.num_processes,
+            self.accelerator.num_processes, self.accelerator.device,
         )  # fmt: skip
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
