@@ -1,10 +1,14 @@
-"""The versions of each ecosystem that Pronghorn is tested with."""
+"""The versions of each ecosystem that Pronghorn is tested with, those that are installed, and a digest of code."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import inspect
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 # The extras of pyproject.toml say the same; a test compares them.
 SUPPORTED = {
@@ -31,6 +35,13 @@ def installed(library: str) -> str | None:
 def versions(libraries: Iterable[str]) -> dict[str, str]:
     """Of those that are installed."""
     return {name: version for name in libraries if (version := installed(name)) is not None}
+
+
+def code_of(*functions: Callable[..., Any]) -> str:
+    """A digest of the sources in the folders that functions come from; empty where they come from no file."""
+    paths = [getattr(inspect.getmodule(function), "__file__", None) for function in functions]
+    sources = [source for path in paths if path is not None for source in sorted(Path(path).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest() if sources else ""
 
 
 def remedy(ecosystem: str) -> str:

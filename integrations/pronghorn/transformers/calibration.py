@@ -29,9 +29,10 @@ from pronghorn.transformers.activation_store import ActivationStore
 from pronghorn.transformers.calibration_capture import BlockCalls
 from pronghorn.transformers.calibration_data import check_token_ids
 from pronghorn.transformers.calibration_plan import CalibrationPlan, Undertaking, disk_bytes_of, plan_of
-from pronghorn.transformers.calibration_state import BlockResult, CalibrationState, code_of, fingerprint_of
+from pronghorn.transformers.calibration_state import BlockResult, CalibrationState, fingerprint_of
 from pronghorn.transformers.decoder import Block, find_decoder_blocks
 from pronghorn.transformers.finite import check_weights
+from pronghorn.versions import code_of
 
 __all__ = ["BlockInputs", "BlockResult", "CalibrationPlan", "CalibrationRunner"]
 

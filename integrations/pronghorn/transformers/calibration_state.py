@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import inspect
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 from pronghorn.files.json_files import load_json, parse_json, save_json
 from pronghorn.files.tensor_files import load_tensors, opened, save_tensors
 from pronghorn.transformers.disk import remove_parts
+from pronghorn.versions import versions
 
 FORMAT = 2  # of both kinds of files
 SAMPLED_ELEMENTS = 1 << 16
@@ -96,14 +95,12 @@ class CalibrationState:
 
 
 def fingerprint_of(
-    model: Any, samples: Sequence[Tensor], settings: Mapping[str, Any], device: torch.device
+    model: Any, samples: Iterable[Tensor], settings: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """What must be equal for two runs to give the same results bit by bit: model, data, settings, device, code.
 
     Of each weight a sample of its bytes is hashed, so that a large model takes seconds.
     """
-    import transformers
-
     weights = hashlib.sha256()
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         flat = tensor.detach().reshape(-1)
@@ -120,18 +117,9 @@ def fingerprint_of(
         "weights": weights.hexdigest(),
         "data": data.hexdigest(),
         "device": device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "pronghorn": importlib.metadata.version("pronghorn"),
+        **versions(("torch", "transformers", "pronghorn")),
         **settings,
     }
-
-
-def code_of(function: Callable[..., Any]) -> str:
-    """A digest of the sources in the folder that a function comes from; empty where it comes from no file."""
-    path = getattr(inspect.getmodule(function), "__file__", None)
-    sources = [] if path is None else sorted(Path(path).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest() if sources else ""
 
 
 def forget(directory: Path) -> None:

@@ -15,6 +15,7 @@ from pronghorn.duoattention.gates import GateOptimizer, Step
 from pronghorn.duoattention.pattern import Pattern, save_pattern
 from pronghorn.duoattention.sequence_parallel import SequenceParallel
 from pronghorn.estimate import Estimate, StepClock, folder_bytes, peak_bytes
+from pronghorn.versions import code_of
 
 
 def find_heads(
@@ -176,12 +177,16 @@ class _State:
     def __init__(
         self, folder: Path | str | None, model: Any, dataset: Any, settings: dict[str, Any], seed: int
     ) -> None:
-        from pronghorn.transformers.calibration_state import CalibrationState, code_of, fingerprint_of
+        from pronghorn.duoattention.transformers.gated import TwoStreams
+        from pronghorn.transformers.calibration_state import CalibrationState, fingerprint_of
 
-        settings = {"code": code_of(find_heads), **settings}
+        settings = {"code": code_of(find_heads, TwoStreams), **settings}
 
         def fingerprint() -> dict[str, Any]:
-            return fingerprint_of(model, [_drawn(dataset, 0, seed)["input_ids"]], settings, model.device)
+            # Each sample as it is first drawn: what later epochs draw from it depends on the seed.
+            drawn = (_drawn(dataset, step, seed) for step in range(min(len(dataset), settings["num_steps"])))
+            read = (sample[name] for sample in drawn for name in ("input_ids", "labels"))
+            return fingerprint_of(model, read, settings, model.device)
 
         self._files = CalibrationState(None if folder is None else Path(folder), fingerprint)
         self._device = model.device

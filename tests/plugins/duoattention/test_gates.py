@@ -13,6 +13,7 @@ from pronghorn.duoattention.find import find_heads
 from pronghorn.duoattention.gates import GateOptimizer, distillation_loss, learning_rate_factor
 from pronghorn.duoattention.sequence_parallel import SequenceParallel
 from pronghorn.duoattention.transformers.gated import TwoStreams
+from pronghorn.files.json_files import load_json, save_json
 from pronghorn.kernels._operation import relative_error
 
 MASK = {"sink_size": 3, "recent_size": 6}
@@ -104,6 +105,59 @@ def test_an_interrupted_run_ends_where_it_would_have(tmp_path, checkpointing):
         find_heads(model, data, **options, reg_weight=0.1)
     with pytest.raises(ValueError, match="weights"):
         find_heads(small(seed=1), data, **options)
+
+
+def broken_off(state, data, **options):
+    """The options of a run that was broken off when it had kept two of four steps."""
+    options = {"num_steps": 4, "block_size": None, "save_steps": 2, "state_dir": state, **MASK, **options}
+
+    def stop(found, optimizer):
+        if found.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_heads(small(), data, **options, on_step=stop)
+    return options
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+@pytest.mark.fault(9)
+def test_other_samples_do_not_continue_a_run(tmp_path, name):
+    """Whichever it is, also one that is not drawn before the run was broken off."""
+    options = broken_off(tmp_path, samples())
+    for index in range(4):
+        other = samples()
+        other[index][name] = other[index][name].clone()
+        other[index][name][-1] = 5
+        with pytest.raises(ValueError, match="differ: data"):
+            find_heads(small(), other, **options)
+    find_heads(small(), samples(), **options)
+
+
+@pytest.mark.fault(9)
+def test_no_more_samples_are_read_than_there_are_steps(tmp_path):
+    """A data set may be far larger than what a run takes of it."""
+
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    data = Counted(samples(9))
+    find_heads(small(), data, num_steps=2, block_size=None, state_dir=tmp_path, **MASK)
+    assert data.reads == 2 + 2
+
+
+@pytest.mark.parametrize("part", ["torch", "transformers", "pronghorn", "code"])
+@pytest.mark.fault(9)
+def test_other_versions_and_code_do_not_continue_a_run(tmp_path, part):
+    options = broken_off(tmp_path, samples())
+    path = tmp_path / "fingerprint.json"
+    save_json(path, {**load_json(path, newest=2), part: "0.0"}, format=2)
+    with pytest.raises(ValueError, match=f"differ: {part}"):
+        find_heads(small(), samples(), **options)
 
 
 def test_the_model_is_left_as_it_was():
