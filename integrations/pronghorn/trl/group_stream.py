@@ -274,9 +274,10 @@ def _packed(rollouts: Sequence[Rollout], totals: StepTotals) -> dict[str, Tensor
 def _unpacked(tensors: dict[str, Tensor]) -> tuple[list[Rollout], StepTotals]:
     if ERROR in tensors:
         raise RolloutError(f"process 0: {bytes(tensors[ERROR].tolist()).decode()}")
-    totals = {name: tensors.pop(name).tolist() for name in [*tensors] if name.startswith(TOTALS)}
-    named = {name.removeprefix(TOTALS): value for name, value in totals.items()}
-    return decoded(tensors, "process 0"), StepTotals(**named)
+    totals: dict[str, Any] = {
+        name.removeprefix(TOTALS): tensors.pop(name).tolist() for name in [*tensors] if name.startswith(TOTALS)
+    }
+    return decoded(tensors, "process 0"), StepTotals(**totals)
 
 
 def _bytes_of(text: str) -> Tensor:
