@@ -31,7 +31,7 @@ def _awq_checkpoint(folder: Path) -> None:
     "*.index.json",
     "pronghorn.json",
     unnamed=("*.index.json", "config.json"),
-    warns="LOAD REPORT",
+    warns={"config.json": "LOAD REPORT"},
     slow=True,
 )
 class AwqInTransformers:

@@ -1,7 +1,7 @@
 """What a loader of files is to the tests of faults, and the table of all."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ class Loader:
         files: what it reads, as patterns below the folder.
         unnamed: of those, what errors need not name: a message, and what the host reads before any code of ours, whose
             errors are its own.
-        warns: what a log at WARNING says where something is left out: an end that a crash may have cut off, or the
-            weights of a checkpoint whose configuration, to the host, no longer says that they are quantized.
+        warns: by pattern of files, what a log at WARNING says where damage to them is no error: an end that a crash may
+            have cut off is left out; the host takes a checkpoint whose configuration no longer says that it is
+            quantized for one that is not, and asks us nothing.
         vllm: whether it imports vLLM.
         slow: whether a load takes too long for many of them in the push run.
     """
@@ -30,13 +31,17 @@ class Loader:
     read: Callable[[Path], Any]
     files: tuple[str, ...]
     unnamed: tuple[str, ...] = ()
-    warns: str = ""
+    warns: Mapping[str, str] = field(default_factory=dict)
     vllm: bool = False
     slow: bool = False
 
     def paths(self, folder: Path) -> list[Path]:
         """Files that it reads."""
         return sorted({path for pattern in self.files for path in folder.glob(pattern)})
+
+    def warned(self, path: Path, said: str) -> bool:
+        """Whether a log says what it may say of this file in place of an error."""
+        return any(path.match(pattern) and text in said for pattern, text in self.warns.items())
 
 
 def loader(name: str, *files: str, **options: Any) -> Callable[[type], type]:

@@ -6,7 +6,7 @@ from typing import Any
 from tests.faults.loaders.table import loader
 
 
-@loader("vcpo records", "vcpo_steps.jsonl", "vcpo_stats.jsonl", warns="is not whole")
+@loader("vcpo records", "vcpo_steps.jsonl", "vcpo_stats.jsonl", warns={"*.jsonl": "is not whole"})
 class VcpoRecords:
     @staticmethod
     def write(folder):
