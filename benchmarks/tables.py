@@ -67,6 +67,7 @@ def _one(content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     earlier = sorted({row["commit"][:10] for row in rows if "commit" in row})  # of rows that a later run has kept
     commit = content["commit"][:10] + (f" (some rows {', '.join(earlier)})" if earlier else "")
+    commit += " with changes" if content["dirty"] else ""
     measured = f"{content['device']}, {versions}, commit {commit}, {content['date'][:10]}"
     return "\n".join([*lines, "", f"Measured on {measured}: medians, ratio above 1 where ours is better.", ""])
 

@@ -54,6 +54,11 @@ def test_every_page_is_in_the_navigation():
     assert [page for page in pages if page not in navigation] == []
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/methods").glob("*.md")), ids=lambda page: page.stem)
+def test_every_method_says_when_it_gains_nothing(page):
+    assert "\n## When it will not be faster\n" in page.read_text()
+
+
 def test_generated_tables_are_up_to_date():
     done = subprocess.run(
         [sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=120

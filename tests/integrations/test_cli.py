@@ -83,6 +83,22 @@ def test_verify_reports_a_broken_method_and_goes_on(tmp_path):
     assert "limits measured here" in found.stdout
 
 
+def test_verify_skips_methods_whose_libraries_are_not_here(tmp_path):
+    """As after `pip install` with one extra; a method that is asked for by name fails."""
+    code = (
+        "import importlib, sys\n"
+        "sys.modules.update(dict.fromkeys(('diffusers', 'trl', 'transformers')))\n"
+        "verify = importlib.import_module('pronghorn.cli.verify')\n"
+        "verify.operations = list\n"
+        "print(verify.verify(['dcae']), verify.verify([]))"
+    )
+    found = run(code, tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "dcae: not available: ModuleNotFoundError" in found.stdout
+    assert "dcae: skipped: not available: ModuleNotFoundError" in found.stdout
+    assert found.stdout.endswith("False True\n")
+
+
 def test_verify_checks_an_operation_and_a_method():
     found = pronghorn("verify", "dequantize_weight", "awq")
     assert found.returncode == 0, found.stdout + found.stderr

@@ -89,7 +89,8 @@ def verify(
 ) -> None:
     """Check operations and methods on this device: error against the reference, speed against the hardware's limit.
 
-    Exits with 1 where a check fails. Methods whose reference data are not here are skipped, unless they are named.
+    Exits with 1 where a check fails. Methods whose reference data or libraries are not here are skipped, unless they
+    are named.
     """
     from pronghorn.cli.verify import verify as run
 

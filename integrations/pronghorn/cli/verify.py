@@ -27,8 +27,8 @@ REPEATS = 5
 def verify(names: Sequence[str], as_json: bool = False) -> bool:
     """Check the named operations and methods, or all; whether all checks passed.
 
-    One that fails is reported with its reason, and the others go on. A method whose reference data are not here is
-    skipped, and fails if it was named.
+    One that fails is reported with its reason, and the others go on. A method whose reference data or libraries are
+    not here is skipped, and fails if it was named.
 
     Args:
         names: of operations and methods; none are all.
@@ -96,6 +96,8 @@ def _method(name: str, entry: EntryPoint, device: torch.device, *, asked: bool) 
     found: dict[str, Any] = {"name": name, "checks": [], "reason": "", "passed": False, "skipped": False}
     try:
         replay = entry.load()
+    except ImportError as error:
+        return {**found, **_without(error, asked=asked)}
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken method must not take the others along
         return {**found, "reason": f"not available: {type(error).__name__}: {error}"}
     file = getattr(sys.modules.get(entry.module), "__file__", None)
@@ -107,6 +109,8 @@ def _method(name: str, entry: EntryPoint, device: torch.device, *, asked: bool) 
     for path in paths:
         try:
             checks = replay(path, device)
+        except ImportError as error:
+            return {**found, **_without(error, asked=asked)}
         except (Exception, SystemExit) as error:  # noqa: BLE001 - nor one file the others
             reasons.append(f"{path.stem}: {failure(error)}")
             continue
@@ -115,6 +119,12 @@ def _method(name: str, entry: EntryPoint, device: torch.device, *, asked: bool) 
         found["checks"] += [{"file": path.stem, **_check(check.name, check.error, check.tolerance)} for check in checks]
     passed = not reasons and all(check["passed"] for check in found["checks"])
     return {**found, "reason": "; ".join(reasons), "passed": passed}
+
+
+def _without(error: ImportError, *, asked: bool) -> dict[str, Any]:
+    """Of a method whose libraries are not here, as of most methods where one extra is installed."""
+    reason = f"not available: {type(error).__name__}: {error}"
+    return {"checks": [], "reason": reason if asked else f"skipped: {reason}", "skipped": not asked}
 
 
 def failure(error: BaseException) -> str:

@@ -377,11 +377,11 @@ def demo(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Serve a page to chat with MODEL in the browser; needs `pip install pronghorn[demo]`."""
+    """Serve a page to chat with MODEL in the browser; needs the extra `demo`."""
     try:
         from pronghorn.awq.demo import build_demo
     except ModuleNotFoundError as error:
-        raise typer.BadParameter(f"{error}; pip install pronghorn[demo]") from None
+        raise typer.BadParameter(f"{error}; pip install 'pronghorn[demo]'") from None
 
     loaded, tokenizer = _load(model, dtype, device)
     with _fused(loaded, fused, compiled):
