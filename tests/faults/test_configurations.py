@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import json
 import math
-import resource
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.faults.loaders import LOADERS
+from tests.faults.memory_peak import memory_peak
 
 METHODS = ("awq", "dcae", "duoattention", "torchsparse", "vcpo", "vlash")
 REFUSED = (ValueError, TypeError)
@@ -53,19 +53,15 @@ def usual(name):
     return KINDS[name](**REQUIRED.get(name, {}))
 
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def read(kind, values):
     """What a configuration makes of these values: another one, or an error; quickly and with little memory."""
-    before, start = peak(), time.process_time()
+    peak, start = memory_peak(), time.process_time()
     try:
         found = kind.from_dict(values)
     except REFUSED:
         found = None
     assert time.process_time() - start < SECONDS
-    assert peak() - before < SPARE
+    assert peak() < SPARE
     return found
 
 

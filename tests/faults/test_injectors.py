@@ -15,6 +15,7 @@ from tests.faults.fake_clock import FakeClock
 from tests.faults.fake_distribution import fake_distribution
 from tests.faults.leak_slope import leak_slope
 from tests.faults.limited_disk import limited_disk
+from tests.faults.memory_peak import memory_peak
 
 
 def child(code):
@@ -64,6 +65,14 @@ def test_limited_memory():
     )
     found = child(code)
     assert (found.returncode, found.stdout.strip()) == (0, "refused"), found.stderr
+
+
+def test_memory_peak():
+    assert len(b"x" * (200 << 20)) > 0  # an earlier peak hides nothing
+    peak = memory_peak()
+    assert peak() < 20 << 20
+    assert len(b"x" * (100 << 20)) > 0
+    assert 90 << 20 < peak() < 120 << 20
 
 
 def test_fake_distribution(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 import torch
 from tests.faults.child import run_as_program
 from tests.faults.limited_memory import limited_memory
+from tests.faults.memory_peak import memory_peak
 from tests.models import tiny_model
 
 SECONDS, BYTES = 1.0, 200 << 20
@@ -69,14 +69,9 @@ def measured(folder, ecosystem):
     """Seconds of work, bytes at the peak above those before, and what failed."""
     from pronghorn.cli.check import check
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, start = status("VmRSS"), time.process_time()
+    peak, start = memory_peak(), time.process_time()
     failed = [one.detail for one in check(folder, ecosystem) if one.state == "failed"]
-    return {"seconds": time.process_time() - start, "bytes": status("VmHWM") - before, "failed": failed}
-
-
-def status(name):
-    return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return {"seconds": time.process_time() - start, "bytes": peak(), "failed": failed}
 
 
 def main(ecosystem, root):
