@@ -350,7 +350,7 @@ def _unpack_lanes(words: Tensor, bits: int) -> Tensor:
 def _fragment_groups(values: Tensor) -> Tensor:
     """[N, groups] to [N / 16, groups * 16]: outputs g and g + 8 of a tile, which one lane holds, side by side."""
     rows, groups = values.shape
-    return values.view(rows // 16, 2, 8, groups).permute(0, 3, 2, 1).reshape(rows // 16, -1)
+    return values.view(rows // 16, 2, 8, groups).permute(0, 3, 2, 1).reshape(rows // 16, groups * 16)
 
 
 def _of_fragment_groups(stored: Tensor, groups: int) -> Tensor:
@@ -362,7 +362,7 @@ def _pack_groups(layout: Layout, scales: Tensor, zeros: Tensor, bits: int, colum
     padding = 8 * _zero_words(groups, columns // groups) - groups
     if layout.name == "gemv":
         words = _to_words(pad(zeros, (0, padding)), 8).to(torch.int32)
-        return {"qzeros": words.view(rows, -1), "scales": pad(scales, (0, padding))}
+        return {"qzeros": words.view(rows, (groups + padding) // 8), "scales": pad(scales, (0, padding))}
     if layout.name == "gemv_fast":
         scaled = -(scales * zeros.to(scales.dtype))
         padded_rows = (0, 0, 0, padding)
@@ -421,7 +421,7 @@ def unpack_zeros(qzeros: Tensor, *, layout: str, out_features: int, groups: int)
     if layout == "fragments":
         return _of_fragment_groups(qzeros, groups)
     if layout == "gemv":
-        return _to_nibbles(qzeros).view(out_features, -1)[:, :groups].contiguous()
+        return _to_nibbles(qzeros).view(out_features, 8 * qzeros.shape[1])[:, :groups].contiguous()
     words = qzeros + EXLLAMA_ONES if layout == "exllama" else qzeros
     return _zeros_permutation(get_layout(layout)).invert(_to_nibbles(words), out_features, groups).contiguous()
 
