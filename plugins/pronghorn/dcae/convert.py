@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pronghorn.dcae.config import DCAEConfig
 
-QKV = "qkv.conv.weight"
+QKV, PROJECTION = "qkv.conv.weight", "context_module.main.proj.conv.weight"
 THIRDS = ("to_q.weight", "to_k.weight", "to_v.weight")
 # Of what a name says after its block, official and diffusers'; each pair is read in both directions.
 BLOCK_PARTS = (
@@ -40,7 +40,7 @@ def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         state: weights by their official names.
 
     Raises:
-        ValueError: a name is none of an autoencoder.
+        ValueError: a name is none of an autoencoder, or a shape cannot be cut as its name says.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -49,12 +49,14 @@ def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
             result[_outer_to_diffusers(name)] = tensor
             continue
         side, stage, block, rest = found.groups()
+        if rest.endswith((QKV, PROJECTION)) and (tensor.dim() < 2 or (rest.endswith(QKV) and len(tensor) % 3)):
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted a convolution's, qkv's rows in thirds")
         where = f"{side}.{'down' if side == 'encoder' else 'up'}_blocks.{stage}.{block}."
         if rest.endswith(QKV):
             for part, third in zip(tensor.flatten(1).chunk(3), THIRDS, strict=True):
                 result[f"{where}attn.{third}"] = part.clone()
         else:
-            flat = tensor.flatten(1) if rest == "context_module.main.proj.conv.weight" else tensor
+            flat = tensor.flatten(1) if rest == PROJECTION else tensor
             result[where + _part_to_diffusers(name, rest)] = flat
     return result
 
