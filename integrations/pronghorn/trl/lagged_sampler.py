@@ -99,7 +99,12 @@ class LaggedSampler(TrainerCallback):
         wanted = {f"{number}.{place}": parameter for number in range(len(versions))
                   for place, parameter in enumerate(learning)}  # fmt: skip
         if set(tensors) != set(wanted):
-            raise ValueError(f"{file}: got {len(tensors)} weights, wanted {len(wanted)}, {len(versions)} of each")
+            missing, strange = (", ".join(sorted(names)) or "none" for names in
+                                (wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()))  # fmt: skip
+            raise ValueError(
+                f"{file}: wanted {len(versions)} copies of each of {len(learning)} weights; missing are {missing}, and "
+                f"not among them are {strange}"
+            )
         for name, parameter in wanted.items():
             found = tensors[name]
             if (found.shape, found.dtype) != (parameter.shape, parameter.dtype) or not bool(found.isfinite().all()):
