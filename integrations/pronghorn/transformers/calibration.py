@@ -77,6 +77,7 @@ class CalibrationRunner:
         samples: int64 token ids [batch, tokens], one chunk each.
         state_dir: where finished blocks are kept, so that an interrupted run goes on where it was; None keeps nothing.
         fingerprint: what else (the method's settings) must be the same for a run to be continued.
+        anew: do not go on with what `state_dir` holds: `run` gives it up when it has found nothing to refuse.
         device: where blocks run; the model's own device by default. A block on another device visits for its turn.
         activation_budget: bytes of hidden states kept in memory, beyond it they go to disk.
         progress: show a bar.
@@ -92,6 +93,7 @@ class CalibrationRunner:
         *,
         state_dir: Path | str | None = None,
         fingerprint: Mapping[str, Any] | None = None,
+        anew: bool = False,
         device: torch.device | str | None = None,
         activation_budget: int = ACTIVATION_BUDGET,
         progress: bool = True,
@@ -105,6 +107,7 @@ class CalibrationRunner:
         self.progress = progress
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.fingerprint = dict(fingerprint or {})
+        self.anew = anew
 
     @torch.no_grad()
     def run(
@@ -134,7 +137,7 @@ class CalibrationRunner:
             directory = self._directory_with_room()
             settings = {"code": code_of(search), **self.fingerprint}
             state = CalibrationState(
-                self.state_dir, lambda: fingerprint_of(self.model, self.samples, settings, self.device)
+                self.state_dir, lambda: fingerprint_of(self.model, self.samples, settings, self.device), anew=self.anew
             )
             calls = BlockCalls(self.model, self.blocks)
             chunks = self._capture(calls, directory)

@@ -37,13 +37,16 @@ class CalibrationState:
     Args:
         directory: made if it does not exist; None keeps nothing.
         fingerprint: makes the run's fingerprint, when it is needed.
+        anew: give up what runs have kept there.
 
     Raises:
         ValueError: the directory belongs to a run whose fingerprint differs (the fields are named), or is damaged.
         OSError: the directory cannot be written.
     """
 
-    def __init__(self, directory: Path | None, fingerprint: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, directory: Path | None, fingerprint: Callable[[], dict[str, Any]], *, anew: bool = False
+    ) -> None:
         self.directory = directory
         if directory is None:
             return
@@ -51,6 +54,8 @@ class CalibrationState:
         remove_parts(directory)
         path = directory / "fingerprint.json"
         found = json.loads(json.dumps(fingerprint()))
+        if anew:
+            forget(directory)
         if not path.exists():
             save_json(path, found, format=FORMAT)
             return

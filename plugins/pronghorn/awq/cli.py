@@ -75,13 +75,6 @@ def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     return loaded, AutoTokenizer.from_pretrained(model)
 
 
-def _begin_anew(state: Path | None, force: bool) -> None:
-    from pronghorn.transformers.calibration_state import forget
-
-    if force and state is not None:
-        forget(state)
-
-
 def _search(
     loaded: Any,
     tokenizer: Any,
@@ -90,6 +83,7 @@ def _search(
     samples: int,
     seq_len: int,
     state: Path | None,
+    force: bool,
 ) -> Any:
     """The search and its samples, with the linears looked at before it begins."""
     from pronghorn.awq.quantize import check_linear, decoder_linears
@@ -102,7 +96,7 @@ def _search(
     )
     for name, linear in decoder_linears(loaded, config):
         check_linear(name, linear, config)
-    return AwqSearch(config, state_dir=state), ids
+    return AwqSearch(config, state_dir=state, anew=force), ids
 
 
 def _packing(loaded: Any, tokenizer: Any, model: str, config: AwqConfig, no_report: bool) -> list[Estimate]:
@@ -181,10 +175,9 @@ def search(
     if out.is_dir():
         raise IsADirectoryError(f"out: got the folder {out}, wanted a file")
     check_target(out)
-    _begin_anew(state, force)
     config = _config(bits, group_size, None, symmetric, duo_scaling, no_clip, skip)
     loaded, tokenizer = _load(model, dtype, device)
-    search, ids = _search(loaded, tokenizer, config, data, samples, seq_len, state)
+    search, ids = _search(loaded, tokenizer, config, data, samples, seq_len, state, force)
     if dry_run:
         found, written = search.rehearse(loaded, ids)
         typer.echo(str(replace(found, disk_bytes=found.disk_bytes + written)))
@@ -222,10 +215,9 @@ def quantize(
     from pronghorn.estimate import in_turn
 
     _check_new(out)
-    _begin_anew(state, force)
     config = _config(bits, group_size, version, symmetric, duo_scaling, no_clip, skip)
     loaded, tokenizer = _load(model, dtype, device)
-    search, ids = (None, None) if rtn else _search(loaded, tokenizer, config, data, samples, seq_len, state)
+    search, ids = (None, None) if rtn else _search(loaded, tokenizer, config, data, samples, seq_len, state, force)
     _check_room(out, loaded, config)
     if dry_run:
         searching = [] if search is None else [search.rehearse(loaded, ids)[0]]

@@ -161,11 +161,13 @@ class AwqSearch:
         *,
         device: torch.device | str | None = None,
         state_dir: Path | None = None,
+        anew: bool = False,
         progress: bool = True,
     ) -> None:
         self.config = config
         self.device = device
         self.state_dir = state_dir
+        self.anew = anew
         self.progress = progress
         self._traced: dict[Any, list[ScaleGroup]] = {}
 
@@ -199,6 +201,7 @@ class AwqSearch:
             model,
             list(samples),
             state_dir=self.state_dir,
+            anew=self.anew,
             fingerprint={"awq": search_settings(self.config)},
             device=self.device,
             progress=self.progress,

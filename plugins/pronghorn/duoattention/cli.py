@@ -113,15 +113,12 @@ def find(
     from pronghorn.duoattention.pattern import save_pattern
     from pronghorn.duoattention.plot import plot_gates
     from pronghorn.duoattention.sequence_parallel import launched
-    from pronghorn.transformers.calibration_state import forget
 
     if gate_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"gate_dtype: got {gate_dtype!r}, accepted are float32 and bfloat16")
     if dry_run and method != "optimise":
         raise ValueError(f"dry_run: got method={method!r}, which takes seconds; only 'optimise' is long")
     parallel = launched()
-    if force and state is not None and parallel.rank == 0:
-        forget(state)
     loaded, tokenizer = _load(model, dtype, device)
     torch.manual_seed(seed)  # the data set draws a passkey to know how long they are
     data = MultiPasskeyDataset(
@@ -139,7 +136,7 @@ def find(
         return
     found = find_heads(
         loaded, data, method=method, num_steps=steps, samples=samples, state_dir=state, save_steps=save_steps,  # type: ignore[arg-type]
-        **options,
+        anew=force, **options,
     )  # fmt: skip
     if parallel.rank == 0:
         save_pattern(found, out)

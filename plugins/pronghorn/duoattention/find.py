@@ -36,6 +36,7 @@ def find_heads(
     samples: int = 8,
     seed: int = 42,
     state_dir: Path | str | None = None,
+    anew: bool = False,
     save_steps: int = 50,
     parallel: SequenceParallel | None = None,
     on_step: Callable[[Step, GateOptimizer], None] | None = None,
@@ -61,6 +62,7 @@ def find_heads(
         samples: what "on_the_fly" looks at.
         seed: of the order and of what the data set draws.
         state_dir: keeps progress every `save_steps` steps; the same call then goes on where it was.
+        anew: give up the progress that `state_dir` holds, once nothing was found to refuse.
         save_steps: see there.
         parallel: the ranks that share each sequence.
         on_step: called after each step.
@@ -107,7 +109,7 @@ def find_heads(
         model, optimizer.gates, dense_branch=dense_branch, parallel=parallel,
         gradient_checkpointing=gradient_checkpointing, **streaming,
     )  # fmt: skip
-    state = _State(state_dir, model, dataset, {**settings, "ranks": optimizer.parallel.size}, seed)
+    state = _State(state_dir, model, dataset, settings, seed, optimizer.parallel, anew)
     state.restore(optimizer)
     with streams, tqdm(total=num_steps, initial=optimizer.step, desc="gates", disable=None) as bar:
         while optimizer.step < num_steps:
@@ -175,12 +177,13 @@ class _State:
     """A run's progress in a folder, if there is one."""
 
     def __init__(
-        self, folder: Path | str | None, model: Any, dataset: Any, settings: dict[str, Any], seed: int
-    ) -> None:
+        self, folder: Path | str | None, model: Any, dataset: Any, settings: dict[str, Any], seed: int,
+        parallel: SequenceParallel, anew: bool,
+    ) -> None:  # fmt: skip
         from pronghorn.duoattention.transformers.gated import TwoStreams
         from pronghorn.transformers.calibration_state import CalibrationState, fingerprint_of
 
-        settings = {"code": code_of(find_heads, TwoStreams), **settings}
+        settings = {"code": code_of(find_heads, TwoStreams), **settings, "ranks": parallel.size}
 
         def fingerprint() -> dict[str, Any]:
             # Each sample as it is first drawn: what later epochs draw from it depends on the seed.
@@ -188,7 +191,12 @@ class _State:
             read = (sample[name] for sample in drawn for name in ("input_ids", "labels"))
             return fingerprint_of(model, read, settings, model.device)
 
-        self._files = CalibrationState(None if folder is None else Path(folder), fingerprint)
+        first = parallel.rank == 0
+        if anew and not first:
+            parallel.wait()  # or this rank would read what the first one gives up
+        self._files = CalibrationState(None if folder is None else Path(folder), fingerprint, anew=anew and first)
+        if anew and first:
+            parallel.wait()
         self._device = model.device
 
     def restore(self, optimizer: GateOptimizer) -> None:

@@ -77,10 +77,15 @@ class SequenceParallel:
             dist.all_reduce(value, group=self.group)
         return float(value)
 
-    def close(self) -> None:
-        """Wait for all ranks and leave the group; one that just ends makes the others fail."""
+    def wait(self) -> None:
+        """Until all ranks are here."""
         if self.group is not None:
             dist.barrier(self.group)
+
+    def close(self) -> None:
+        """Wait for all ranks and leave the group; one that just ends makes the others fail."""
+        self.wait()
+        if self.group is not None:
             dist.destroy_process_group()
 
 

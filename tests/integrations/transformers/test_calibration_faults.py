@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -257,9 +258,30 @@ def test_other_code_does_not_continue_a_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="differ: code"):
         run(search=search, state_dir=state)
     (state / "notes.txt").write_text("mine")
-    forget(state)  # what --force does
+    forget(state)
     assert [path.name for path in state.iterdir()] == ["notes.txt"]
     run(search=search, state_dir=state)
+
+
+@pytest.mark.fault(8, 9)
+def test_a_run_that_begins_anew_gives_up_the_old_one_last(tmp_path):
+    """What `--force` does: whatever is refused, and a rehearsal, leave the progress that is there."""
+    run(state_dir=tmp_path)
+    held = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    poisoned, other = tiny_model("llama"), {"fingerprint": {"bits": 3}}
+    poisoned.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    how = {"state_dir": tmp_path, "anew": True}
+    with pytest.raises(ValueError, match="NaN"):
+        run(model=poisoned, **how)
+    with pytest.MonkeyPatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+        with pytest.raises(OSError, match="bytes are needed"):
+            run(**how)
+    CalibrationRunner(tiny_model("llama"), [token_ids()], **how, **other, progress=False).rehearse(outputs)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
+    run(**how, **other)
+    assert load_json(tmp_path / "fingerprint.json", newest=2)["bits"] == 3
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers", "pronghorn"])

@@ -153,6 +153,24 @@ def test_the_progress_of_another_run_is_refused_or_given_up(letters, tmp_path):
     assert "scales" in call("search", letters, out, *how, "--device", "cpu", "--bits", 3, "--force").output
 
 
+@pytest.mark.fault(8, 9)
+@pytest.mark.parametrize("command", ["search", "quantize"])
+def test_force_gives_nothing_up_before_the_work(letters, tmp_path, command):
+    data, state, out = tmp_path / "data.txt", tmp_path / "state", tmp_path / "out"
+    data.write_text("the quick brown fox jumps over the lazy dog. " * 4)
+    how = ["--group-size", 32, "--data", data, "--samples", 1, "--seq-len", 32, "--no-clip", "--device", "cpu",
+           "--state", state]  # fmt: skip
+    call("search", letters, tmp_path / "awq.pt", *how)
+    held = {path.name: path.read_bytes() for path in state.iterdir()}
+    for model, changes in ((tmp_path / "nothing", ()), (tmp_path / "nothing", ["--dry-run"]),
+                           (letters, ["--bits", 5]), (letters, ["--dtype", "float12"]),
+                           (letters, ["--group-size", 48])):  # fmt: skip
+        with pytest.raises((OSError, ValueError)):
+            call(command, model, out, *how, "--force", *changes)
+    assert "peak memory" in call(command, letters, out, *how, "--bits", 3, "--force", "--dry-run").output
+    assert {path.name: path.read_bytes() for path in state.iterdir()} == held
+
+
 def test_three_bits_by_default_in_our_own_format(letters, tmp_path):
     how = ["--bits", 3, "--group-size", 32, "--rtn", "--device", "cpu", "--dtype", "float32"]
     assert "version natural" in call("quantize", letters, tmp_path / "q", *how).output

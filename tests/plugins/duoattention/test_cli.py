@@ -46,10 +46,32 @@ def test_find(letters, story, tmp_path, method):
     assert (tmp_path / "out" / "gates.png").exists()
 
 
+@pytest.mark.fault(8, 9)
+def test_force_gives_nothing_up_before_the_work(letters, story, tmp_path):
+    state = tmp_path / "state"
+    how = [
+        "--text", story, "--steps", 2, "--sink", 4, "--recent", 8, "--block", 1, "--context-min", 200,
+        "--context-max", 1000, "--passkeys", 1, "--passkey-length", 2, "--state", state, *FAST,
+    ]  # fmt: skip
+    assert call("find", letters, tmp_path / "out", *how).exit_code == 0
+    held = {path.name: path.read_bytes() for path in state.iterdir()}
+    for model, changes in ((tmp_path / "nothing", ()), (tmp_path / "nothing", ["--dry-run"]),
+                           (letters, ["--steps", 0]), (letters, ["--method", "guess"]),
+                           (letters, ["--dense-branch", "both"])):  # fmt: skip
+        found = call("find", model, tmp_path / "out", *how, "--force", *changes)
+        assert isinstance(found.exception, (OSError, ValueError)), found.output
+    found = call("find", letters, tmp_path / "out", *how, "--lr", 0.1, "--force", "--dry-run")
+    assert "peak memory" in found.output, found.exception
+    assert {path.name: path.read_bytes() for path in state.iterdir()} == held
+    assert isinstance(call("find", letters, tmp_path / "out", *how, "--lr", 0.1).exception, ValueError)
+    assert call("find", letters, tmp_path / "out", *how, "--lr", 0.1, "--force").exit_code == 0
+
+
 @pytest.mark.slow
 def test_processes_share_sequences(letters, story, tmp_path):
     options = ["--text", story, "--steps", 3, "--lr", 0.1, "--sink", 4, "--recent", 8, "--block", 1,
-               "--context-min", 200, "--context-max", 1000, "--passkeys", 1, "--passkey-length", 2, *FAST]  # fmt: skip
+               "--context-min", 200, "--context-max", 1000, "--passkeys", 1, "--passkey-length", 2, *FAST,
+               "--state", tmp_path / "state", "--force"]  # fmt: skip
     assert call("find", letters, tmp_path / "one", *options).exit_code == 0
     script = tmp_path / "find.py"
     script.write_text("from pronghorn.duoattention.cli import app; app()")
