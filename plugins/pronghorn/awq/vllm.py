@@ -41,6 +41,8 @@ from pronghorn.kernels.dequantize_weight.layouts import (
 )
 from pronghorn.kernels.group_fake_quantize import group_quantize
 from pronghorn.kernels.w4a16_matmul import preferred_layout, w4a16_matmul
+from pronghorn.vllm.batch_invariance import refuse_batch_invariance
+from pronghorn.vllm.missing_weights import refuse_missing_weights
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +61,19 @@ def register() -> None:
         known = None
     if known is not VllmAwqConfig:
         register_quantization_config(METHOD)(VllmAwqConfig)
+        refuse_missing_weights(METHOD)
 
 
 class VllmAwqConfig(QuantizationConfig):
-    """vLLM's view of a checkpoint's `AwqConfig`; without one, weights are rounded to nearest while they are loaded."""
+    """vLLM's view of a checkpoint's `AwqConfig`; without one, weights are rounded to nearest while they are loaded.
+
+    Raises:
+        ValueError: vLLM is to be batch-invariant.
+    """
 
     def __init__(self, config: AwqConfig | None = None) -> None:
         super().__init__()
+        refuse_batch_invariance(METHOD)
         self.online = config is None
         self.config = config or AwqConfig(version="natural")
         self.skipped = list(self.config.modules_to_not_convert or ())
@@ -309,7 +317,7 @@ class AwqLinearMethod(LinearMethodBase):
         self._set_packed(layer, layer.qweight.data, scales, zeros)
 
     def _check_loaded(self, layer: Any, scales: Tensor) -> None:
-        # vLLM does not look for tensors that a quantized checkpoint lacks; scales start as NaN to show what was filled.
+        # Integers cannot start as NaN to show what was filled, as scales and biases do.
         wanted = {name for name, _ in layer.named_parameters(recurse=False)} - {"bias"}
         shards = set().union(*layer.awq_loaded.values())
         if layer.awq_loaded:  # weights may also be made up, for measurements

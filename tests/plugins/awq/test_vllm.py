@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -125,6 +126,31 @@ def test_a_checkpoint_without_a_tensor_is_refused(full_precision, tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.qkv_proj\.qzeros: the checkpoint lacks it, or a part"):
         serve(tmp_path)
+
+
+@pytest.mark.fault(2)
+def test_a_checkpoint_without_a_weight_that_is_not_packed_is_refused(tmp_path):
+    """vLLM looks for none of these in a quantized checkpoint; of q, k and v it does so in no checkpoint."""
+    source, folder = tmp_path / "fp", tmp_path / "quantized"
+    tiny_model("qwen2", hidden_size=128, intermediate_size=256).save_pretrained(source)
+    checkpoint(source, folder, "gemv")
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.bias", "model.norm.weight",
+                 "lm_head.weight"):  # fmt: skip
+        del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    named = "model.embed_tokens.weight, model.layers.1.self_attn.qkv_proj.bias, model.norm.weight, lm_head.weight: the"
+    with pytest.raises(ValueError, match=f"^{re.escape(named)} checkpoint lacks it"):
+        serve(folder)
+
+
+@pytest.mark.fault(2)
+def test_a_head_that_is_the_embedding_need_not_be_in_the_checkpoint(tmp_path):
+    source, folder = tmp_path / "fp", tmp_path / "quantized"
+    tiny_model("qwen2", hidden_size=128, intermediate_size=256, tie_word_embeddings=True).save_pretrained(source)
+    wanted = checkpoint(source, folder, "gemv")
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    assert generate(serve(folder)) == wanted
 
 
 def test_a_full_precision_model_is_rounded_while_it_is_loaded(full_precision, caplog):

@@ -51,6 +51,17 @@ def test_configurations_that_say_too_little(given, named):
         VllmAwqConfig.from_config(given)
 
 
+@pytest.mark.fault(21)
+def test_batch_invariance_is_refused(monkeypatch):
+    from vllm import envs
+
+    from pronghorn.awq.vllm import VllmAwqConfig
+
+    monkeypatch.setitem(vars(envs), "VLLM_BATCH_INVARIANT", True)
+    with pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT: is set, and how pronghorn_awq rounds"):
+        VllmAwqConfig(AwqConfig(version="gemv"))
+
+
 def test_skipped_modules_follow_vllms_names():
     from vllm.model_executor.models.utils import WeightsMapper
 

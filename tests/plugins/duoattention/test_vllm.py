@@ -231,6 +231,17 @@ def test_settings_that_cannot_be_are_refused(models, duo, message):
         heads_of_rank(duo_config(given), config)
 
 
+@pytest.mark.fault(21)
+def test_batch_invariance_is_refused(monkeypatch):
+    from vllm import envs
+
+    from pronghorn.duoattention.vllm.models import duo_config, heads_of_rank
+
+    monkeypatch.setitem(vars(envs), "VLLM_BATCH_INVARIANT", True)
+    with pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT: is set, and how DuoAttention rounds"):
+        heads_of_rank(duo_config({"duoattention": {"gates": EVEN}}), None)
+
+
 def test_layers_whose_heads_cannot_be_split_are_refused(models, tmp_path):
     tiny_model("gemma2", hidden_size=128, head_dim=32, max_position_embeddings=512).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"cannot be split into full and streaming heads: it has a sliding window"):

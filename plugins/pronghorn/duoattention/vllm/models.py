@@ -17,6 +17,7 @@ from pronghorn.duoattention.config import DuoAttentionConfig
 from pronghorn.duoattention.heads import HeadSplit
 from pronghorn.duoattention.vllm import PREFIX
 from pronghorn.duoattention.vllm.layers import SinkWindow, SplitAttention
+from pronghorn.vllm.batch_invariance import refuse_batch_invariance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,6 +121,7 @@ def _share(row: list[bool], layer: int, ranks: int, rank: int) -> list[bool]:
 
 
 def _check_engine(vllm_config: Any) -> None:
+    refuse_batch_invariance("DuoAttention")
     if vllm_config.model_config.use_mla:
         raise ValueError("architecture: its attention is latent (MLA), without key/value heads to split")
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
