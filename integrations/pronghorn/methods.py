@@ -6,6 +6,7 @@ other. One that fails is reported by name, with its reason, and breaks nothing e
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -16,11 +17,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pronghorn.process_state import kept
+from pronghorn.versions import obstacle
 
 logger = logging.getLogger(__name__)
 
 ECOSYSTEMS = ("transformers", "vllm", "diffusers", "lerobot", "trl")
-GROUPS = (*ECOSYSTEMS, "cli", "verify", "contract")
+ROOMS = ("cli", "verify", "check", "contract")  # of a method, that our commands and tests load
+GROUPS = (*ECOSYSTEMS, *ROOMS)
 DISABLE = "PRONGHORN_DISABLE"
 SLOW = 20.0  # seconds; importing an ecosystem's library takes several
 
@@ -123,6 +126,38 @@ def unavailable(ecosystem: str, reason: str, remedy: str) -> list[Outcome]:
     ]
 
 
+def load_rooms() -> list[Outcome]:
+    """What came of importing each method where it wants no registration, and the rooms that our commands load.
+
+    Of the latter only those that fail; a method that is in no ecosystem is in torch.
+    """
+    found = []
+    entries = {entry.name: entry for group in GROUPS for entry in entry_points(group)}
+    for method, package in installed_methods().items():
+        shipped = [ecosystem for ecosystem in ECOSYSTEMS if ships_to(method, package, ecosystem)]
+        for ecosystem in shipped:
+            if any(entry.name == method for entry in entry_points(ecosystem)):
+                continue
+            reason = obstacle(ecosystem)
+            if reason:
+                found.append(Outcome(method, ecosystem, _origin(entries[method]), "unavailable", reason))
+            else:
+                found.append(_loaded(ecosystem, entries[method], f"{package}.{ecosystem}"))
+        if not shipped:
+            found.append(_loaded("torch", entries[method], package))
+    rooms = [_loaded(f"pronghorn {group}", entry) for group in ROOMS for entry in entry_points(group)]
+    return found + [outcome for outcome in rooms if outcome.state == "failed"]
+
+
+def _loaded(where: str, entry: importlib.metadata.EntryPoint, module: str | None = None) -> Outcome:
+    """What came of loading an entry point, or a module of its method."""
+    try:
+        _ = entry.load() if module is None else importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a method does, the others go on
+        return _failed(where, entry, error)
+    return Outcome(entry.name, where, _origin(entry), "loaded")
+
+
 def _register(ecosystem: str, entry: importlib.metadata.EntryPoint) -> Outcome:
     origin = _origin(entry)
     if is_disabled(entry.name):
@@ -132,9 +167,9 @@ def _register(ecosystem: str, entry: importlib.metadata.EntryPoint) -> Outcome:
         with kept() as changed:
             entry.load()()
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin does, the others go on
-        reason = f"{type(error).__name__}: {error}"
-        logger.warning("%s (%s) is not available in %s: %s", entry.name, origin, ecosystem, reason)
-        return Outcome(entry.name, ecosystem, origin, "failed", reason, _remedy(entry, error))
+        failed = _failed(ecosystem, entry, error)
+        logger.warning("%s (%s) is not available in %s: %s", entry.name, origin, ecosystem, failed.reason)
+        return failed
     oddities = [f"it changed {what}, which was put back" for what in changed]
     seconds = time.perf_counter() - start
     if seconds > SLOW:
@@ -143,6 +178,12 @@ def _register(ecosystem: str, entry: importlib.metadata.EntryPoint) -> Outcome:
     if reason:
         logger.warning("%s (%s) is loaded in %s, but %s", entry.name, origin, ecosystem, reason)
     return Outcome(entry.name, ecosystem, origin, "loaded", reason)
+
+
+def _failed(where: str, entry: importlib.metadata.EntryPoint, error: BaseException) -> Outcome:
+    return Outcome(
+        entry.name, where, _origin(entry), "failed", f"{type(error).__name__}: {error}", _remedy(entry, error)
+    )
 
 
 def _remedy(entry: importlib.metadata.EntryPoint, error: BaseException) -> str:

@@ -42,6 +42,9 @@ def test_info_is_json():
         "transformers": "loaded",
         "vllm": "loaded",
     }
+    states = {(plugin["method"], plugin["ecosystem"]): plugin["state"] for plugin in found["plugins"]}
+    wanted = [("dcae", "diffusers"), ("torchsparse", "torch"), ("vcpo", "trl")]
+    assert [states.get(key) for key in wanted] == ["loaded"] * 3, "these need no registration"
 
 
 def test_info_says_what_is_wrong_and_what_mends_it(tmp_path):
@@ -49,6 +52,7 @@ def test_info_says_what_is_wrong_and_what_mends_it(tmp_path):
     entry_points = {
         "pronghorn.transformers": {"badluck": "badluck_plugin:register", "chatty": "chatty_plugin:register"},
         "pronghorn.lerobot": {"badluck": "badluck_plugin:register"},
+        "pronghorn.check": {"badluck": "badluck_plugin"},
     }
     chatty = "print('imported')\ndef register():\n    print('registered')\n"
     files = {"badluck_plugin.py": FAULTS["import error"][0], "chatty_plugin.py": chatty}
@@ -62,6 +66,7 @@ def test_info_says_what_is_wrong_and_what_mends_it(tmp_path):
         ("awq", "transformers"): ("disabled", "unset PRONGHORN_DISABLE"),
         ("badluck", "transformers"): ("failed", "pip install bad-luck"),
         ("badluck", "lerobot"): ("unavailable", versions.remedy("lerobot")),
+        ("badluck", "pronghorn check"): ("failed", "pip install bad-luck"),
     }
     for key, (state, remedy) in wanted.items():
         assert (found[key]["state"], found[key]["remedy"]) == (state, remedy)
@@ -273,9 +278,13 @@ def test_other_errors_keep_their_traceback(tmp_path):
 def test_a_broken_command_leaves_the_others(tmp_path, fault):
     entry_points = {"pronghorn.cli": {"badluck": "badluck_plugin:app"}}
     fake_distribution(tmp_path, "bad-luck", entry_points, {"badluck_plugin.py": FAULTS[fault][0]})
-    code = "import sys; sys.argv = ['pronghorn', {!r}]; from pronghorn.cli import main; main()"
+    code = "import sys; sys.argv = ['pronghorn', *{!r}.split()]; from pronghorn.cli import main; main()"
     assert "badluck" in run(code.format("--help"), tmp_path).stdout
     assert run(code.format("list"), tmp_path).returncode == 0
-    broken = run(code.format("badluck"), tmp_path)
-    assert broken.returncode == 1
-    assert "badluck is not available" in broken.stderr
+    for words in ("badluck", "badluck train folder --steps 3"):
+        broken = run(code.format(words), tmp_path)
+        assert broken.returncode == 1
+        assert "badluck is not available" in broken.stderr
+    disabled = run(code.format("badluck train"), tmp_path, PRONGHORN_DISABLE="badluck")
+    assert disabled.returncode == 1
+    assert "badluck is not available: PRONGHORN_DISABLE names it" in disabled.stderr

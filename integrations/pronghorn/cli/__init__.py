@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pronghorn.methods import entry_points, is_disabled
+from pronghorn.methods import DISABLE, entry_points, is_disabled
 
 LESS_MEMORY = "close other programs, or ask for less at once: smaller batches, shorter inputs, a smaller model"
 
@@ -25,10 +25,12 @@ class _WithMethods(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of a name; a method's that cannot be loaded is one that says why."""
         own = super().get_command(ctx, cmd_name)
-        if own is not None or is_disabled(cmd_name):
+        if own is not None:
             return own
         for entry in entry_points("cli"):
             if entry.name == cmd_name:
+                if is_disabled(cmd_name):
+                    return _broken(cmd_name, f"{DISABLE} names it")
                 try:
                     command = typer.main.get_command(entry.load())
                 except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken method must not take the others along
@@ -41,7 +43,7 @@ class _WithMethods(TyperGroup):
 def _broken(name: str, reason: str) -> Any:
     app = typer.Typer(help=f"(not available: {reason})")
 
-    @app.command()
+    @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
     def unavailable() -> None:
         typer.echo(f"{name} is not available: {reason}", err=True)
         raise typer.Exit(1)

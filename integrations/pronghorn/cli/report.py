@@ -19,6 +19,7 @@ from pronghorn.methods import (
     ECOSYSTEMS,
     installed_methods,
     is_disabled,
+    load_rooms,
     register_all,
     ships_to,
     unavailable,
@@ -83,6 +84,7 @@ def collect() -> dict[str, Any]:
             reason = obstacle(ecosystem).removesuffix(f": {command}")
             found = unavailable(ecosystem, reason, command) if reason else register_all(ecosystem)
             plugins += [dataclasses.asdict(outcome) for outcome in found]
+        plugins += [dataclasses.asdict(outcome) for outcome in load_rooms()]
     return {
         "pronghorn": importlib.metadata.version("pronghorn"),
         "python": platform.python_version(),

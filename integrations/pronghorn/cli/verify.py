@@ -17,11 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from pronghorn.cli.golden import GOLDEN, golden_files
+from pronghorn.kernels._dispatch import use_triton
 from pronghorn.kernels._operation import Operation, operations, relative_error
 from pronghorn.methods import entry_points, is_disabled
 from pronghorn.verification import Check
 
 REPEATS = 5
+KERNELS, REFERENCE = "kernels", "reference"
 
 
 def verify(names: Sequence[str], as_json: bool = False) -> bool:
@@ -32,7 +34,7 @@ def verify(names: Sequence[str], as_json: bool = False) -> bool:
 
     Args:
         names: of operations and methods; none are all.
-        as_json: print `{"device", "limits", "operations", "methods", "passed"}` instead of tables.
+        as_json: print `{"device", "implementation", "limits", "operations", "methods", "passed"}` instead of tables.
 
     Raises:
         ValueError: a name that is neither an operation nor a method that replays reference data.
@@ -55,6 +57,7 @@ def verify(names: Sequence[str], as_json: bool = False) -> bool:
     ]
     found = {
         "device": str(device),
+        "implementation": KERNELS if use_triton("verify", torch.empty(0, device=device)) else REFERENCE,
         "limits": {"bytes_per_second": bandwidth, "flops_per_second": rate} if chosen else None,
         "operations": measured,
         "methods": methods,
@@ -124,7 +127,8 @@ def _method(name: str, entry: EntryPoint, device: torch.device, *, asked: bool) 
 def _without(error: ImportError, *, asked: bool) -> dict[str, Any]:
     """Of a method whose libraries are not here, as of most methods where one extra is installed."""
     reason = f"not available: {type(error).__name__}: {error}"
-    return {"checks": [], "reason": reason if asked else f"skipped: {reason}", "skipped": not asked}
+    skipped = not asked and not (error.name or "").startswith("pronghorn")  # what is broken is our own there
+    return {"checks": [], "reason": f"skipped: {reason}" if skipped else reason, "skipped": skipped}
 
 
 def failure(error: BaseException) -> str:
@@ -147,7 +151,13 @@ def _show(found: dict[str, Any]) -> None:
     console = Console()
     if found["operations"]:
         table = Table(
-            "operation", "dtype", "worst error", "tolerance", "time", "of the limit", title=f"on {found['device']}"
+            "operation",
+            "dtype",
+            "worst error",
+            "tolerance",
+            "time",
+            "of the limit",
+            title=f"on {found['device']}, {found['implementation']}",
         )
         for operation in found["operations"]:
             for check in operation["checks"]:
@@ -160,6 +170,8 @@ def _show(found: dict[str, Any]) -> None:
         console.print(
             f"limits measured here: {copied / 1e9:.0f} GB/s copied, {multiplied / 1e12:.2f} TFLOP/s multiplied"
         )
+    if found["implementation"] == REFERENCE:
+        console.print("no kernel ran: what was checked is the reference, in PyTorch, that stands in for them here")
     for method in found["methods"]:
         if method["checks"]:
             table = Table("file", "check", "error", "tolerance", title=f"{method['name']}, official results")
