@@ -1,8 +1,10 @@
 """Checkpoints with their report and seal: a folder has its name when all of it is there."""
 
+import dataclasses
 import json
 
 import pytest
+import yaml
 from tests.faults.fail_at_call import FailAtCall
 
 from pronghorn.checkpoint.card import CARD, Report, write_report
@@ -63,3 +65,45 @@ def test_what_took_hours_is_kept_without_its_report(tmp_path):
         write_checkpoint(tmp_path / "made", save, needed=2, report=fails, in_spite_of=(ValueError,))
     assert {path.name for path in (tmp_path / "made").iterdir()} == {"config.json", INDEX}
     assert check_seal(tmp_path / "made")
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A snapshot in the Hub's cache, as a download leaves it: files are links to blobs."""
+    repository = tmp_path / "hub" / "models--org--base"
+    snapshot, blobs = repository / "snapshots" / ("0a" * 20), repository / "blobs"
+    for folder in (snapshot, blobs, repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(snapshot.name)
+    files = {"README.md": "---\nlicense: mit\n---\n", "LICENSE": "as you like", "weights.pt": ""}
+    for index, (name, content) in enumerate(files.items()):
+        (blobs / f"{index:040d}").write_text(content)
+        (snapshot / name).symlink_to(blobs / f"{index:040d}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return snapshot
+
+
+@pytest.mark.parametrize("named", ["a name", "a snapshot", "a file of it", "a link to it"])
+def test_a_source_in_the_hubs_cache(cached, tmp_path, named):
+    """Its repository is what the card calls it, and its licence comes along."""
+    (tmp_path / "link").symlink_to(cached)
+    places = {"a snapshot": cached, "a file of it": cached / "weights.pt", "a link to it": tmp_path / "link"}
+    (tmp_path / "made").mkdir()
+    made = dataclasses.replace(REPORT, source=str(places.get(named, "org/base")))
+    write_report(tmp_path / "made", made)
+    header = yaml.safe_load((tmp_path / "made" / CARD).read_text().split("---")[1])
+    assert (header["base_model"], header["license"]) == ("org/base", "mit")
+    copy = tmp_path / "made" / "LICENSE"
+    assert copy.read_text() == "as you like"
+    assert not copy.is_symlink()
+
+
+def test_a_licence_that_is_not_known_is_said(cached, tmp_path, caplog):
+    (cached / "README.md").unlink()
+    for source in ("org/base", "org/other", "no name/of a/repository"):
+        write_report(tmp_path, dataclasses.replace(REPORT, source=source))
+        assert f"the licence of {source} is not known" in caplog.text
+    (cached / "README.md").write_text("---\nlicense: [mit\n---\n")
+    write_report(tmp_path, dataclasses.replace(REPORT, source=str(cached)))
+    assert f"the licence of {cached} is not known" in caplog.text
+    assert "license" not in (tmp_path / CARD).read_text()

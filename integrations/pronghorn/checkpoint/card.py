@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 
 from pronghorn.checkpoint import REPORT
 from pronghorn.checkpoint.provenance import provenance
@@ -19,7 +21,8 @@ from pronghorn.files.atomic import write_atomically
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-CARD = "README.md"
+CARD, LICENSES = "README.md", "LICENSE*"
+UNKNOWN = "the licence of %s is not known, state it in the card yourself: %s"
 COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 WORST_LAYERS = 5
 
@@ -63,7 +66,10 @@ class Report:
         """The source's name on the card: a path of this machine means nothing to others."""
         if self.base_model or self.source is None:
             return self.base_model
-        return Path(self.source).resolve().name if Path(self.source).exists() else self.source
+        path = Path(self.source)
+        if not path.exists():
+            return self.source
+        return _cached_repository(path) or path.resolve().name
 
 
 def write_report(folder: Path, report: Report, name: str | None = None) -> None:
@@ -84,31 +90,49 @@ def write_report(folder: Path, report: Report, name: str | None = None) -> None:
         "seconds": round(report.seconds, 3), "provenance": made,
     }  # fmt: skip
     write_atomically(folder / REPORT, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-    known = {} if report.source is None else _of_source(report.source)
+    source = None if report.source is None else _source_folder(report.source)
+    known = {} if source is None else card_header(source)
     given = {name: known[name] for name in COPIED if known.get(name)}
     data = ModelCardData(
         base_model=report.base, library_name=report.library_name, tags=[*report.tags, "pronghorn"], **given
     )
     header = f"---\n{data.to_yaml()}\n---\n\n"
     write_atomically(folder / CARD, (header + _text(report, made, name or folder.name)).encode())
-    here = report.source is not None and Path(report.source).exists()
-    for path in _folder(str(report.source)).glob("LICENSE*") if here else ():
+    for path in () if source is None else source.glob(LICENSES):
         if path.is_file():
             shutil.copy(path, folder / path.name)
 
 
-def _of_source(source: str) -> dict[str, Any]:
-    """The header of the source's card; empty where it has none."""
+def card_header(folder: Path) -> dict[str, Any]:
+    """The header of the card in a checkpoint's folder; empty where there is none."""
     try:
-        path = _folder(source) / CARD if Path(source).exists() else Path(hf_hub_download(source, CARD))
-        return dict(ModelCard.load(path).data.to_dict()) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        logger.warning("the licence of %s is not known, state it in the card yourself: %s", source, error)
+        return dict(ModelCard.load(folder / CARD).data.to_dict()) if (folder / CARD).is_file() else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.warning(UNKNOWN, folder, error)
         return {}
 
 
-def _folder(source: str) -> Path:
-    return Path(source) if Path(source).is_dir() else Path(source).parent
+def _source_folder(source: str) -> Path | None:
+    """Where the source's card and licence are: its own folder, or the Hub's cache; None if they cannot be had."""
+    path = Path(source)
+    if path.exists():
+        return path if path.is_dir() else path.parent
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=[CARD, LICENSES]))
+    except (OSError, ValueError) as error:
+        logger.warning(UNKNOWN, source, error)
+        return None
+    if not (folder / CARD).is_file():
+        logger.warning(UNKNOWN, source, f"{folder} has no {CARD}")
+    return folder
+
+
+def _cached_repository(path: Path) -> str | None:
+    """The repository that a path in the Hub's cache is of, whose folders and files have hashes for names."""
+    for place in (path.absolute(), path.resolve()):  # a cached file resolves to a blob, a link may lead to the cache
+        if found := re.search(r"/models--([^/]+)/snapshots/", place.as_posix()):
+            return found[1].replace("--", "/")
+    return None
 
 
 def _text(report: Report, made: Mapping[str, Any], name: str) -> str:

@@ -276,6 +276,9 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     to: Annotated[str, typer.Option(help="gemm, gemv, gemv_fast, llm-awq, exllama, marlin or natural.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="Full-precision model's hub name for the card; by default as in SOURCE's card.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Change a checkpoint's format without loss."""
@@ -289,7 +292,7 @@ def convert(
     said: list[str] = []
     convert_checkpoint(
         source, out, to, overwrite=overwrite,
-        report=lambda folder: said.append(write_conversion_report(source, folder, out.name)),
+        report=lambda folder: said.append(write_conversion_report(source, folder, base_model, out.name)),
     )  # fmt: skip
     typer.echo(f"{out}: version {to}, {said[0]}")
 

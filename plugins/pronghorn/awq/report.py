@@ -17,7 +17,7 @@ from pronghorn.awq.evaluate import perplexity
 from pronghorn.awq.layers import AwqLinear
 from pronghorn.awq.quantize import decoder_linears
 from pronghorn.checkpoint import REPORT
-from pronghorn.checkpoint.card import Report, write_report
+from pronghorn.checkpoint.card import Report, card_header, write_report
 from pronghorn.estimate import Estimate, folder_bytes, peak_bytes
 from pronghorn.files.json_files import parse_json
 from pronghorn.transformers.answers import positions_of
@@ -69,7 +69,7 @@ class AwqReport:
         return perplexity(model, tokenizer, text, window=window, max_windows=WINDOWS, progress=False).perplexity
 
 
-def write_conversion_report(source: Path, folder: Path, name: str | None = None) -> str:
+def write_conversion_report(source: Path, folder: Path, base_model: str | None = None, name: str | None = None) -> str:
     """Write `quality.json` and `README.md` beside a converted checkpoint; what they say, in a line.
 
     Both are read again and compared: codes, scales and zero points, and all that is not packed. What the source's own
@@ -78,13 +78,14 @@ def write_conversion_report(source: Path, folder: Path, name: str | None = None)
     Args:
         source: folder that was converted.
         folder: what was made of it.
+        base_model: what the card calls the full-precision model; by default what the source's card calls it.
         name: see `write_report`.
     """
     started = time.perf_counter()
     linears: list[bool] = []
     others: list[bool] = []
-    for (name, parts), (old_name, old) in zip(unpacked_tensors(folder), unpacked_tensors(source), strict=True):
-        equal = name == old_name and len(parts) == len(old) and all(map(torch.equal, parts, old))
+    for (module, parts), (old_module, old) in zip(unpacked_tensors(folder), unpacked_tensors(source), strict=True):
+        equal = module == old_module and len(parts) == len(old) and all(map(torch.equal, parts, old))
         (linears if len(parts) == len(UNPACKED) else others).append(equal)
     config, path = read_awq_config(folder).to_dict(), source / REPORT
     known = parse_json(path.read_bytes(), path)["figures"] if path.is_file() else {}
@@ -99,13 +100,20 @@ def write_conversion_report(source: Path, folder: Path, name: str | None = None)
             },
             data="all of its tensors" + ("; figures beside those are of the source's own report" if known else ""),
             usage=USAGE, tags=(*TAGS, f"{config['bits']}-bit"),
-            seconds=time.perf_counter() - started,
+            base_model=base_model or _base_model(source), seconds=time.perf_counter() - started,
         ),
         name,
     )  # fmt: skip
     return (
         f"{sum(linears)} of {len(linears)} linears and {sum(others)} of {len(others)} other tensors equal bit for bit"
     )
+
+
+def _base_model(folder: Path) -> str | None:
+    """What a checkpoint's card says that it was made from, if that is one model."""
+    named = card_header(folder).get("base_model")
+    names = named if isinstance(named, list) else [named]
+    return names[0] if len(names) == 1 and isinstance(names[0], str) else None
 
 
 def report_estimate(model: Any, tokenizer: Any, source: str, config: AwqConfig) -> Estimate:

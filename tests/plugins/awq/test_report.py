@@ -219,7 +219,26 @@ def test_what_is_converted_says_that_it_is_the_same(made, tmp_path, version):
     assert report["figures"]["linears equal bit for bit"] == count
     assert report["figures"]["other tensors equal bit for bit"] == others > 0
     assert report["figures"]["perplexity"] == json.loads((made / "quality.json").read_text())["figures"]["perplexity"]
-    assert f"converted to {version}" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"converted to {version}" in card
+    assert 'from_pretrained("out")' in card
+
+
+def test_what_is_converted_is_of_the_same_base_model(made, source, tmp_path):
+    """As the source's card says, or the command; without a card the folder's name is all there is."""
+    listed, merged, bare = (shutil.copytree(made, tmp_path / name) for name in ("listed", "merged", "bare"))
+    (listed / "README.md").write_text("---\nbase_model: [org/letters]\n---\n")
+    (merged / "README.md").write_text("---\nbase_model: [org/letters, org/numbers]\n---\n")
+    (bare / "README.md").unlink()
+    for folder, more, wanted in (
+        (made, (), source.name), (made, ("--base-model", "someone/letters"), "someone/letters"),
+        (listed, (), "org/letters"), (merged, (), "merged"), (bare, (), "bare"),
+    ):  # fmt: skip
+        out = tmp_path / f"{folder.name}-{len(more)}"
+        call("convert", folder, out, "--to", "gemv", *more)
+        card = (out / "README.md").read_text()
+        assert yaml.safe_load(card.split("---")[1])["base_model"] == wanted
+        assert f'from_pretrained("{out.name}")' in card
 
 
 def test_what_differs_after_a_conversion_is_counted(made, tmp_path):
