@@ -69,6 +69,19 @@ def test_other_images_are_refused_until_the_user_says_so(run, photos, tmp_path):
     assert [line["step"] for line in logged(run)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("part", ["torch", "diffusers", "accelerate", "pronghorn", "code"])
+@pytest.mark.fault(9)
+def test_other_versions_and_code_are_refused_until_the_user_says_so(run, photos, part):
+    record = json.loads((run / "config.json").read_text())
+    record["made_from"][part] = "0.0"
+    (run / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"other settings: {part} was '0\.0' and is .* take it out of 'made_from' in"):
+        fit(photos, run, steps=6)
+    del record["made_from"][part]
+    (run / "config.json").write_text(json.dumps(record))
+    fit(photos, run, steps=5)
+
+
 @pytest.mark.fault(9)
 def test_fewer_steps_than_are_done_are_refused(run, photos):
     with pytest.raises(ValueError, match=r"steps: got 3, the training in .*run has done 4"):

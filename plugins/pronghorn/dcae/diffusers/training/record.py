@@ -7,9 +7,10 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-from pronghorn.dcae.digests import digest_of_weights
+from pronghorn.dcae.digests import LENGTH, digest_of_weights
 from pronghorn.files.atomic import write_atomically
 from pronghorn.files.json_files import parse_json
+from pronghorn.versions import code_of, versions
 
 CONFIG = "config.json"
 MADE_FROM = "made_from"  # beside the settings; trainings of before have none
@@ -18,7 +19,7 @@ FREE = ("steps", "evaluate_every", "save_every", "workers", "mixed_precision", "
 
 
 def made_from(model: Any, data: str, classes: list[str] | None = None) -> dict[str, Any]:
-    """What a training is made from, beside its settings.
+    """What a training is made from, beside its settings: with the code and library versions that run it.
 
     Args:
         model: a model of diffusers, before its first step.
@@ -26,7 +27,11 @@ def made_from(model: Any, data: str, classes: list[str] | None = None) -> dict[s
         classes: names of what it is trained to tell apart, in the order of their numbers.
     """
     architecture = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    found = {"architecture": architecture, "weights": digest_of_weights(model), "data": data}
+    found = {
+        "architecture": architecture, "weights": digest_of_weights(model), "data": data,
+        "code": code_of(type(model), made_from, digest_of_weights)[:LENGTH],
+        **versions(("torch", "diffusers", "accelerate", "pronghorn")),
+    }  # fmt: skip
     return found if classes is None else {**found, "classes": classes}
 
 
