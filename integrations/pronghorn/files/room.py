@@ -14,6 +14,8 @@ from pathlib import Path
 OUT_OF_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 # safetensors and tokenizers, written in Rust, raise errors of their own: the system's is but told of in their text.
 _TOLD = re.compile(r"\(os error (\d+)\)")
+# `torch.save`, written in C++, tells of no number.
+_OF_TORCH = re.compile(r"iostream error|inline_container.* unexpected pos|PytorchStreamWriter failed")
 
 
 def check_room(directory: Path, needed: int) -> None:
@@ -64,6 +66,8 @@ def told_of_room(path: Path, needed: int) -> Iterator[None]:
             raise
         raise no_room(error.errno, path, needed) from error
     except Exception as error:
+        if _OF_TORCH.search(str(error)):
+            raise no_room(errno.EIO, path, needed) from error
         told = _TOLD.search(str(error))
         number = int(told[1]) if told else 0
         if not number:
