@@ -56,3 +56,9 @@ def write_part(directory: Path, name: str, content: bytes | memoryview, *, sync:
             Path(temporary).unlink(missing_ok=True)
             raise
     return Path(temporary)
+
+
+def remove_parts(directory: Path) -> None:
+    """Remove what a killed run was writing."""
+    for path in directory.glob(f".*{PART}"):
+        path.unlink(missing_ok=True)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pronghorn.files.atomic import remove_parts
 from pronghorn.files.json_files import load_json, parse_json, save_json
 from pronghorn.files.tensor_files import load_tensors, opened, save_tensors
-from pronghorn.transformers.disk import remove_parts
 from pronghorn.versions import versions
 
 FORMAT = 2  # of both kinds of files

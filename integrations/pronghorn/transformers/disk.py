@@ -1,4 +1,4 @@
-"""What a calibration has on disk while it runs: parts of files, and tensors that lie there without a name."""
+"""What a calibration has on disk while it runs: tensors that lie there without a name."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.files.atomic import PART, write_atomically, write_part
+from pronghorn.files.atomic import write_atomically, write_part
 
-__all__ = ["mapped_copy", "remove_parts", "write_atomically"]
-
-
-def remove_parts(directory: Path) -> None:
-    """Remove what a killed run was writing."""
-    for path in directory.glob(f".*{PART}"):
-        path.unlink(missing_ok=True)
+__all__ = ["mapped_copy", "write_atomically"]
 
 
 def mapped_copy(tensor: Tensor, directory: Path) -> Tensor:

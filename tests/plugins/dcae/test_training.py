@@ -170,7 +170,7 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path, monkeypatch
 
     def save(self, step):
         if step == 4:
-            (self.output / "checkpoints" / "unfinished").mkdir()
+            (self.output / "checkpoints" / ".00000004.a_kill").mkdir()
             raise BrokenOffError
         real(self, step)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -21,13 +22,17 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from pronghorn.dcae.diffusers.training.record import check_record, write_record
-from pronghorn.files.atomic import write_atomically
+from pronghorn.files.atomic import remove_parts, write_atomically
 from pronghorn.files.sealed import check_seal, seal
 from pronghorn.files.tensor_files import load_tensors, save_tensors
+from pronghorn.files.whole_folders import made_whole
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS, LOG, MODEL = "checkpoints", "log.jsonl", "model"
 MEAN, MEAN_FORMAT = "mean.safetensors", 1
 KEPT = 2  # checkpoints
+LONGEST_NAME = 255  # bytes, of a file
 
 
 class Loop:
@@ -66,11 +71,14 @@ class Loop:
         self.ema = EMAModel(self.trained, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1, power=3 / 4)
         self.ema.to(self.accelerator.device)
         self.step = 0  # that is done
+        self._needed = _bytes_of(module.state_dict().values())  # by a checkpoint
         self._data = data
 
     def optimizer(self, parameters: list[nn.Parameter], learning_rate: float | None = None) -> tuple[Any, Any]:
         """AdamW over parameters as the configuration has it, with its schedule, prepared."""
         config = self.config
+        # AdamW's two moments, and the mean of the weights or those of a discriminator.
+        self._needed += 3 * _bytes_of(parameters)
         optimizer = torch.optim.AdamW(
             parameters, lr=config.learning_rate if learning_rate is None else learning_rate, betas=config.betas,
             weight_decay=config.weight_decay,
@@ -158,7 +166,8 @@ class Loop:
         if self.config.gradient_checkpointing:
             model.disable_gradient_checkpointing()
         if self.accelerator.is_main_process:
-            model.save_pretrained(folder)
+            with made_whole(folder, needed=_bytes_of(model.state_dict().values()), overwrite=True) as whole:
+                model.save_pretrained(whole)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if self.accelerator.num_processes > 1:  # a process alone may be in a group of someone else, as vLLM's
@@ -174,37 +183,67 @@ class Loop:
             )
 
     def _save(self, step: int) -> None:
-        folder = self.output / CHECKPOINTS
-        unfinished, finished = folder / "unfinished", folder / f"{step:08d}"
-        if self.accelerator.is_main_process and unfinished.exists():
-            shutil.rmtree(unfinished)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(unfinished))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self._save_mean(unfinished / MEAN)
-            seal(unfinished, ("**/*",))
-            if finished.exists():
-                shutil.rmtree(finished)
-            unfinished.rename(finished)
-            for old in self._checkpoints()[:-KEPT]:
-                shutil.rmtree(old)
+        folder, first = self.output / CHECKPOINTS, self.accelerator.is_main_process
+        target = folder / f"{step:08d}"
+        with made_whole(target, needed=self._needed, overwrite=True) if first else nullcontext() as whole:
+            unfinished = folder / self._told("" if whole is None else whole.name)
+            self.accelerator.save_state(str(unfinished))
+            self.accelerator.wait_for_everyone()
+            if first:
+                self._save_mean(unfinished / MEAN)
+                seal(unfinished, ("**/*",))
+        if first:
+            found = self._checkpoints()
+            # Those of later steps are damaged, or this step would not have been done again.
+            kept = [path for path in found if int(path.name) <= step][-KEPT:]
+            for path in found:
+                if path not in kept:
+                    shutil.rmtree(path)
+
+    def _told(self, name: str) -> str:
+        """What the main process gives for the name of a file, on all."""
+        letters = torch.tensor([*name.encode().ljust(LONGEST_NAME, b"\0")], device=self.accelerator.device)
+        return bytes(broadcast(letters).tolist()).rstrip(b"\0").decode()
 
     def _resume(self) -> None:
-        found = self._checkpoints()
-        if found:
-            check_seal(found[-1])
-            self._load_mean(found[-1] / MEAN)
+        if (newest := self._newest()) is not None:
+            self._load_mean(newest / MEAN)
             try:
-                self.accelerator.load_state(str(found[-1]))
+                self.accelerator.load_state(str(newest))
             except RuntimeError as error:
                 if "loading state_dict" not in str(error):  # not enough memory, say
                     raise
                 told = " ".join(str(error).split())
-                raise ValueError(f"{found[-1]}: is a checkpoint of another architecture: {told}") from error
+                raise ValueError(f"{newest}: is a checkpoint of another architecture: {told}") from error
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
+            # Of a training that was killed while it saved.
+            remove_parts(self.output)
+            for path in (*(self.output / CHECKPOINTS).glob(".*"), *self.output.glob(f".{MODEL}.*")):
+                shutil.rmtree(path)
             self._cut_log()
+
+    def _newest(self) -> Path | None:
+        """The newest checkpoint, or where it is damaged, the newest of those that are sealed.
+
+        Raises:
+            ValueError, FileNotFoundError: all are damaged; what is said is of the newest.
+        """
+        damaged: dict[Path, Exception] = {}
+        for path in reversed(self._checkpoints()):
+            try:
+                sealed = check_seal(path)
+            except (ValueError, FileNotFoundError) as error:
+                damaged[path] = error
+                continue
+            if damaged and not sealed:  # one that nothing says to be whole is no better
+                continue
+            if damaged and self.accelerator.is_main_process:
+                logger.warning("training goes on from %s: %s", path, "; ".join(map(str, damaged.values())))
+            return path
+        if damaged:
+            raise next(iter(damaged.values()))
+        return None
 
     # Not by accelerate, which unpickles whatever objects of ours it is given to keep.
     def _save_mean(self, path: Path) -> None:
@@ -244,3 +283,7 @@ class Loop:
     def _checkpoints(self) -> list[Path]:
         folder = self.output / CHECKPOINTS
         return sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
