@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.faults.fail_at_call import FailAtCall
 from tests.faults.fake_distribution import fake_distribution
 from tests.integrations.test_methods import FAULTS, run
 
@@ -150,9 +151,19 @@ main()
 
 
 def test_bench_says_what_there_is():
-    found = pronghorn("bench", "--list")
+    for option in ("--list", "--dry-run"):
+        found = pronghorn("bench", option)
+        assert found.returncode == 0, found.stderr
+        assert "geglu: can run here, a few timed calls, without a limit" in found.stdout
+
+
+def test_bench_prints_json_and_names_what_runs(tmp_path):
+    """`--json` is a flag, as it is of others: a name after it is a benchmark's."""
+    found = pronghorn("bench", "--json", "bias_activation", "--out", str(tmp_path / "out.json"))
     assert found.returncode == 0, found.stderr
-    assert "geglu" in found.stdout
+    assert [row["what"] for row in json.loads(found.stdout)["rows"]] == ["bias_activation"]
+    assert found.stdout == (tmp_path / "out.json").read_text()
+    assert "bias_activation" in found.stderr
 
 
 def test_bench_runs_what_can_run_here(tmp_path, monkeypatch, capsys):
@@ -179,8 +190,8 @@ def test_bench_runs_what_can_run_here(tmp_path, monkeypatch, capsys):
         (tmp_path / "benchmarks" / name).write_text(content)
     monkeypatch.chdir(tmp_path)
     chosen = ["bias_activation", "good", "large", "missing", "below"]
-    assert bench(chosen, seconds=60, out=tmp_path / "out" / "bench.json")
-    found = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert bench(chosen, seconds=60, out=tmp_path / "bench.json")
+    found = json.loads((tmp_path / "bench.json").read_text())
     assert {"topic", "device", "driver", "versions", "commit", "dirty", "date", "rows"} <= set(found)
     assert [entry["what"] for entry in found["rows"]] == ["bias_activation", "good: it"]
     assert found["rows"][0]["ours"]["p50"] > 0
@@ -198,11 +209,29 @@ def test_bench_runs_what_can_run_here(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="no benchmark; there are"):
         bench(["nothing"], seconds=2, out=tmp_path / "bench.json")
     capsys.readouterr()
-    assert bench([], seconds=2, out=tmp_path / "none.json", listed=True)
+    assert bench([], seconds=2, out=tmp_path / "none.json", dry_run=True)
     said = capsys.readouterr().out
-    assert "good: can run here" in said
+    assert "good: can run here, at most 2 s" in said
+    assert "large: needs 99 GPUs" in said
     assert "awq bench: needs a model: pronghorn awq bench --help" in said
     assert not (tmp_path / "none.json").exists()
+
+
+def test_bench_says_before_it_runs_where_it_cannot_write(tmp_path, monkeypatch, capsys):
+    """And shows what it has measured before it writes, which may fail even so."""
+    import pronghorn.cli.bench as room
+
+    monkeypatch.setattr(room, "_measured", lambda *_: pytest.fail("it ran"))
+    for out, reason in ((tmp_path, "is a folder"), (tmp_path / "nodir" / "b.json", "in a folder that is there")):
+        for dry_run in (False, True):
+            with pytest.raises(ValueError, match=f"out: got .*{reason}"):
+                room.bench(["bias_activation"], seconds=1, out=out, dry_run=dry_run)
+    times = {"p20": 1.0, "p50": 1.0, "p80": 1.0}
+    monkeypatch.setattr(room, "_measured", lambda *_: [room.row("it", "them", "2", times, times)])
+    monkeypatch.setattr(room, "write_atomically", FailAtCall(room.write_atomically, 1, OSError(28, "no room")))
+    with pytest.raises(OSError, match="no room"):
+        room.bench(["bias_activation"], seconds=1, out=tmp_path / "b.json")
+    assert "them" in capsys.readouterr().out
 
 
 def test_bench_goes_on_after_an_operation_that_raises(tmp_path, monkeypatch):

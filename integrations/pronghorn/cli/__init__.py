@@ -121,8 +121,12 @@ def check(
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Benchmarks; all of them by default.")] = None,
     seconds: Annotated[float, typer.Option(help="Most that one may take; longer ones are ended, and listed.")] = 120.0,
-    out: Annotated[Path, typer.Option("--json", help="File for the results.")] = Path("bench.json"),
-    listed: Annotated[bool, typer.Option("--list", help="Say what there is and what can run here, and stop.")] = False,
+    out: Annotated[Path, typer.Option(help="File for the results.")] = Path("bench.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", "--list", help="Say what there is, what can run here and how long it may, and stop."),
+    ] = False,
 ) -> None:
     """Run the benchmarks that can run here: every operation, and in a clone those of its folder.
 
@@ -130,7 +134,7 @@ def bench(
     """
     from pronghorn.cli.bench import bench as run
 
-    if not run(names or [], seconds=seconds, out=out, listed=listed):
+    if not run(names or [], seconds=seconds, out=out, as_json=as_json, dry_run=dry_run):
         raise typer.Exit(1)
 
 

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from pronghorn.cli.new import is_clone
 from pronghorn.cli.verify import failure, limits
+from pronghorn.files.atomic import write_atomically
+from pronghorn.files.outputs import check_output
 from pronghorn.kernels._operation import Operation, operations
 from pronghorn.measurement import device, measure, results, row
 from pronghorn.methods import entry_points, is_disabled
@@ -30,7 +33,7 @@ NEEDS = "NEEDS"  # a tuple in a script: what it needs of the machine, "cuda", or
 COMMAND = "bench"  # what methods call theirs
 
 
-def bench(names: Sequence[str], *, seconds: float, out: Path, listed: bool = False) -> bool:
+def bench(names: Sequence[str], *, seconds: float, out: Path, as_json: bool = False, dry_run: bool = False) -> bool:
     """Measure operations, and in a clone run the scripts of its folder; whether none failed.
 
     One that fails is listed with its reason, and the others go on; what was measured is written also if they cannot.
@@ -39,12 +42,13 @@ def bench(names: Sequence[str], *, seconds: float, out: Path, listed: bool = Fal
         names: of operations and scripts; none are all.
         seconds: most that a script may take.
         out: file for the results, in the format of benchmarks/results; what was not run stands under "not_run".
-        listed: only say what there is.
+        as_json: print what the file holds instead of a table.
+        dry_run: only say what there is, and how long each may take.
 
     Raises:
-        ValueError: a name is unknown.
-        OSError: `out` cannot be written, which is said before anything runs.
+        ValueError: a name is unknown, or `out` cannot be written, which is said before anything runs.
     """
+    check_output("out", out)
     kernels = {operation.name: operation for operation in operations()}
     scripts = _scripts(Path.cwd())
     unknown = [name for name in names if name not in kernels and name not in scripts]
@@ -71,26 +75,32 @@ def bench(names: Sequence[str], *, seconds: float, out: Path, listed: bool = Fal
     if not names:
         not_run |= {name: f"needs a model: {command}" for name, command in _commands()}
     console = Console()
-    if listed:
+    if dry_run:
         for name in chosen:
-            console.print(f"{name}: {not_run.get(name, 'can run here')}", markup=False, soft_wrap=True)
+            limit = f"at most {seconds:g} s, see --seconds" if name in scripts else "a few timed calls, without a limit"
+            console.print(f"{name}: {not_run.get(name, f'can run here, {limit}')}", markup=False, soft_wrap=True)
         _say(console, {name: reason for name, reason in not_run.items() if name not in chosen})
         return True
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.touch()
     rows: list[dict[str, Any]] = []
     try:
         machine = limits(device()) if any(name in kernels for name in chosen) else ()
-        for name in chosen:
+        for name in (bar := tqdm(chosen, desc="benchmarks")):
+            bar.set_postfix_str(name)
             if name in kernels:
                 rows += tried(name, _measured, kernels[name], *machine) or []
             if name in scripts and name not in not_run:
                 rows += tried(name, _run, scripts[name], seconds) or []
     finally:
-        out.write_text(json.dumps({**results("bench", rows), "not_run": not_run}, indent=1) + "\n")
-    console.print(_table(rows))
-    _say(console, not_run)
-    console.print(f"{len(rows)} rows -> {out}", markup=False, soft_wrap=True)
+        # Shown before it is written, which may fail.
+        text = json.dumps({**results("bench", rows), "not_run": not_run}, indent=1) + "\n"
+        if as_json:
+            sys.stdout.write(text)
+        else:
+            console.print(_table(rows))
+            _say(console, not_run)
+        write_atomically(out, text.encode())
+    if not as_json:
+        console.print(f"{len(rows)} rows -> {out}", markup=False, soft_wrap=True)
     return not failed
 
 
