@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
+from tests.own_methods import own_methods
 from tests.plugins.conftest import letters_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pronghorn.cli import app, own_commands
 from pronghorn.duoattention import DuoAttentionConfig
 
 NEAR = 0.15
@@ -338,3 +341,44 @@ def test_sweeping_a_task(tmp_path, figure):
     _, real = run(case)
     figure("vlash sweep: time said / happened", round(amount(said, "about") / real["seconds"], 3))
     assert amount(said, "about") == pytest.approx(real["seconds"], rel=NEAR)
+
+
+SHORT, ENDLESS = "it takes seconds", "it goes on until it is stopped"
+# Commands that have none, and why.
+WITHOUT = {
+    "list": SHORT,
+    "info": SHORT,
+    "seal": "it reads each file once, which is what a trial would have to do",
+    "verify": "about a minute for all; names make it less",
+    "check": "it loads a checkpoint once, and nothing is written",
+    "new": SHORT,
+    "awq demo": ENDLESS,
+    "awq chat": ENDLESS,
+    "dcae convert": "it reads a checkpoint once and writes it once",
+    "duoattention plan": "it is the estimate: of a cache's memory, from the configuration alone",
+    "duoattention bench": "each prompt is read once, and to try one is to measure it; `plan` tells the memory before",
+    "vcpo report": SHORT,
+    "vlash bench": "some 26 calls of a policy, of which each is a fraction of a second",
+    "vlash profile": "a few calls of a policy",
+    "vlash serve": ENDLESS,
+}
+
+
+def commands(group, context, path=()):
+    """All commands below a group, by what a user types."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if hasattr(command, "list_commands"):
+            yield from commands(command, typer.Context(command, info_name=name, parent=context), (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+def test_every_command_has_a_dry_run_or_a_reason():
+    root = typer.main.get_command(app)
+    ours, options = {*own_commands(), *own_methods()}, {}
+    for name, command in commands(root, typer.Context(root)):
+        if name.split()[0] in ours:
+            options[name] = {option for parameter in command.params for option in parameter.opts}
+    assert {"bench", "awq bench", "dcae train-diffusion"} <= options.keys()
+    assert {name for name, given in options.items() if "--dry-run" not in given} == WITHOUT.keys()

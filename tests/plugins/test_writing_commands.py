@@ -122,6 +122,17 @@ def test_a_search_is_no_folder(commands, tmp_path):
     assert isinstance(found.exception, IsADirectoryError)
 
 
+@pytest.mark.fault(10)
+@pytest.mark.parametrize("method", ["awq", "dcae", "duoattention", "vlash"])
+def test_a_bench_measures_nothing_that_it_cannot_write(method, tmp_path):
+    """Said before the model is looked for."""
+    for out, reason in ((tmp_path, "is a folder"), (tmp_path / "nodir" / "b.json", "in a folder that is there")):
+        found = call([method, "bench", "/nowhere", "--json", out])
+        assert isinstance(found.exception, ValueError), found.exception
+        assert "json: got" in str(found.exception)
+        assert reason in str(found.exception)
+
+
 @pytest.mark.fault(8)
 @pytest.mark.parametrize("name", REPORTS)
 def test_a_checkpoint_has_its_report_before_it_has_its_name(commands, name, tmp_path, monkeypatch):

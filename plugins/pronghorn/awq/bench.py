@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
+from pronghorn.estimate import Estimate, peak_bytes
+
 QUESTION_TOKENS = 32
 WARM_UP = 2  # rounds; a static cache's memory and CUDA graphs are there from the second on
 
@@ -92,6 +94,21 @@ def follow_up_speeds(model: PreTrainedModel, histories: list[int], *, repeats: i
             _rewind(cache, QUESTION_TOKENS)
             recomputed.append(_seconds(model, ids, 1, past_key_values=DynamicCache(config=model.config)))
         yield FollowUpSpeed(history, kept[WARM_UP:], recomputed[WARM_UP:])
+
+
+def rehearse(
+    model: PreTrainedModel, contexts: list[int], histories: list[int], *, new_tokens: int, repeats: int
+) -> Estimate:
+    """What all of `context_speeds` and `follow_up_speeds` take, from one repeat of each, warm as the others are."""
+    started = time.perf_counter()
+    speeds = list(context_speeds(model, contexts, new_tokens=new_tokens, repeats=1))
+    turns = list(follow_up_speeds(model, histories, repeats=1))
+    seconds = time.perf_counter() - started
+    for speed in speeds:
+        whole = speed.first_token_seconds[0] + (new_tokens - 1) / speed.tokens_per_second[0]
+        seconds += (repeats - 1) * (speed.first_token_seconds[0] + whole)
+    seconds += (repeats - 1) * sum(turn.kept_seconds[0] + turn.recomputed_seconds[0] for turn in turns)
+    return Estimate(peak_bytes(model.device), 0, seconds, f"one of {repeats} repeats")
 
 
 def _chat_cache(model: PreTrainedModel, capacity: int) -> Any:

@@ -335,22 +335,29 @@ def bench(
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Time to the first token and decoding speed by context, and of a question after a history."""
     from statistics import mean
 
-    from pronghorn.awq.bench import context_speeds, follow_up_speeds
+    from pronghorn.awq.bench import context_speeds, follow_up_speeds, rehearse
+    from pronghorn.files.outputs import check_output
 
+    check_output("json", out)
+    prompts, before = _lengths(contexts), _lengths(histories)
     loaded, _ = _load(model, dtype, device)
     found: dict[str, list[dict[str, Any]]] = {"contexts": [], "follow_ups": []}
     with _fused(loaded, fused, compiled):
-        for speed in context_speeds(loaded, _lengths(contexts), new_tokens=new_tokens, repeats=repeats):
+        if dry_run:
+            typer.echo(rehearse(loaded, prompts, before, new_tokens=new_tokens, repeats=repeats))
+            return
+        for speed in context_speeds(loaded, prompts, new_tokens=new_tokens, repeats=repeats):
             found["contexts"].append(asdict(speed))
             typer.echo(
                 f"context {speed.context:6}: first token {mean(speed.first_token_seconds) * 1e3:8.1f} ms, "
                 f"then {mean(speed.tokens_per_second):7.1f} tokens/s"
             )
-        for turn in follow_up_speeds(loaded, _lengths(histories), repeats=repeats):
+        for turn in follow_up_speeds(loaded, before, repeats=repeats):
             found["follow_ups"].append(asdict(turn))
             typer.echo(
                 f"history {turn.history:6}: first token {mean(turn.kept_seconds) * 1e3:8.1f} ms, "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.dcae.diffusers import accelerate_dcae
+from pronghorn.estimate import Estimate, peak_bytes
 
 # As diffusers has it, and that compiled; both with a pixel's channels side by side; ours, and ours as CUDA graphs.
 OURS: dict[str, dict[str, bool]] = {
@@ -94,6 +95,22 @@ def bench(
                 with in_form(vae, form) as sides:
                     for what, run in sides.items():
                         yield Speed(form, what, size, batch_size, _fitting(run, given[what], repeats))
+
+
+def rehearse(vae: Any, *, repeats: int, **how: Any) -> Estimate:
+    """What all of `bench` takes, from one repeat of each measurement, warm and compiled as the others are.
+
+    Args:
+        vae: as for `bench`, as all others are.
+        repeats: likewise.
+        **how: likewise.
+    """
+    started = time.perf_counter()
+    timings = [one.timing for one in bench(vae, repeats=1, **how) if one.timing is not None]
+    seconds = time.perf_counter() - started + (repeats - 1) * sum(timing.seconds["p50"] for timing in timings)
+    # On a GPU each measurement begins its peak anew.
+    peak = max([peak_bytes(next(vae.parameters()).device), *(timing.peak_bytes or 0 for timing in timings)])
+    return Estimate(peak, 0, seconds, f"one of {repeats} repeats")
 
 
 def inputs(vae: Any, size: int, batch_size: int) -> dict[str, Tensor]:

@@ -254,7 +254,9 @@ def bench(
     from pronghorn.duoattention import DuoAttentionConfig
     from pronghorn.duoattention.bench import measure
     from pronghorn.duoattention.transformers import apply_duo
+    from pronghorn.files.outputs import check_output
 
+    check_output("json", out)
     config = _config(pattern, sparsity, threshold, balance, sink, recent, bits, prefill)
     lengths = _numbers(contexts)
     loaded, _ = _load(model, dtype, device)

@@ -9,6 +9,7 @@ from tests.plugins.conftest import TEMPLATE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from pronghorn.awq.bench import ContextSpeed, FollowUpSpeed, rehearse
 from pronghorn.awq.chat import Chat
 from pronghorn.awq.cli import app
 from pronghorn.awq.evaluate import perplexity
@@ -196,7 +197,20 @@ def test_bench_measures_contexts_and_follow_ups(letters, tmp_path):
             assert min(row[name]) > 0
     assert found["follow_ups"][0]["history"] == 40
     assert "history     40" in result.output
+    out.unlink()
+    assert "one of 2 repeats" in call("bench", folder, *how, "--dry-run").output
+    assert not out.exists()
     refused = runner.invoke(app, ["bench", str(folder), "--contexts", "100000"])
     assert refused.exit_code != 0
     assert "lengths" in str(refused.exception) + refused.output
     assert runner.invoke(app, ["bench", str(folder), "--contexts", "8,many"]).exit_code == 2
+
+
+def test_a_rehearsal_of_the_bench_counts_all_repeats(monkeypatch):
+    """A repeat is a first token, and a first token with those after it; of histories, with the cache and without."""
+    speeds, turns = [ContextSpeed(8, [1.0], [0.5])], [FollowUpSpeed(40, [1.0], [2.0])]
+    monkeypatch.setattr("pronghorn.awq.bench.context_speeds", lambda *_, new_tokens, repeats: speeds * repeats)
+    monkeypatch.setattr("pronghorn.awq.bench.follow_up_speeds", lambda *_, repeats: turns * repeats)
+    said = rehearse(tiny_model("llama"), [8], [40], new_tokens=4, repeats=11)
+    assert said.seconds == pytest.approx(10 * (1 + (1 + 3 / 0.5) + 1 + 2), abs=1)
+    assert said.memory_bytes > 0

@@ -11,7 +11,7 @@ from tests.plugins.dcae.test_acceleration import lively
 from tests.plugins.dcae.test_autoencoder import small
 from tests.plugins.dcae.test_cli import folder, run  # noqa: F401 - a fixture
 
-from pronghorn.dcae.bench import FORMS, bench, in_form, inputs, timed
+from pronghorn.dcae.bench import FORMS, Speed, Timing, bench, in_form, inputs, rehearse, timed
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
@@ -89,6 +89,18 @@ def test_bad_input_is_named(given, match):
         next(bench(small(), **{"sizes": [8], "batch_sizes": [1], **given}))
 
 
+def test_a_rehearsal_counts_all_repeats(monkeypatch):
+    """Of what fits."""
+    timing = Timing({"p20": 1.0, "p50": 2.0, "p80": 3.0}, 1 << 60)
+    found = [
+        Speed("stock", what, 8, 1, one) for what, one in (("encode", timing), ("decode", timing), ("encode", None))
+    ]
+    monkeypatch.setattr("pronghorn.dcae.bench.bench", lambda vae, *, repeats, sizes: found if repeats == 1 else [])
+    said = rehearse(small(), repeats=11, sizes=[8])
+    assert said.seconds == pytest.approx(10 * 4, abs=1)
+    assert (said.memory_bytes, said.disk_bytes) == (1 << 60, 0)
+
+
 def test_the_command(folder, tmp_path, monkeypatch, compiled):  # noqa: F811
     monkeypatch.setenv("COLUMNS", "120")
     words = ["--sizes", "8", "--batch-sizes", "1,2", "--repeats", 2, "--device", "cpu"]
@@ -96,6 +108,10 @@ def test_the_command(folder, tmp_path, monkeypatch, compiled):  # noqa: F811
     assert "accelerated" in said
     assert "speed-up" in said
     assert len(json.loads((tmp_path / "bench.json").read_text())) == 2 * 2 * 2
+    said = run("bench", folder, *words, "--json", tmp_path / "none.json", "--dry-run")
+    assert "peak memory" in said
+    assert "one of 2 repeats" in said
+    assert not (tmp_path / "none.json").exists()
     # By its published name, with random weights.
     assert "compiled" in run("bench", "tiny", *words, "--forms", "compiled", "--dtype", "bfloat16")
     for extra, match in ((["--dtype", "int8"], "dtype: got 'int8'"), (["--forms", "quick"], "forms: got")):

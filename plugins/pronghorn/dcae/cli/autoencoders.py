@@ -184,19 +184,28 @@ def bench(
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; on a GPU the first.")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
     device: Device = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure once, print peak memory and time of all, and stop.")
+    ] = False,
 ) -> None:
     """Time and memory of encoding and decoding, as diffusers has it and accelerated; also compiled."""
     from rich.console import Console
     from rich.table import Column, Table
 
-    from pronghorn.dcae.bench import bench
+    from pronghorn.dcae.bench import bench, rehearse
+    from pronghorn.files.outputs import check_output
 
+    check_output("json", out)
+    how: dict[str, Any] = {
+        "sizes": numbers(sizes), "batch_sizes": numbers(batch_sizes), "forms": forms.split(","), "repeats": repeats
+    }  # fmt: skip
     vae = _benched(model, dtype, device)
+    if dry_run:
+        typer.echo(rehearse(vae, **how))
+        return
     found, stock = [], {}
     table = Table("", "size", "batch", Column("form", no_wrap=True), "ms", "images/s", "peak GiB", "speed-up")
-    for speed in bench(
-        vae, sizes=numbers(sizes), batch_sizes=numbers(batch_sizes), forms=forms.split(","), repeats=repeats
-    ):  # fmt: skip
+    for speed in bench(vae, **how):
         found.append(speed.to_dict())
         about = (speed.what, str(speed.size), str(speed.batch_size))
         if speed.timing is None:
