@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -66,6 +67,8 @@ METHODS = {
 ALONE = [name for name in METHODS if " " not in name]
 ANSWER = 32  # tokens, of those that are known
 FEW = 48  # blocks, of which requests need up to 8
+FEATURES = ("prefix cache", "chunked prefill", "compiled", "async scheduling", "speculation")
+SPECULATION = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
 def save_models(model: Any, folder: Path, group_size: int) -> None:
@@ -256,6 +259,36 @@ def ask_in_process(llm: Any, requests: Sequence[Request], each_step: Any = None)
         if each_step:
             each_step()
     return outcomes
+
+
+def ask_with_features(folder: Path, name: str, requests: Sequence[Request], on: Sequence[int]) -> tuple[list, tuple]:
+    """The first half of some requests at once, and then the other; and for each of FEATURES what was seen of it."""
+    from vllm.platforms import current_platform
+
+    cached, chunked, compiled, ahead, speculates = map(bool, on)
+    platform = type(current_platform)
+    whole = platform.check_and_update_config.__func__
+
+    def check(platform: Any, config: Any) -> None:
+        whole(platform, config)
+        config.scheduler_config.async_scheduling = ahead  # it is off on CPUs, where it saves nothing
+
+    how = {"enable_prefix_caching": cached, "enable_chunked_prefill": chunked, "enforce_eager": not compiled}
+    how |= {"async_scheduling": ahead, "speculative_config": SPECULATION if speculates else None}
+    half, cut = len(requests) // 2, []
+    with patch.object(platform, "check_and_update_config", classmethod(check)), in_process(folder, name, **how) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+
+        def look() -> None:
+            cut.extend(one for one in scheduler.running if 0 < one.num_computed_tokens < one.num_prompt_tokens)
+
+        outcomes = [
+            outcome for part in (requests[:half], requests[half:]) for outcome in ask_in_process(llm, part, look)
+        ]
+        compilation = int(llm.llm_engine.vllm_config.compilation_config.mode)
+        ran_ahead = type(scheduler).__name__ == "AsyncScheduler"
+    seen = metric("prefix_cache_hits"), len(cut), compilation, ran_ahead, metric("spec_decode_num_accepted_tokens")
+    return outcomes, seen
 
 
 async def ask(engine: Any, requests: Sequence[Request], name: str = "") -> list[Outcome]:
