@@ -1,4 +1,4 @@
-"""Servers with clients that hang up, with a layer that raises, and for long: nothing is left behind."""
+"""Servers with clients that hang up, with a layer that raises, killed, and for long: nothing is left behind."""
 
 import asyncio
 import http.client
@@ -106,6 +106,7 @@ def register():
 
     setattr(owner, name, forward)
 """
+ARMED = "armed"  # a file, which a forward that raises waits for
 MOST_LEFT = 2 * 2**30
 TEXT = "this layer has had enough: got a fault, wanted none"
 
@@ -114,18 +115,43 @@ TEXT = "this layer has had enough: got a fault, wanted none"
 @pytest.mark.fault(15)
 @pytest.mark.parametrize("name", ALONE)
 def test_a_forward_that_raises_ends_the_server(folder, alone, name, tmp_path, figure):
-    """After ten steps; every request in flight gets an error, and the log says which."""
-    known, armed, log = alone(name)[:8], tmp_path / "armed", tmp_path / "log"
-    source = EVIL.format(forward=METHODS[name].forward, armed=armed, text=TEXT)
+    """After ten steps; the log says why."""
+
+    def arm(children):
+        (tmp_path / ARMED).touch()
+
+    assert TEXT in end_with_requests_in_flight(folder, name, alone(name), tmp_path, figure, arm)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(15)
+def test_a_killed_engine_ends_the_server(folder, alone, tmp_path, figure):
+    """Of one method: what is killed runs no code of any."""
+
+    def kill(children):
+        max(children, key=lambda child: child.memory_info().rss).kill()  # others keep track of what is shared
+
+    name = "duoattention"
+    end_with_requests_in_flight(folder, name, alone(name), tmp_path, figure, kill)
+
+
+def end_with_requests_in_flight(folder, name, known, site, figure, fault):
+    """Call `fault` with the server's processes: every request gets an error soon, no process is left. The log."""
+    known, log, began = known[:8], site / "log", []
+    source = EVIL.format(forward=METHODS[name].forward, armed=site / ARMED, text=TEXT)
     plugin = {"vllm.general_plugins": {"evil_forward": "evil_forward:register"}}
-    fake_distribution(tmp_path, "evil-forward", plugin, {"evil_forward.py": source})
+    fake_distribution(site, "evil-forward", plugin, {"evil_forward.py": source})
     options, taken = engine_options(folder, name), gpu_memory() if ON_GPU else 0
-    with vllm_server(tmp_path, flags(options), options.pop("model"), log) as (server, port):
+    with vllm_server(site, flags(options), options.pop("model"), log) as (server, port):
         prompt, tokens = known[0]
         whole = ask_server(port, {**BODY, "prompt": prompt, "max_tokens": ANSWER}, server)
         assert whole["choices"][0]["token_ids"] == tokens
         children = psutil.Process(server.pid).children(recursive=True)
         assert children
+
+        def begin():
+            began.append(time.monotonic())
+            fault(children)
 
         def client(prompt):
             events = []
@@ -138,7 +164,7 @@ def test_a_forward_that_raises_ends_the_server(folder, alone, name, tmp_path, fi
                 events.append({"error": repr(error)})
             return events, time.monotonic()
 
-        ten = threading.Barrier(len(known), armed.touch)
+        ten = threading.Barrier(len(known), begin)
         with ThreadPoolExecutor(len(known)) as pool:
             answers = list(pool.map(client, [prompt for prompt, _ in known]))
         code = server.wait(30)
@@ -149,17 +175,17 @@ def test_a_forward_that_raises_ends_the_server(folder, alone, name, tmp_path, fi
             assert time.monotonic() < ended + 60, f"{left / 2**30:.1f} GiB of the GPU are still taken"
             time.sleep(0.5)
         figure("seconds until the GPU's memory was back", round(time.monotonic() - ended, 1))
-    since = time.monotonic() - (time.time() - armed.stat().st_mtime)
+    (since,) = began
     for events, _ in answers:
         assert len(events) > 10
         assert "error" in events[-1], events[-1]
         assert not any(choice.get("finish_reason") for event in events for choice in event.get("choices", ()))
     slowest = max(moment for _, moment in answers) - since
     assert slowest <= 10
-    assert TEXT in log.read_text()
     figure("seconds until the last error", round(slowest, 2))
     figure("seconds until the process ended", round(ended - since, 2))
     figure("exit status", code)
+    return log.read_text()
 
 
 WARM = 40  # waves
