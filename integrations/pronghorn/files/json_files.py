@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,6 +97,13 @@ def marked_json(content: Mapping[str, Any], *, format: int, **covered: str) -> d
         covered: what else the digest is to cover, such as the text of a file beside it.
     """
     return {**content, FORMAT: format, DIGEST: _digest_of_json({**content, **covered}, format)}
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two objects hold under the same names and differently, in words; what one of them lacks is not compared."""
+    here = json.loads(json.dumps(now))  # which makes lists of tuples, as they are in what was read
+    return [f"{name} was {reprlib.repr(before[name])} and is {reprlib.repr(here[name])}"
+            for name in sorted(before.keys() & here.keys()) if before[name] != here[name]]  # fmt: skip
 
 
 def check_format(format: Any, name: str | os.PathLike[str], newest: int) -> None:

@@ -30,15 +30,19 @@ class VcpoState:
 
         scaling: Any = SimpleNamespace(reference=_reference())
         scaling.reference.update(0.625, 0)
-        save_state(folder, scaling, generations=17)
+        save_state(folder, _config(), scaling, generations=17)
 
     @staticmethod
     def read(folder):
         from pronghorn.vcpo.trl.learner import load_state
 
         scaling: Any = SimpleNamespace(reference=_reference())
-        state = load_state(folder, scaling, generations=int)
+        state = load_state(folder, _config(), scaling, generations=int)
         return state["generations"], scaling.reference.value
+
+
+def _config() -> Any:
+    return SimpleNamespace(lag=2, force_resume=False)
 
 
 def _reference():

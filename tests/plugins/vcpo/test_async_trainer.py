@@ -282,6 +282,16 @@ def test_a_checkpoint_of_another_trainer(start, tmp_path):
         trained(tmp_path, start, steps=2, resume=str(tmp_path / "checkpoint-1"), **settings)
 
 
+@pytest.mark.fault(9)
+def test_a_checkpoint_of_another_run_is_refused_until_the_user_says_so(start, tmp_path):
+    settings = {"max_staleness": 0, "save_strategy": "steps", "save_steps": 1}
+    trained(tmp_path, start, steps=1, **settings)
+    resume = {"steps": 2, "resume": str(tmp_path / "checkpoint-1"), **settings, "max_staleness": 1}
+    with pytest.raises(ValueError, match=r"is of another run: max_staleness was 0 and is 1\. .* set force_resume"):
+        trained(tmp_path, start, **resume)
+    assert trained(tmp_path, start, force_resume=True, **resume).state.global_step == 2
+
+
 @pytest.mark.parametrize("strategy", ["no", "steps"])
 @pytest.mark.fault(25)
 def test_an_engine_that_dies_ends_training_with_its_reason(strategy, start, tmp_path):

@@ -8,6 +8,7 @@ import transformers
 from tests.plugins.vcpo.addition import SMALL, first_digit, llama, sums, tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
+from pronghorn.files.json_files import load_json, save_json
 from pronghorn.trl.lagged_sampler import LaggedSampler
 from pronghorn.vcpo.records import read_run
 from pronghorn.vcpo.trl.config import VCPOConfig
@@ -195,6 +196,29 @@ def test_a_run_that_goes_on_is_the_run(lag, tmp_path):
     for name in ("ess_ratio", "ess_reference", "reward", "staleness_mean"):
         ours, theirs = (read_run(tmp_path / folder).steps[name] for folder in ("cut", "whole"))
         assert ours == pytest.approx(theirs, rel=1e-4), name
+
+
+@pytest.mark.fault(9)
+def test_a_checkpoint_of_another_run_is_refused_until_the_user_says_so(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "rollout_func": SeededRollouts()}
+    trained(tmp_path, steps=1, **settings)
+    folder = tmp_path / "checkpoint-1"
+    resume = {"steps": 2, "resume": str(folder), **settings}
+    told = (
+        r"checkpoint-1: is of another run: is_truncation was 8\.0 and is 4\.0; opob was 'group' and is 'minibatch'\. "
+    )
+    with pytest.raises(ValueError, match=told + "To go on nevertheless, set force_resume"):
+        trained(tmp_path, is_truncation=4.0, opob="minibatch", **resume)
+    path = folder / "vcpo_state.json"
+    state = load_json(path, newest=2)
+    for name in ("torch", "transformers", "trl", "pronghorn", "code"):
+        save_json(path, {**state, "made_with": {**state["made_with"], name: "0.0"}}, format=2)
+        with pytest.raises(ValueError, match=rf"is of another run: {name} was '0\.0' and is "):
+            trained(tmp_path, **resume)
+    assert trained(tmp_path, is_truncation=4.0, force_resume=True, **resume).state.global_step == 2
+    del state["made_with"]  # as of an earlier Pronghorn
+    save_json(path, state, format=2)
+    assert trained(tmp_path, **resume).state.global_step == 2
 
 
 def test_training_again_begins_the_records_anew(tmp_path):

@@ -31,6 +31,8 @@ class AsyncVCPOConfig(VCPOSettings, AsyncGRPOConfig):
         ess_reference: as a number or "auto", a string here so that the command line takes both.
         attn_implementation: of the learner's model; TRL's trainer needs a kernel for GPUs, which this one does not.
         save_records: write `vcpo_stats.jsonl` and `vcpo_steps.jsonl` to `output_dir`, for `pronghorn vcpo report`.
+        force_resume: go on from a checkpoint that was made with other settings of this method, other code, or other
+            versions of torch, transformers, TRL or Pronghorn.
 
     Raises:
         ValueError, TypeError: a value is not accepted, is of no use, or an optimizer step does not hold whole groups.
@@ -47,6 +49,9 @@ class AsyncVCPOConfig(VCPOSettings, AsyncGRPOConfig):
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "Attention of the learner's model."})
     save_records: bool = field(default=True, metadata={"help": "Write records for `pronghorn vcpo report`."})
+    force_resume: bool = field(
+        default=False, metadata={"help": "Go on from a checkpoint of other settings, code or versions."}
+    )
 
     to_dict = AsyncGRPOConfig.to_dict
 

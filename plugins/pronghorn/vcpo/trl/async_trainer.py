@@ -155,7 +155,7 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
         if self.rollouts is not None:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            save_state(folder, self._learner.scaling)
+            save_state(folder, self.args, self._learner.scaling)
             self.rollouts.buffer.save(folder / WAITING)
             position = self.rollouts.buffer.position
             state = {
@@ -171,7 +171,7 @@ class AsyncVCPOTrainer(AsyncGRPOTrainer):
             return
         self._saved_step = self.state.global_step
         folder = Path(checkpoint)
-        load_state(folder, self._learner.scaling)
+        load_state(folder, self.args, self._learner.scaling)
         if self.rollouts is not None:
             state = load_rollout_state(folder / STATE)
             position = Position(state["prompt_index"], set(state["beyond"]))

@@ -32,6 +32,8 @@ class VCPOConfig(VCPOSettings, GRPOConfig):
         lag: sample with the weights of so many updates ago, to study asynchrony in one process.
         ess_reference: as a number or "auto", a string here so that the command line takes both.
         save_records: write `vcpo_stats.jsonl` and `vcpo_steps.jsonl` to `output_dir`, for `pronghorn vcpo report`.
+        force_resume: go on from a checkpoint that was made with other settings of this method, other code, or other
+            versions of torch, transformers, TRL or Pronghorn.
 
     Raises:
         ValueError: a value is not accepted, or is of no use beside others.
@@ -43,6 +45,9 @@ class VCPOConfig(VCPOSettings, GRPOConfig):
         default="1.0", metadata={"help": "Share of effective samples at which the rate is whole, or 'auto'."}
     )
     save_records: bool = field(default=True, metadata={"help": "Write records for `pronghorn vcpo report`."})
+    force_resume: bool = field(
+        default=False, metadata={"help": "Go on from a checkpoint of other settings, code or versions."}
+    )
     vllm_importance_sampling_correction: bool = field(
         default=False, metadata={"help": "TRL's own correction; it must be off with estimator='vcpo'."}
     )

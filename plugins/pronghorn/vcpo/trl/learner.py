@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pronghorn.files.json_files import load_json, save_json
+from pronghorn.files.json_files import differing, load_json, save_json
 from pronghorn.trl.rollouts import PaddedRollouts, Rollout
-from pronghorn.vcpo.config import GHOST
+from pronghorn.vcpo.config import GHOST, VCPOSettings
 from pronghorn.vcpo.ess import MinibatchESS
 from pronghorn.vcpo.gradient import Accumulated, accumulate, accumulate_batched
 from pronghorn.vcpo.minibatch import Minibatch
@@ -24,8 +24,10 @@ from pronghorn.vcpo.ranks import Alone, ProcessGroup, Ranks
 from pronghorn.vcpo.records import RunRecords
 from pronghorn.vcpo.step import trajectory_stats
 from pronghorn.vcpo.trl.scaling import ESSScaling
+from pronghorn.versions import code_of, versions
 
 STATE, FORMAT = "vcpo_state.json", 2
+MADE_WITH = "made_with"  # in a state; those of before have none
 
 
 class Learner:
@@ -198,27 +200,41 @@ def _norm(gradients: Sequence[Tensor]) -> float:
     return float(torch.stack([part.full_tensor() if isinstance(part, DTensor) else part for part in parts]).norm())
 
 
-def save_state(folder: Path, scaling: ESSScaling, **state: Any) -> None:
+def save_state(folder: Path, config: Any, scaling: ESSScaling, **state: Any) -> None:
     """Write into a checkpoint what a run that goes on needs to know, and what else the trainer keeps."""
-    save_json(folder / STATE, {**scaling.reference.state_dict(), **state}, format=FORMAT)
+    save_json(folder / STATE, {**scaling.reference.state_dict(), **state, MADE_WITH: _made_with(config)}, format=FORMAT)
 
 
-def load_state(folder: Path, scaling: ESSScaling, **wanted: type) -> dict[str, Any]:
+def load_state(folder: Path, config: Any, scaling: ESSScaling, **wanted: type) -> dict[str, Any]:
     """Take up what `save_state` wrote, and give it back, in which there are to be values of these types.
 
     Raises:
         FileNotFoundError: the checkpoint is not one of this method.
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or of a run with other settings, code or versions, and no `force_resume`.
     """
     state: dict[str, Any] = load_json(folder / STATE, newest=FORMAT)
     try:
         wrong = [name for name, kind in wanted.items() if type(state[name]) is not kind]
         if wrong:
             raise ValueError(f"{wrong[0]}: got {state[wrong[0]]!r}")
+        made_with = dict(state.pop(MADE_WITH, {}))
         scaling.reference.load_state_dict(state)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / STATE}: no state of this method's training: {error!r}") from error
+    other = differing(made_with, _made_with(config))
+    if other and not config.force_resume:
+        raise ValueError(f"{folder}: is of another run: {'; '.join(other)}. To go on nevertheless, set force_resume")
     return state
+
+
+def _made_with(config: Any) -> dict[str, Any]:
+    """What is to be the same when a run goes on; of TRL's own settings TRL takes any."""
+    names = [*(entry.name for entry in fields(VCPOSettings)), "estimator", "lag", "max_staleness"]
+    settings = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return {
+        **settings, "code": code_of(load_state, VCPOSettings),
+        **versions(("torch", "transformers", "trl", "pronghorn")),
+    }  # fmt: skip
 
 
 def load_rollout_state(path: Path) -> dict[str, Any]:

@@ -106,13 +106,13 @@ class VCPOTrainer(GroupedRollouts):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_state(folder, self.scaling, generations=self._generations)
+            save_state(folder, self.args, self.scaling, generations=self._generations)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._generations = load_state(Path(checkpoint), self.scaling, generations=int)["generations"]
+        self._generations = load_state(Path(checkpoint), self.args, self.scaling, generations=int)["generations"]
         if self.lagged_sampler is not None:
             self.lagged_sampler.load(checkpoint, self.accelerator.unwrap_model(self.model))
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import reprlib
 from pathlib import Path
 from typing import Any
 
 from pronghorn.dcae.digests import LENGTH, digest_of_weights
 from pronghorn.files.atomic import write_atomically
-from pronghorn.files.json_files import parse_json
+from pronghorn.files.json_files import differing, parse_json
 from pronghorn.versions import code_of, versions
 
 CONFIG = "config.json"
@@ -72,8 +71,8 @@ def check_record(folder: Path, settings: dict[str, Any], origin: dict[str, Any],
     before = found.pop(MADE_FROM, {})
     names = sorted({*found, *settings} - {*FREE})
     were = {name: found.get(name, usual.get(name)) for name in names}
-    other = _differing(were, {name: settings.get(name) for name in names})
-    changed = _differing(_flat(before), _flat(origin))
+    other = differing(were, {name: settings.get(name) for name in names})
+    changed = differing(_flat(before), _flat(origin))
     if other or changed:
         remedy = f". To go on nevertheless, take it out of {MADE_FROM!r} in {folder / CONFIG}" if changed else ""
         raise ValueError(f"output: {folder} holds a training with other settings: {'; '.join(other + changed)}{remedy}")
@@ -83,9 +82,3 @@ def _flat(origin: dict[str, Any]) -> dict[str, Any]:
     architecture = origin.get("architecture", {})
     inside = {f"architecture.{name}": value for name, value in architecture.items()}
     return {name: value for name, value in origin.items() if name != "architecture"} | inside
-
-
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    here = json.loads(json.dumps(now))  # which makes lists of tuples
-    return [f"{name} was {reprlib.repr(before[name])} and is {reprlib.repr(here[name])}"
-            for name in sorted(before.keys() & here.keys()) if before[name] != here[name]]  # fmt: skip
