@@ -18,6 +18,8 @@ STUBS = {
     b"<!doctype html": "a web page in place of the file",
     b"<html": "a web page in place of the file",
 }
+HUBS_RECORDS = Path(".cache/huggingface")  # of `hf download --local-dir`, whose locks are empty files
+MAY_BE_EMPTY = ("merges.txt", ".gitkeep", ".gitattributes")
 MAX_JSON_BYTES = 256 << 20  # the largest tokenizers have about 40 MB
 
 
@@ -44,7 +46,7 @@ def check_files(checkpoint: Checkpoint) -> Iterator[Finding]:
         "remove it: a checkpoint that brings its own code is loaded only by those who trust it with their machine",
     )  # fmt: skip
     yield _result(
-        "whole files", [f"{path.relative_to(folder)}: {why}" for path in inside if (why := _stub(path))],
+        "whole files", [f"{path.relative_to(folder)}: {why}" for path in inside if (why := _stub(path, folder))],
         "fetch the file itself, as with `git lfs pull` or `hf download`", f"{_size(inside)} in {len(inside)} files",
     )  # fmt: skip
     yield from _check_json([path for path in inside if path.suffix == ".json" and path.is_file()], folder)
@@ -104,7 +106,7 @@ def _leads_out(path: Path, folder: Path) -> str:
     return f"{path.relative_to(folder)} -> {path.readlink()}"
 
 
-def _stub(path: Path) -> str:
+def _stub(path: Path, folder: Path) -> str:
     if not path.is_file():
         return "a pipe, socket or device in place of the file"  # which may never end, or not even begin
     try:
@@ -113,7 +115,8 @@ def _stub(path: Path) -> str:
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if not start:
-        return "" if path.name in ("merges.txt", ".gitkeep", ".gitattributes") else "it is empty"
+        may_be = path.name in MAY_BE_EMPTY or folder / HUBS_RECORDS in path.parents
+        return "" if may_be else "it is empty"
     return next((what for mark, what in STUBS.items() if start.startswith(mark)), "")
 
 
