@@ -7,10 +7,12 @@ import pickle
 import re
 import shutil
 import socket
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tests.models import tiny_model
 from tests.plugins.conftest import letters  # noqa: F401 - a fixture
@@ -21,8 +23,9 @@ import pronghorn.transformers.checking as loading
 from pronghorn.checkpoint import Checkpoint
 from pronghorn.checkpoint.source import SourceError
 from pronghorn.cli import app
-from pronghorn.cli.check import check
+from pronghorn.cli.check import check, verdict
 from pronghorn.methods import entry_points
+from pronghorn.transformers.answers import NotFiniteError
 
 WHOLE = "model.safetensors"
 NAME = "model-00002-of-00002.safetensors"
@@ -205,6 +208,32 @@ def test_what_shows_when_it_is_loaded(single, fault):
     assert failed[0].remedy
 
 
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_encoder_decoders_answer(tmp_path, kind):
+    torch.manual_seed(0)
+    sizes = {"T5": {"d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
+             "Bart": {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64,
+                      "decoder_attention_heads": 2, "decoder_ffn_dim": 64, "max_position_embeddings": 64}}  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(vocab_size=128, d_model=32, **sizes[kind])
+    getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(tmp_path)
+    findings = found(tmp_path, source=str(tmp_path))
+    assert "failed" not in states(findings), findings
+    assert findings["answers"].detail.startswith("finite, generated ids [")
+    assert findings["the same again"].detail != "0 tokens"
+    assert "top-1 agreement 1.0000" in findings["as the source"].detail
+
+
+@pytest.mark.parametrize(("error", "named"), [(ValueError("input_ids are odd"), False), (NotFiniteError("Inf"), True)])
+def test_an_overflow_alone_is_called_one(single, monkeypatch, error, named):
+    def observe(model, ids):
+        raise error
+
+    monkeypatch.setattr(loading, "observe", observe)
+    (failed,) = [one for one in found(single).values() if one.state == "failed"]
+    assert str(error) in failed.detail
+    assert ("float32" in failed.remedy) == named
+
+
 def test_a_tokenizer_of_another_model(whole, tmp_path, letters):  # noqa: F811
     folder = shutil.copytree(whole, tmp_path / "copy")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -263,7 +292,7 @@ def test_the_command_says_it_in_json_and_by_its_exit_code(whole, copy):
     report = json.loads(done.stdout)
     assert done.exit_code == 0
     assert report["passed"]
-    assert {"name", "state", "detail", "remedy"} == set(report["checks"][0])
+    assert {"name", "state", "detail", "remedy", "needed"} == set(report["checks"][0])
     cut(copy / NAME)
     done = CliRunner().invoke(app, ["check", str(copy), "--for", "transformers"])
     assert done.exit_code == 1
@@ -276,6 +305,83 @@ def test_the_command_says_it_in_json_and_by_its_exit_code(whole, copy):
         done = CliRunner().invoke(app, ["check", *arguments])
         assert done.exit_code == 1
         assert named in str(done.exception)
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A model that is asked nothing here, since it goes on with no text."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=128, **sizes)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_what_answers_nothing_is_not_proved(classifier):
+    findings = found(classifier)
+    assert findings["answers"].state == "skipped"
+    assert "as the source" not in findings
+    assert verdict(findings.values()).startswith("not proved here: answers (BertForSequenceClassification does not")
+    done = CliRunner().invoke(app, ["check", str(classifier), "--for", "transformers", "--source", str(classifier)])
+    assert done.exit_code == 1
+    assert "can be shipped" not in done.stdout
+    assert re.search(r"not proved here: answers .*, as the source \(there are no answers to compare", done.stdout)
+    done = CliRunner().invoke(app, ["check", str(classifier), "--for", "transformers", "--json"])
+    report = json.loads(done.stdout)
+    assert (done.exit_code, report["passed"]) == (1, False)
+    assert report["verdict"].startswith("not proved here: answers")
+
+
+def test_a_source_is_named_where_the_checkpoint_is_refused(copy, whole):
+    cut(copy / NAME)
+    findings = found(copy, source=str(whole))
+    assert findings["as the source"].state == "skipped"
+    assert verdict(findings.values()) == "must not be shipped as it is"
+
+
+SHORTAGES = {
+    "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "torch on a CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    "Python": MemoryError("not so much"),
+    "library": ModuleNotFoundError("No module named 'optimum'"),
+}
+
+
+@pytest.mark.parametrize("kind", SHORTAGES)
+def test_what_this_machine_lacks_is_no_fault_of_the_checkpoint(whole, monkeypatch, kind):
+    def load(*given):
+        raise SHORTAGES[kind]
+
+    monkeypatch.setattr(loading, "load_whole", load)
+    findings = found(whole)
+    assert "failed" not in states(findings)
+    assert str(SHORTAGES[kind]) in findings["transformers"].detail
+    assert "users" not in findings["transformers"].remedy
+    assert verdict(findings.values()).startswith("not proved here: transformers (")
+
+
+def test_without_the_library_nothing_is_proved(whole, monkeypatch):
+    monkeypatch.setattr(room, "obstacle", lambda ecosystem: f"pronghorn needs {ecosystem} >=1, it is not installed")
+    monkeypatch.setattr(room, "_room", None)  # nothing is loaded
+    findings = list(check(whole, "transformers"))
+    assert "failed" not in {one.state for one in findings}
+    assert verdict(findings) == "not proved here: transformers (pronghorn needs transformers >=1, it is not installed)"
+    assert "pip install" in findings[-2].remedy
+
+
+def test_findings_are_kept_when_the_source_fails(whole, tmp_path):
+    source = SOURCES["another class"](whole, tmp_path)
+    command = ["check", str(whole), "--for", "transformers", "--source", str(source)]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SourceError)
+    report = json.loads(done.stdout)
+    kept = {one["name"]: one["state"] for one in report["checks"]}
+    assert kept["answers"] == "ok"
+    assert kept["as the source"] == "skipped"
+    assert report["verdict"].startswith("not proved here: as the source (--source: ")
+    done = CliRunner().invoke(app, command)
+    assert "the same again" in done.stdout
+    assert isinstance(done.exception, SourceError)
 
 
 @pytest.mark.fault(17)
@@ -301,6 +407,110 @@ def test_the_hubs_cache_is_no_link_out_of_the_folder(whole, tmp_path):
         shutil.copy(path, blobs / path.name)
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     assert found(snapshot)["no links out of the folder"].state == "ok"
+
+
+def test_what_hf_download_notes_beside_a_checkpoint_may_be_empty(copy):
+    from huggingface_hub._local_folder import write_download_metadata
+
+    notes = copy / ".cache/huggingface"
+    write_download_metadata(copy, "config.json", "0" * 40, "1" * 40)
+    lock = notes / "download/config.json.lock"
+    lock.touch()  # newer versions of the library remove it
+    assert states(found(copy)) == {"ok", "skipped"}
+    for name, inject in (
+        ("no pickles", lambda: (notes / "evil.bin").write_bytes(b"x")),
+        ("no code", lambda: (notes / "evil.py").touch()),
+        ("no links out of the folder", lambda: (notes / "leak").symlink_to("/etc/hostname")),
+        ("whole files", lambda: (copy / ".cache/config.json.lock").touch()),
+    ):
+        inject()
+        assert found(copy)[name].state == "failed"
+
+
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory):
+    """A tiny Stable Diffusion in bfloat16."""
+    diffusers = pytest.importorskip("diffusers", reason="the diffusers extra is not installed")
+    folder = tmp_path_factory.mktemp("painter")
+    (folder / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "a</w>": 3}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 2}
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+                                    down_block_types=["DownEncoderBlock2D"] * 2,
+                                    up_block_types=["UpDecoderBlock2D"] * 2),
+        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=4, **text)),
+        tokenizer=transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"),
+                                             model_max_length=77),
+        unet=diffusers.UNet2DConditionModel(block_out_channels=(8, 16), layers_per_block=1, sample_size=32,
+                                            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                                            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), norm_num_groups=4,
+                                            cross_attention_dim=32, attention_head_dim=4),
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None,
+        feature_extractor=None,
+    )  # fmt: skip
+    pipe.to(torch.bfloat16).save_pretrained(folder / "pipe")
+    return folder / "pipe"
+
+
+def test_a_pipeline_of_half_precision_makes_a_picture(painter):
+    findings = found(painter, "diffusers", source=str(painter))
+    assert [one for one in findings.values() if one.state != "ok"] == []
+    assert verdict(findings.values()) == "can be shipped"
+    assert "relative error 0.000000" in findings["as the source"].detail
+
+
+def test_a_model_that_makes_no_picture_is_not_proved(painter):
+    findings = found(painter / "unet", "diffusers", source=str(painter / "unet"))
+    assert findings["answers"].state == findings["as the source"].state == "skipped"
+    assert verdict(findings.values()).startswith("not proved here: answers (UNet2DConditionModel takes neither")
+
+
+def test_methods_say_how_vllm_serves_a_checkpoint(whole, tmp_path, monkeypatch):
+    """Of several that do all is given to the engine, for the checkpoint and for its source each its own."""
+
+    def method(name):
+        return SimpleNamespace(
+            check_files=lambda checkpoint: (),
+            vllm_options=lambda checkpoint: {"seed": 1, "additional_config": {name: checkpoint.folder.name}},
+        )
+
+    pytest.importorskip("vllm", reason="the vllm extra is not installed")
+    import pronghorn.vllm.checking as serving
+
+    served = []
+    monkeypatch.setattr(room, "_methods", lambda: ({"a": method("a"), "b": method("b")}, []))
+    monkeypatch.setattr(room, "_available", lambda ecosystem: ())
+    answer = serving._Served([1], [1], [{1: 0.0}])
+    monkeypatch.setattr(serving, "_serve", lambda *given: served.append(given) or answer)
+    source = shutil.copytree(whole, tmp_path / "source")
+    findings = found(whole, "vllm", source=str(source))
+    assert findings["engine"].detail == "started with additional_config, seed"
+    assert [(folder, options["additional_config"]) for folder, *_, options in served] == [
+        (whole, {"a": whole.name, "b": whole.name}), (source, {"a": "source", "b": "source"})
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (RuntimeError("Engine core initialization failed. See root cause above."), "engine"),
+        (Exception("EngineCore encountered an issue. See stack trace (above) for the root cause."), "engine"),
+        (ValueError("No available memory for the cache blocks."), "vllm"),
+        (ValueError("Free memory on device cuda:0 (2/80 GiB) on startup is less than desired."), "vllm"),
+    ],
+)
+def test_an_engine_without_memory_is_no_fault_of_the_checkpoint(whole, monkeypatch, error, name):
+    def start(*given, **options):
+        raise error
+
+    vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")
+    monkeypatch.setattr(vllm, "LLM", start)
+    findings = found(whole, "vllm", source=str(whole))
+    assert "failed" not in states(findings)
+    assert findings["as the source"].state == "skipped"
+    assert verdict(findings.values()).startswith(f"not proved here: {name} (")
 
 
 @pytest.mark.slow

@@ -21,12 +21,14 @@ class Finding:
         state: "ok", "failed", or "skipped" where it could not be checked.
         detail: what was found, or what is wrong and where.
         remedy: what to do about it.
+        needed: whether nothing is proved without it, where it was skipped.
     """
 
     name: str
     state: Literal["ok", "failed", "skipped"]
     detail: str = ""
     remedy: str = ""
+    needed: bool = False
 
 
 def ok(name: str, detail: str = "") -> Finding:
@@ -39,9 +41,9 @@ def failed(name: str, detail: str, remedy: str) -> Finding:
     return Finding(name, "failed", detail, remedy)
 
 
-def skipped(name: str, detail: str, remedy: str = "") -> Finding:
+def skipped(name: str, detail: str, remedy: str = "", *, needed: bool = False) -> Finding:
     """A check that could not be made."""
-    return Finding(name, "skipped", detail, remedy)
+    return Finding(name, "skipped", detail, remedy, needed)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
 from pronghorn.checkpoint.files import read_json
@@ -16,14 +19,16 @@ from pronghorn.files.tensor_files import opened
 
 INDEX = ".safetensors.index.json"
 NUMBERS_AT_ONCE = 1 << 24
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: where, and its shape."""
+    """A tensor in a file: where, its shape, and its dtype as safetensors call it."""
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
 
 
 def check_weights(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -63,13 +68,14 @@ def _check_seals(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def tensors_of(path: Path) -> dict[str, Stored]:
-    """Names and shapes in a safetensors file.
+    """Names, shapes and dtypes in a safetensors file.
 
     Raises:
         ValueError: it is not a whole one.
     """
     with opened(path) as file:
-        return {name: Stored(path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118 - not a dict
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return {name: Stored(path, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
 
 
 def stored_shapes(folder: Path) -> list[tuple[int, ...]]:
@@ -78,7 +84,23 @@ def stored_shapes(folder: Path) -> list[tuple[int, ...]]:
     Raises:
         ValueError: a file is not whole.
     """
-    return [tensor.shape for path in sorted(folder.glob("*.safetensors")) for tensor in tensors_of(path).values()]
+    return [tensor.shape for tensor in _tensors_in(folder)]
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of most floating numbers that lie in a folder itself; None where there are none that compute.
+
+    Raises:
+        ValueError: a file is not whole.
+    """
+    numbers: Counter[str] = Counter()
+    for tensor in _tensors_in(folder):
+        numbers[tensor.dtype] += math.prod(tensor.shape)
+    return next((DTYPES[name] for name, _ in numbers.most_common() if name in DTYPES), None)
+
+
+def _tensors_in(folder: Path) -> list[Stored]:
+    return [tensor for path in sorted(folder.glob("*.safetensors")) for tensor in tensors_of(path).values()]
 
 
 def _check_folder(folder: Path, stored: dict[Path, dict[str, Stored]], together: bool) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from pronghorn.methods import DISABLE, entry_points, is_disabled
 
 LESS_MEMORY = "close other programs, or ask for less at once: smaller batches, shorter inputs, a smaller model"
+ALLOCATORS = ("can't allocate memory", "CUDA error: out of memory")
 
 
 class _WithMethods(TyperGroup):
@@ -174,15 +175,17 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         _end(str(error))
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _end(" ".join(str(error).split()) or f"out of memory: {LESS_MEMORY}")
 
 
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that this machine, or its GPU, has too little memory."""
     torch: Any = sys.modules.get("torch")  # not imported for an error that cannot be its own
     kinds = (MemoryError, torch.OutOfMemoryError) if hasattr(torch, "OutOfMemoryError") else (MemoryError,)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)  # the latter of torch on a CPU
+    # torch on a CPU, and CUDA's own, have no class for it.
+    return isinstance(error, kinds) or any(said in str(error) for said in ALLOCATORS)
 
 
 def _end(said: str) -> None:

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -19,10 +20,13 @@ from rich.table import Table
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
 from pronghorn.checkpoint.source import SourceError
+from pronghorn.cli import LESS_MEMORY, is_out_of_memory
 from pronghorn.methods import entry_points, is_disabled
 from pronghorn.versions import installed, obstacle, remedy
 
 ECOSYSTEMS = ("transformers", "vllm", "diffusers", "lerobot")
+SOURCE = "as the source"
+PASSED, FAILED = "can be shipped", "must not be shipped as it is"
 COLOURS = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
 
 
@@ -37,6 +41,7 @@ def check(folder: Path, ecosystem: str, source: str | None = None, min_agreement
 
     Raises:
         ValueError: the ecosystem is none of these, or the share none. NotADirectoryError: there is no such folder.
+        SourceError: the source cannot be had, loaded or asked; the findings until then come before.
     """
     if ecosystem not in ECOSYSTEMS:
         raise ValueError(f"--for: got {ecosystem!r}, accepted are {', '.join(ECOSYSTEMS)}")
@@ -50,52 +55,89 @@ def check(folder: Path, ecosystem: str, source: str | None = None, min_agreement
     checkpoint = Checkpoint(folder, ecosystem)
     methods, broken = _methods()
     yield from broken
-
-    def after_loading(model: Any) -> Iterator[Finding]:
-        for name, room in methods.items():
-            if hasattr(room, "check_loaded"):
-                yield from _guarded(name, partial(room.check_loaded, checkpoint, model))
-
+    # vLLM's models lie in its own processes: methods say how they are served, and cannot look at them.
+    added = partial(_vllm_options, methods) if ecosystem == "vllm" else partial(_after_loading, methods, checkpoint)
     stages: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("files", partial(check_files, checkpoint)),
         ("weights", partial(check_weights, checkpoint)),
         *((name, partial(room.check_files, checkpoint)) for name, room in methods.items()),
         (ecosystem, partial(_available, ecosystem)),
-        (ecosystem, lambda: _room(ecosystem).check(checkpoint, source, min_agreement, after_loading)),
+        (ecosystem, lambda: _room(ecosystem).check(checkpoint, source, min_agreement, added)),
     ]
-    passed = True
-    for place, (name, run) in enumerate(stages):
-        for finding in _guarded(name, run):
-            passed &= finding.state != "failed"
+    compared = source is None
+    try:
+        for finding in _in_order(stages):
+            compared |= finding.name == SOURCE
             yield finding
-        if not passed and place + 1 < len(stages):
-            yield skipped(f"loading in {ecosystem}", "not tried with what was refused above")
-            return
+    except SourceError as error:  # says nothing about the folder
+        yield skipped(SOURCE, str(error), "give a source that loads and answers here", needed=True)
+        raise
+    if not compared:
+        yield skipped(SOURCE, f"there are no answers to compare with those of {source}", needed=True)
+
+
+def verdict(findings: Iterable[Finding]) -> str:
+    """`PASSED`, `FAILED`, or that it is not proved here, and why not."""
+    findings = list(findings)
+    if any(one.state == "failed" for one in findings):
+        return FAILED
+    unproved = [
+        f"{one.name} ({textwrap.shorten(one.detail, 120, placeholder=' ...')})" for one in findings if one.needed
+    ]
+    return f"not proved here: {', '.join(unproved)}" if unproved else PASSED
 
 
 def print_check(
     folder: Path, ecosystem: str, source: str | None, min_agreement: float, as_json: bool
 ) -> bool:  # fmt: skip
-    """Print a table, or JSON; whether nothing failed."""
+    """Print a table, or JSON; whether it can be shipped.
+
+    Raises:
+        SourceError: the source cannot be had, loaded or asked; what was found of the folder is printed before.
+    """
     start = time.perf_counter()
+    findings, failure = [], None
     with _stdout_for_the_report_alone():
-        findings = list(check(folder, ecosystem, source, min_agreement))
-    passed = all(finding.state != "failed" for finding in findings)
+        try:
+            for finding in check(folder, ecosystem, source, min_agreement):
+                findings.append(finding)
+        except SourceError as error:
+            failure = error
+    _print_findings(findings, folder, ecosystem, time.perf_counter() - start, as_json)
+    if failure is not None:
+        raise failure
+    return verdict(findings) == PASSED
+
+
+def _print_findings(findings: list[Finding], folder: Path, ecosystem: str, seconds: float, as_json: bool) -> None:
+    found = verdict(findings)
     if as_json:
         report = {
-            "folder": str(folder), "for": ecosystem, "version": installed(ecosystem), "passed": passed,
-            "seconds": round(time.perf_counter() - start, 3), "checks": [dataclasses.asdict(one) for one in findings],
+            "folder": str(folder), "for": ecosystem, "version": installed(ecosystem), "passed": found == PASSED,
+            "verdict": found, "seconds": round(seconds, 3), "checks": [dataclasses.asdict(one) for one in findings],
         }  # fmt: skip
         print(json.dumps(report, indent=2))  # noqa: T201 - plain, for other programs to read
-        return passed
+        return
     table = Table("check", "result", "found", "what to do", title=f"{folder} for {ecosystem}")
     for one in findings:
         table.add_row(one.name, f"[{COLOURS[one.state]}]{one.state}[/]", _plain(one.detail), _plain(one.remedy))
     console = Console()
     console.print(table)
-    verdict = "can be shipped" if passed else "must not be shipped as it is"
-    console.print(f"{folder}: {verdict} ({time.perf_counter() - start:.1f} s)", markup=False, soft_wrap=True)
-    return passed
+    console.print(f"{folder}: {found} ({seconds:.1f} s)", markup=False, soft_wrap=True)
+
+
+def _in_order(stages: list[tuple[str, Callable[[], Iterable[Finding]]]]) -> Iterator[Finding]:
+    """The findings of each; the last one, which loads, is not run after one that failed or that could not be made."""
+    *before, (ecosystem, load) = stages
+    for name, run in before:
+        proceed = True
+        for finding in _guarded(name, run):
+            proceed &= finding.state != "failed" and not finding.needed
+            yield finding
+        if not proceed:
+            yield skipped(f"loading in {ecosystem}", "not tried with what was refused or not proved above")
+            return
+    yield from _guarded(ecosystem, load)
 
 
 def _methods() -> tuple[dict[str, Any], list[Finding]]:
@@ -112,6 +154,21 @@ def _methods() -> tuple[dict[str, Any], list[Finding]]:
     return rooms, broken
 
 
+def _after_loading(methods: dict[str, Any], checkpoint: Checkpoint, model: Any) -> Iterator[Finding]:
+    for name, room in methods.items():
+        if hasattr(room, "check_loaded"):
+            yield from _guarded(name, partial(room.check_loaded, checkpoint, model))
+
+
+def _vllm_options(methods: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """What methods give `LLM(...)` for a checkpoint; of several mappings for one argument all entries."""
+    merged: dict[str, Any] = {}
+    for room in methods.values():
+        for name, value in room.vllm_options(checkpoint).items() if hasattr(room, "vllm_options") else ():
+            merged[name] = {**merged[name], **value} if isinstance(merged.get(name), dict) else value
+    return merged
+
+
 def _guarded(name: str, run: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
     """The findings; an error on the way is the last of them."""
     try:
@@ -119,14 +176,19 @@ def _guarded(name: str, run: Callable[[], Iterable[Finding]]) -> Iterator[Findin
     except SourceError:  # says nothing about the folder
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a library raises is what was to be found
-        detail = " ".join(f"{type(error).__name__}: {error}".split())
-        yield failed(name, detail[:2000], "mend what the message names; it is what users would see")
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:2000]
+        if isinstance(error, ImportError):
+            yield skipped(name, detail, "install what the message names, and check again", needed=True)
+        elif is_out_of_memory(error):
+            yield skipped(name, detail, f"{LESS_MEMORY}; or check on a larger machine", needed=True)
+        else:
+            yield failed(name, detail, "mend what the message names; it is what users would see")
 
 
 def _available(ecosystem: str) -> Iterator[Finding]:
     reason = obstacle(ecosystem)
     if reason:
-        yield failed(ecosystem, reason, remedy(ecosystem))
+        yield skipped(ecosystem, reason, remedy(ecosystem), needed=True)
     else:
         yield ok(ecosystem, f"version {installed(ecosystem)}")
 

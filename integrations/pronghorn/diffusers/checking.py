@@ -14,7 +14,7 @@ from torch import Tensor
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
 from pronghorn.checkpoint.sizes import check_model_size
 from pronghorn.checkpoint.source import read_as_source, source_folder
-from pronghorn.checkpoint.weights import stored_shapes
+from pronghorn.checkpoint.weights import stored_dtype, stored_shapes
 
 LIBRARIES = ("diffusers", "transformers", "pronghorn")
 STEPS, LEAST_EDGE = 2, 64
@@ -45,7 +45,7 @@ def check(
     picture = answer(loaded)
     if picture is None:
         yield skipped("answers", f"{type(loaded).__name__} takes neither a prompt, a class nor an image alone",
-                      "try it with an input of your own")  # fmt: skip
+                      "try it with an input of your own", needed=True)  # fmt: skip
         return
     if not bool(picture.isfinite().all()):
         yield failed("answers", f"{tuple(picture.shape)} with NaN or Inf", "try float32, or train or convert again")
@@ -77,7 +77,9 @@ def load_whole(checkpoint: Checkpoint) -> tuple[Any, list[tuple[str, str, list[s
     found = []
     for name, (library, kind) in _components(checkpoint).items():
         if any((folder / name).glob("*.safetensors")):
-            parts[name], info = _load_model(_module(library), kind, folder / name)
+            # Without a dtype diffusers takes float32 and transformers what is stored, which do not go together.
+            dtype = stored_dtype(folder / name)
+            parts[name], info = _load_model(_module(library), kind, folder / name, dtype=dtype)
             found += [(name, what, names) for what, names in info]
     pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
@@ -121,12 +123,12 @@ def _as_source(picture: Tensor, theirs: Tensor | None, min_agreement: float) -> 
     return ok("as the source", detail)
 
 
-def _load_model(module: Any, kind: str, folder: Path) -> tuple[Any, list[tuple[str, list[str]]]]:
+def _load_model(module: Any, kind: str, folder: Path, **how: Any) -> tuple[Any, list[tuple[str, list[str]]]]:
     found = getattr(module, kind, None)
     if found is None or not hasattr(found, "from_pretrained"):
         raise ValueError(f"{folder.name}: got the class {kind}, wanted one of {module.__name__}")
     _check_built(found, folder)
-    model, info = found.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True)
+    model, info = found.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, **how)
     return model.eval(), [
         ("lacks", sorted(info["missing_keys"])),
         ("has no place for", sorted(info["unexpected_keys"])),

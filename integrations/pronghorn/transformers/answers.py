@@ -23,6 +23,10 @@ PROMPT, NEW_TOKENS = 32, 32
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
+class NotFiniteError(ValueError):
+    """A logit is NaN or Inf."""
+
+
 @dataclass(frozen=True)
 class Answers:
     """A model's answers to a text.
@@ -94,13 +98,14 @@ def observe(
     """Read the windows and continue the first one.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or an encoder-decoder, both of which read the text.
         ids: int64 [1, tokens] each.
         make_cache: of a method that changes the cache: it is read through one.
         chunk: tokens that are read at once into that cache.
 
     Raises:
-        ValueError: a logit is NaN or Inf, or a continuation is not of the vocabulary.
+        NotFiniteError: a logit is NaN or Inf.
+        ValueError: a continuation is not of the vocabulary.
     """
     start = time.perf_counter()
     found: list[Tensor] = []
@@ -109,7 +114,7 @@ def observe(
         with _recorded(model, layers) if index == 0 else contextlib.nullcontext():
             logits = _read(model, part.to(model.device), make_cache, chunk)
         if not bool(logits.isfinite().all()):
-            raise ValueError(f"{type(model).__name__}: the logits of window {index} hold NaN or Inf")
+            raise NotFiniteError(f"{type(model).__name__}: the logits of window {index} hold NaN or Inf")
         found.append(F.log_softmax(logits, -1).cpu())
     prompt = ids[0][:, : min(PROMPT, ids[0].shape[1])].to(model.device)
     made = model.generate(
@@ -117,7 +122,8 @@ def observe(
         pad_token_id=model.generation_config.pad_token_id or 0,
         **({} if make_cache is None else {"past_key_values": make_cache()}),
     )  # fmt: skip
-    new = made[0, prompt.shape[1] :].tolist()
+    # An encoder-decoder says what it adds alone, after the token that its decoder starts with.
+    new = made[0, 1 if model.config.is_encoder_decoder else prompt.shape[1] :].tolist()
     if not new or not all(0 <= token < found[0].shape[1] for token in new):
         raise ValueError(f"{type(model).__name__}: generated {new[:8]}, wanted ids below {found[0].shape[1]}")
     return Answers(ids, found, layers, new, time.perf_counter() - start)
@@ -161,7 +167,8 @@ def digest(ids: list[Tensor]) -> str:
 def _read(model: Any, ids: Tensor, make_cache: Callable[[], Any] | None, chunk: int | None) -> Tensor:
     """Logits float32 [tokens, vocabulary] of ids [1, tokens]."""
     if make_cache is None:
-        whole: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
+        decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        whole: Tensor = model(input_ids=ids, **decoder, use_cache=False).logits[0].float()
         return whole
     cache = make_cache()
     parts = ids.split(chunk or ids.shape[1], 1)

@@ -13,7 +13,7 @@ from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
 from pronghorn.checkpoint.sizes import check_model_size
 from pronghorn.checkpoint.source import read_as_source, source_folder
 from pronghorn.checkpoint.weights import stored_shapes
-from pronghorn.transformers.answers import Answers, agreement, observe, positions_of, windows
+from pronghorn.transformers.answers import Answers, NotFiniteError, agreement, observe, positions_of, windows
 
 EXAMPLE = "The quick brown fox jumps over 13 lazy dogs."
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -42,13 +42,14 @@ def check(
     vocab_size = getattr(model.config.get_text_config(), "vocab_size", 0)
     yield check_tokenizer(tokenizer, vocab_size)
     yield _check_special_tokens(model, vocab_size)
-    if not model.can_generate():
-        yield skipped("answers", f"{type(model).__name__} generates nothing", "try it with an input of your own")
+    if not model.can_generate() or model.main_input_name != "input_ids":
+        reason = f"{type(model).__name__} does not go on with a text"
+        yield skipped("answers", reason, "try it with an input of your own", needed=True)
         return
     ids = windows(tokenizer, vocab_size, longest=positions_of(model.config.get_text_config().to_dict()))
     try:
         answers = observe(model, ids)
-    except ValueError as error:
+    except NotFiniteError as error:
         yield failed("answers", str(error), "load it in float32 to tell an overflow from damage, or quantize again")
         return
     yield ok("answers", f"finite, {said(tokenizer, answers.generated)} ({answers.seconds:.1f} s)")

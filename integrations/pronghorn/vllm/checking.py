@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from pronghorn.transformers.checking import (
 )
 
 TOKENS, NEW_TOKENS = 128, 16
+PAST_WINDOWS = 512  # tokens, where a method serves: more than it may keep of a cache
+TOO_LITTLE_MEMORY = ("Free memory on device", "No available memory", "larger than the available KV cache")
+ENGINE_ENDED = ("Engine core initialization failed", "EngineCore encountered an issue")  # all that vLLM tells us
 MAX_ENTRIES = 1 << 20  # of whole distributions: vLLM makes an object of each
 
 
@@ -40,10 +43,17 @@ def check(
     checkpoint: Checkpoint,
     source: str | None,
     min_agreement: float,
-    after_loading: Callable[[Any], Iterable[Finding]],
+    options_of: Callable[[Checkpoint], dict[str, Any]],
 ) -> Iterator[Finding]:
-    """Start an engine, let it answer greedily, and compare its distributions with those of the source's engine."""
-    source = source and str(source_folder(source))
+    """Start an engine, let it answer greedily, and compare its distributions with those of the source's engine.
+
+    Args:
+        checkpoint: what is served.
+        source: of the checkpoint, if there is one to compare with.
+        min_agreement: with it.
+        options_of: what methods add to the arguments of `LLM` for a checkpoint.
+    """
+    base = None if source is None else source_folder(source)
     fits = _keys_and_shapes(checkpoint)
     yield fits
     if fits.state == "failed":
@@ -54,17 +64,27 @@ def check(
         yield failed("vocabulary", f"vocab_size: got {vocab_size}", "mend config.json")
         return
     yield check_tokenizer(tokenizer, vocab_size)
-    room = (positions_of(checkpoint.text_config) or TOKENS + NEW_TOKENS) - NEW_TOKENS
-    prompt = windows(tokenizer, vocab_size, longest=room, max_tokens=TOKENS)[0][0].tolist()
-    ours = _serve(checkpoint.folder, prompt, tokenizer is None, vocab_size)
-    yield ok("engine", "started")
+    options = options_of(checkpoint)
+    tokens = PAST_WINDOWS if options else TOKENS
+    room = (positions_of(checkpoint.text_config) or tokens + NEW_TOKENS) - NEW_TOKENS
+    prompt = windows(tokenizer, vocab_size, longest=room, length=tokens, max_tokens=tokens)[0][0].tolist()
+    try:
+        ours = _serve(checkpoint.folder, prompt, tokenizer is None, vocab_size, options)
+    except Exception as error:
+        if not any(said in str(error) for said in ENGINE_ENDED):
+            raise
+        yield skipped("engine", "its process ended, for a reason that it alone has printed",
+                      "look above: it may be the checkpoint, or too little memory here", needed=True)  # fmt: skip
+        return
+    yield ok("engine", f"started with {', '.join(sorted(options))}" if options else "started")
     if not all(map(math.isfinite, (value for row in ours.distributions for value in row.values()))):
         yield failed("answers", "log-probabilities hold NaN or Inf", "quantize again, or serve with --dtype float32")
         return
     yield ok("answers", f"finite, {said(tokenizer, ours.generated)}")
-    if source is not None:
-        with read_as_source(source):
-            theirs = _serve(source, prompt, tokenizer is None, vocab_size)
+    if base is not None:
+        with read_as_source(base):
+            theirs_options = options_of(Checkpoint(base, checkpoint.ecosystem))
+            theirs = _serve(base, prompt, tokenizer is None, vocab_size, theirs_options)
         equal = sum(map(int.__eq__, ours.likeliest, theirs.likeliest)) / len(theirs.likeliest)
         divergences = [_divergence(p, q) for p, q in zip(theirs.distributions, ours.distributions, strict=True)]
         yield judged(equal, sum(divergences) / len(divergences), len(theirs.likeliest), min_agreement)
@@ -85,15 +105,22 @@ def _keys_and_shapes(checkpoint: Checkpoint) -> Finding:
     return fitting(misfits)
 
 
-def _serve(model: str | Path, prompt: list[int], without_tokenizer: bool, vocab_size: int) -> _Served:
+def _serve(
+    model: Path, prompt: list[int], without_tokenizer: bool, vocab_size: int, options: dict[str, Any]
+) -> _Served:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    engine = LLM(
-        str(model), load_format="safetensors", enforce_eager=True, max_model_len=len(prompt) + NEW_TOKENS,
-        max_num_seqs=2, skip_tokenizer_init=without_tokenizer, max_logprobs=-1, seed=0,
-    )  # fmt: skip
+    try:
+        engine = LLM(
+            str(model), load_format="safetensors", enforce_eager=True, max_model_len=len(prompt) + NEW_TOKENS,
+            max_num_seqs=2, skip_tokenizer_init=without_tokenizer, max_logprobs=-1, seed=0, **options,
+        )  # fmt: skip
+    except ValueError as error:
+        if any(mark in str(error) for mark in TOO_LITTLE_MEMORY):
+            raise MemoryError(str(error)) from error
+        raise
     few = prompt[: max(2, min(len(prompt), MAX_ENTRIES // vocab_size))]
     how: dict[str, Any] = {"temperature": 0, "detokenize": not without_tokenizer}
     asked = [
