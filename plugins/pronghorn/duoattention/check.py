@@ -8,6 +8,7 @@ from typing import Any
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok
 from pronghorn.duoattention.config import DuoAttentionConfig
 
+SERVED = ("gates", "sparsity", "threshold", "balance", "seed", "sink_size", "recent_size", "decode_window")
 FOLDER = "duoattention"
 REMEDY = "find the pattern of this model (`pronghorn duoattention find`) and apply it again"
 PROMPT, NEW_TOKENS = 8, 8
@@ -61,6 +62,21 @@ def check_loaded(checkpoint: Checkpoint, model: Any) -> Iterator[Finding]:
     finally:
         model.set_attn_implementation(before)
     yield ok("DuoAttention answers", f"finite, generated ids {said}")
+
+
+def vllm_options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The model's own architecture with its heads split as the gates beside it say; nothing for others.
+
+    In vLLM prompts are masked from the first token on, by tokens, and caches are not quantized, whatever is saved.
+    """
+    config = _config(checkpoint)
+    if not isinstance(config, DuoAttentionConfig):
+        return {}
+    from pronghorn.duoattention.vllm import PREFIX
+
+    architectures = [f"{PREFIX}{name}" for name in checkpoint.config.get("architectures") or []]
+    settings = {name: value for name, value in config.to_dict().items() if name in SERVED}
+    return {"hf_overrides": {"architectures": architectures}, "additional_config": {"duoattention": settings}}
 
 
 def _config(checkpoint: Checkpoint) -> DuoAttentionConfig | Exception | None:

@@ -1,16 +1,20 @@
 """What DuoAttention says of checkpoints to `pronghorn check`, and the report beside what `apply` saves."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from pronghorn.checkpoint import Checkpoint
 from pronghorn.cli.check import check
 from pronghorn.duoattention import DuoAttentionConfig, apply_duo
+from pronghorn.duoattention.check import vllm_options
 from pronghorn.duoattention.cli import app
 from pronghorn.duoattention.pattern import GATES, Pattern, save_pattern
 from pronghorn.files.sealed import INDEX
@@ -99,6 +103,42 @@ def test_the_reports_figures_are_those_of_the_cache(applied, letters):
     assert report["figures"]["top-1 agreement"] == pytest.approx(equal / tokens, abs=2e-3)
     assert report["figures"]["KL divergence, nats a token"] == pytest.approx(divergence / tokens, rel=1e-3)
     assert divergence > 0
+
+
+def test_vllm_is_asked_for_the_models_class_and_its_gates(applied, letters):
+    options = vllm_options(Checkpoint(applied, "vllm"))
+    assert options["hf_overrides"] == {"architectures": ["DuoAttentionLlamaForCausalLM"]}
+    settings = options["additional_config"]["duoattention"]
+    saved = DuoAttentionConfig.from_pretrained(applied / "duoattention")
+    assert (settings["gates"], settings["sink_size"], settings["recent_size"]) == (saved.gates, 2, 8)
+    assert vllm_options(Checkpoint(letters, "vllm")) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("vllm")
+def test_streaming_heads_serve_in_vllm(tmp_path, monkeypatch):
+    pytest.importorskip("vllm", reason="the vllm extra is not installed")
+    from pronghorn.duoattention.vllm.backend import SinkWindowImpl
+
+    served, forward = set(), SinkWindowImpl.forward
+
+    def counted(self, layer, query, key, value, cache, metadata, *more, **options):
+        if metadata is not None:  # None measures memory
+            served.add((layer.layer_name, self.num_kv_heads, self.sink_size, self.window))
+        return forward(self, layer, query, key, value, cache, metadata, *more, **options)
+
+    monkeypatch.setattr(SinkWindowImpl, "forward", counted)
+    source, folder = tmp_path / "source", tmp_path / "applied"
+    tiny_model("llama", hidden_size=128, head_dim=32, max_position_embeddings=512).save_pretrained(source)
+    shutil.copytree(source, folder)
+    config = DuoAttentionConfig(gates=[[1.0, 0.0], [0.0, 1.0]], threshold=0.5, sink_size=2, recent_size=8, kv_bits=4)
+    config.save_pretrained(folder / "duoattention")
+    findings = {one.name: one for one in check(folder, "vllm", str(source), min_agreement=0.0)}
+    assert {one.state for one in findings.values() if one.name != "tokenizer"} == {"ok"}, findings
+    assert findings["engine"].detail == "started with additional_config, hf_overrides"
+    assert served == {(f"model.layers.{layer}.self_attn.attn.streaming", 1, 2, 9) for layer in (0, 1)}
+    top1 = float(re.search(r"agreement ([0-9.]+)", findings["as the source"].detail)[1])
+    assert top1 < 1  # the source, which is no checkpoint of ours, is served with all its heads full
 
 
 def test_no_report_and_the_same_weights(applied, letters, tmp_path):
