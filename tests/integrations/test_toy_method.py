@@ -105,7 +105,9 @@ def test_its_benchmark_runs(projects, site, tmp_path):
 
 def test_a_name_or_place_that_cannot_be_is_refused(tmp_path):
     for name, ecosystem, reason in (
-        ("Toy", "torch", "small letters"), ("class", "torch", "small letters"), ("kernels", "torch", "exists"),
+        *((name, "torch", "small letters") for name in ("Toy", "toy_", "_toy", "toy__two", "2toys", "toy-two", "")),
+        *((name, "torch", "Python's own") for name in ("class", "float", "print")),
+        *((name, "torch", "is a library") for name in ("typer", "torch", "json")), ("kernels", "torch", "exists"),
         ("methods", "torch", "exists"), ("toy", "jax", "accepted are transformers"),
         *((own, "torch", "a command of Pronghorn's own") for own in ("list", "info", "seal", "verify", "check", "new")),
     ):  # fmt: skip
@@ -116,6 +118,16 @@ def test_a_name_or_place_that_cannot_be_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match=r"README\.md"):
         write_method("toy", "torch", tmp_path)
     assert [path.name for path in (tmp_path / "pronghorn-toy").iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize("name", ["app", "main", "toy_2"])
+def test_a_name_that_its_commands_use_too(name, tmp_path):
+    write_method(name, "torch", tmp_path)
+    code = f"from pronghorn.{name}.cli import app; app()"
+    for arguments, said in ((["check", "2"], "factor 2.0 is fine"), (["--help"], "linear layers whose results")):
+        found, output = run("-c", code, *arguments, paths=[tmp_path / f"pronghorn-{name}" / "src"])
+        assert found == 0, output
+        assert said in output
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.util
 import keyword
 import re
@@ -24,7 +25,7 @@ def write_method(name: str, ecosystem: str, into: Path) -> list[Path]:
     """Write a method, into a clone of Pronghorn or as a distribution of its own in `into/pronghorn-NAME`.
 
     Args:
-        name: of the method and its package, `pronghorn.NAME`: small letters, digits and underscores.
+        name: of the method and its package, `pronghorn.NAME`: small letters and digits, single underscores between.
         ecosystem: one of `ECOSYSTEMS`, or "torch".
         into: a clone, or any folder.
 
@@ -60,10 +61,19 @@ def is_clone(folder: Path) -> bool:
 def _check(name: str, ecosystem: str) -> None:
     if ecosystem not in (*ECOSYSTEMS, TORCH):
         raise ValueError(f"ecosystem: got {ecosystem!r}, accepted are {', '.join((*ECOSYSTEMS, TORCH))}")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise ValueError(f"name: got {name!r}, wanted small letters, digits and underscores, such as {TOY!r}")
+    if not re.fullmatch(r"[a-z](_?[a-z0-9])*", name):
+        raise ValueError(
+            f"name: got {name!r}, wanted small letters and digits, with single underscores between, such as {TOY!r}"
+        )
     if name in own_commands():
         raise ValueError(f"name: got {name!r}, but that is a command of Pronghorn's own; choose another")
+    if keyword.iskeyword(name) or hasattr(builtins, name):
+        raise ValueError(f"name: got {name!r}, but that is Python's own; choose another")
+    library = importlib.util.find_spec(name)
+    if library is not None and library.origin is not None:  # any folder has a spec, but without an origin
+        raise ValueError(
+            f"name: got {name!r}, but that is a library, which benchmarks/{name}.py would hide from others"
+        )
     if name in installed_methods() or importlib.util.find_spec(f"pronghorn.{name}") is not None:
         raise ValueError(f"name: got {name!r}, but pronghorn.{name} exists")
 
