@@ -25,8 +25,6 @@ class Row(NamedTuple):
     missing: str = ""
 
 
-METHODS = "on a GPU anything but operations"
-
 ROWS = (
     Row(
         1,
@@ -35,7 +33,9 @@ ROWS = (
         "Every broken file is refused with its name within a second; of 2,000 random flips a loader, each is an error "
         "or is noticed by a checksum: no wrong number in silence",
         "files without a digest, which models that users save by `save_pretrained` have not until they are sealed: "
-        "there only NaN, infinity and numbers out of range are found",
+        "there only NaN, infinity and numbers out of range are found; a configuration so damaged that it no longer "
+        "says that the model is quantized: transformers then asks us nothing, not even of a sealed folder, and only "
+        "warns of the weights (flips that are warned only); `pronghorn check` finds it",
     ),
     Row(
         2,
@@ -93,6 +93,8 @@ ROWS = (
         "Resumed as another run",
         "A run is resumed with other weights, data, settings, code or library versions",
         "Refused, and what differs is named",
+        "of VCPO other training data, and settings that are TRL's own, which TRL takes without a word; of trainings of "
+        "DC-AE images or latents that changed and kept their names and sizes",
     ),
     Row(
         10,
@@ -118,8 +120,9 @@ ROWS = (
     Row(
         13,
         "Options of vLLM together",
-        "vLLM's prefix cache, chunked prefill, compilation, asynchronous scheduling: on or off in pairs",
+        "vLLM's prefix cache, chunked prefill, compilation, asynchronous scheduling, speculation: on or off in pairs",
         "The same tokens, or a refusal at the start",
+        "speculation other than by n-grams, so none with asynchronous scheduling, which vLLM refuses with them",
     ),
     Row(
         14,
@@ -134,6 +137,7 @@ ROWS = (
         "A worker that dies",
         "A worker dies, or a layer raises after some steps",
         "Every request in flight gets an error within 10 seconds; the process ends; our words reach the caller",
+        "our words at the client: vLLM tells it only that its engine had an issue, and they stand in the server's log",
     ),
     Row(
         16,
@@ -170,23 +174,24 @@ ROWS = (
         "torch.compile, export, copies, pickling to another process, shared memory, FSDP and DDP",
         "No graph breaks; at most one compilation more for a batch of any size; operations pass opcheck, and gradcheck "
         "where they train",
-        METHODS
-        + "; how often other sizes compile anew of other methods than AWQ, DC-AE and TorchSparse; FSDP of other "
-        "methods than VCPO, DC-AE and TorchSparse",
+        "methods on a GPU; on a CPU each method's small example is what is tried, and DuoAttention's growing cache is "
+        "not compiled; how often other sizes compile anew of other methods than AWQ, DC-AE and TorchSparse; FSDP of "
+        "other methods than VCPO, DC-AE and TorchSparse",
     ),
     Row(
         21,
         "Computed twice",
         "The same is computed twice",
         "The same bits for the same seed; nothing that is not deterministic without a word",
-        METHODS,
+        "methods, save DC-AE's pipelines with one seed, and that AWQ and DuoAttention refuse VLLM_BATCH_INVARIANT",
     ),
     Row(
         22,
         "Threads",
         "Several models, configurations and streams at once; a fork; a switch of kernels in the middle",
         "The results of one after the other",
-        METHODS,
+        "methods in threads other than AWQ, DuoAttention and TorchSparse on a CPU; forks, streams and a switch of "
+        "kernels with any method; methods on a GPU",
     ),
     Row(
         23,
