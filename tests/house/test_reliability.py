@@ -38,15 +38,15 @@ def test_every_row_has_a_test_or_a_reason(page):
 
 
 def test_the_page_claims_no_more_than_was_seen(page, tmp_path, monkeypatch):
-    row = page.ROWS[8]
+    row = page.ROWS[9]
     assert not row.missing
     tests = {
-        "t.py::test_a[1]": {"rows": [9, 10], "outcome": "passed", "seconds": 1, "figures": {"n": 1200}, "run": "r"},
-        "t.py::test_a[2]": {"rows": [9, 10], "outcome": "passed", "seconds": 1, "figures": {"n": 7}, "run": "r"},
-        "t.py::test_b": {"rows": [9], "outcome": "passed", "seconds": 1, "figures": {}, "run": "r"},
+        "t.py::test_a[1]": {"rows": [10, 9], "outcome": "passed", "seconds": 1, "figures": {"n": 1200}, "run": "r"},
+        "t.py::test_a[2]": {"rows": [10, 9], "outcome": "passed", "seconds": 1, "figures": {"n": 7}, "run": "r"},
+        "t.py::test_b": {"rows": [10], "outcome": "passed", "seconds": 1, "figures": {}, "run": "r"},
     }
     monkeypatch.setattr(page, "RESULTS", tmp_path)
-    monkeypatch.setattr(page, "marked", lambda: {test.split("[")[0]: {9} for test in tests})
+    monkeypatch.setattr(page, "marked", lambda: {test.split("[")[0]: {10} for test in tests})
 
     def said():
         content = {"topic": "reliability", "runs": {"r": RUN}, "tests": tests}
@@ -54,12 +54,12 @@ def test_the_page_claims_no_more_than_was_seen(page, tmp_path, monkeypatch):
         return page.sections()
 
     text = said()
-    assert f"| 9 | {row.title} | proved | 3 of 3 passed |" in text
+    assert f"| 10 | {row.title} | proved | 3 of 3 passed |" in text
     assert "- `t.py::test_a`: 2 passed; n: 7 to 1,200" in text
     assert f"| 11 | {page.ROWS[10].title} | not covered |  |" in text
     assert "commit cccccccccc, CPU: torch 2.13" in text
     recorded = tests.pop("t.py::test_b")
-    monkeypatch.setattr(page, "marked", lambda: {"t.py::test_b": {9}})
+    monkeypatch.setattr(page, "marked", lambda: {"t.py::test_b": {10}})
     assert f"| {row.title} | partly | 2 of 2 passed |" in said()
     assert "- `t.py::test_b`: not run" in said()
     monkeypatch.setattr(page, "marked", lambda: {"t.py::test_b": {1}})
