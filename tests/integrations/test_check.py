@@ -7,13 +7,13 @@ import pickle
 import re
 import shutil
 import socket
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tests.integrations.checked import NAME, change_json, found, states
 from tests.models import tiny_model
 from tests.plugins.conftest import letters  # noqa: F401 - a fixture
 from typer.testing import CliRunner
@@ -28,16 +28,6 @@ from pronghorn.methods import entry_points
 from pronghorn.transformers.answers import NotFiniteError
 
 WHOLE = "model.safetensors"
-NAME = "model-00002-of-00002.safetensors"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A plain checkpoint of transformers, in two shards."""
-    folder = tmp_path_factory.mktemp("whole")
-    tiny_model("llama").save_pretrained(folder, max_shard_size="200KB")
-    assert (folder / NAME).is_file()
-    return folder
 
 
 @pytest.fixture
@@ -50,19 +40,6 @@ def single(tmp_path):
     """Another, in one file."""
     tiny_model("llama").save_pretrained(tmp_path / "single")
     return tmp_path / "single"
-
-
-def found(folder, ecosystem="transformers", **options):
-    return {finding.name: finding for finding in check(folder, ecosystem, **options)}
-
-
-def states(findings):
-    return {finding.state for finding in findings.values()}
-
-
-def change_json(path, **changes):
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, **changes}))
 
 
 def change_tensors(path, change):
@@ -425,107 +402,3 @@ def test_what_hf_download_notes_beside_a_checkpoint_may_be_empty(copy):
     ):
         inject()
         assert found(copy)[name].state == "failed"
-
-
-@pytest.fixture(scope="module")
-def painter(tmp_path_factory):
-    """A tiny Stable Diffusion in bfloat16."""
-    diffusers = pytest.importorskip("diffusers", reason="the diffusers extra is not installed")
-    folder = tmp_path_factory.mktemp("painter")
-    (folder / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "a</w>": 3}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    torch.manual_seed(0)
-    text = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 2}
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-                                    down_block_types=["DownEncoderBlock2D"] * 2,
-                                    up_block_types=["UpDecoderBlock2D"] * 2),
-        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=4, **text)),
-        tokenizer=transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"),
-                                             model_max_length=77),
-        unet=diffusers.UNet2DConditionModel(block_out_channels=(8, 16), layers_per_block=1, sample_size=32,
-                                            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                                            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), norm_num_groups=4,
-                                            cross_attention_dim=32, attention_head_dim=4),
-        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None,
-        feature_extractor=None,
-    )  # fmt: skip
-    pipe.to(torch.bfloat16).save_pretrained(folder / "pipe")
-    return folder / "pipe"
-
-
-def test_a_pipeline_of_half_precision_makes_a_picture(painter):
-    findings = found(painter, "diffusers", source=str(painter))
-    assert [one for one in findings.values() if one.state != "ok"] == []
-    assert verdict(findings.values()) == "can be shipped"
-    assert "relative error 0.000000" in findings["as the source"].detail
-
-
-def test_a_model_that_makes_no_picture_is_not_proved(painter):
-    findings = found(painter / "unet", "diffusers", source=str(painter / "unet"))
-    assert findings["answers"].state == findings["as the source"].state == "skipped"
-    assert verdict(findings.values()).startswith("not proved here: answers (UNet2DConditionModel takes neither")
-
-
-def test_methods_say_how_vllm_serves_a_checkpoint(whole, tmp_path, monkeypatch):
-    """Of several that do all is given to the engine, for the checkpoint and for its source each its own."""
-
-    def method(name):
-        return SimpleNamespace(
-            check_files=lambda checkpoint: (),
-            vllm_options=lambda checkpoint: {"seed": 1, "additional_config": {name: checkpoint.folder.name}},
-        )
-
-    pytest.importorskip("vllm", reason="the vllm extra is not installed")
-    import pronghorn.vllm.checking as serving
-
-    served = []
-    monkeypatch.setattr(room, "_methods", lambda: ({"a": method("a"), "b": method("b")}, []))
-    monkeypatch.setattr(room, "_available", lambda ecosystem: ())
-    answer = serving._Served([1], [1], [{1: 0.0}])
-    monkeypatch.setattr(serving, "_serve", lambda *given: served.append(given) or answer)
-    source = shutil.copytree(whole, tmp_path / "source")
-    findings = found(whole, "vllm", source=str(source))
-    assert findings["engine"].detail == "started with additional_config, seed"
-    assert [(folder, options["additional_config"]) for folder, *_, options in served] == [
-        (whole, {"a": whole.name, "b": whole.name}), (source, {"a": "source", "b": "source"})
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("error", "name"),
-    [
-        (RuntimeError("Engine core initialization failed. See root cause above."), "engine"),
-        (Exception("EngineCore encountered an issue. See stack trace (above) for the root cause."), "engine"),
-        (ValueError("No available memory for the cache blocks."), "vllm"),
-        (ValueError("Free memory on device cuda:0 (2/80 GiB) on startup is less than desired."), "vllm"),
-    ],
-)
-def test_an_engine_without_memory_is_no_fault_of_the_checkpoint(whole, monkeypatch, error, name):
-    def start(*given, **options):
-        raise error
-
-    vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")
-    monkeypatch.setattr(vllm, "LLM", start)
-    findings = found(whole, "vllm", source=str(whole))
-    assert "failed" not in states(findings)
-    assert findings["as the source"].state == "skipped"
-    assert verdict(findings.values()).startswith(f"not proved here: {name} (")
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("vllm")
-def test_vllms_engine_is_asked(whole, tmp_path):
-    pytest.importorskip("vllm", reason="the vllm extra is not installed")
-    folder = tmp_path / "model"
-    tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32).save_pretrained(folder)
-    findings = found(folder, "vllm", source=str(folder))
-    assert states({name: one for name, one in findings.items() if name != "tokenizer"}) == {"ok"}, findings
-    assert "top-1 agreement 1.0000, KL 0.00000" in findings["as the source"].detail
-    change_json(folder / "config.json", intermediate_size=80)
-    assert "the configuration means (80, 128)" in found(folder, "vllm")["keys and shapes"].detail
-    # vLLM's attention on a CPU has no heads of 16: a checkpoint that transformers takes, and no user could serve.
-    assert found(whole, "transformers")["answers"].state == "ok"
-    if torch.cuda.is_available():
-        return
-    assert "head_dim=16" in found(whole, "vllm")["vllm"].detail

@@ -9,6 +9,8 @@ from pathlib import Path
 from pronghorn.checkpoint import CONFIGS
 from pronghorn.checkpoint.files import CODE, PICKLES
 
+AS_SOURCE = "as the source"  # the finding of every comparison
+
 
 class SourceError(ValueError):
     """The source cannot be had, which says nothing of the checkpoint that was to be compared with it."""

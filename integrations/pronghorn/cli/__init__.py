@@ -10,9 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from pronghorn.methods import DISABLE, entry_points, is_disabled
-
-LESS_MEMORY = "close other programs, or ask for less at once: smaller batches, shorter inputs, a smaller model"
-ALLOCATORS = ("can't allocate memory", "CUDA error: out of memory")
+from pronghorn.out_of_memory import REMEDY, is_out_of_memory
 
 
 class _WithMethods(TyperGroup):
@@ -177,15 +175,7 @@ def main() -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        _end(" ".join(str(error).split()) or f"out of memory: {LESS_MEMORY}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that this machine, or its GPU, has too little memory."""
-    torch: Any = sys.modules.get("torch")  # not imported for an error that cannot be its own
-    kinds = (MemoryError, torch.OutOfMemoryError) if hasattr(torch, "OutOfMemoryError") else (MemoryError,)
-    # torch on a CPU, and CUDA's own, have no class for it.
-    return isinstance(error, kinds) or any(said in str(error) for said in ALLOCATORS)
+        _end(" ".join(str(error).split()) or f"out of memory: {REMEDY}")
 
 
 def _end(said: str) -> None:

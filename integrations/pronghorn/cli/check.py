@@ -19,13 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
-from pronghorn.checkpoint.source import SourceError
-from pronghorn.cli import LESS_MEMORY, is_out_of_memory
+from pronghorn.checkpoint.source import AS_SOURCE, SourceError
 from pronghorn.methods import entry_points, is_disabled
+from pronghorn.out_of_memory import REMEDY, is_out_of_memory
 from pronghorn.versions import installed, obstacle, remedy
 
 ECOSYSTEMS = ("transformers", "vllm", "diffusers", "lerobot")
-SOURCE = "as the source"
 PASSED, FAILED = "can be shipped", "must not be shipped as it is"
 COLOURS = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
 
@@ -67,13 +66,13 @@ def check(folder: Path, ecosystem: str, source: str | None = None, min_agreement
     compared = source is None
     try:
         for finding in _in_order(stages):
-            compared |= finding.name == SOURCE
+            compared |= finding.name == AS_SOURCE
             yield finding
     except SourceError as error:  # says nothing about the folder
-        yield skipped(SOURCE, str(error), "give a source that loads and answers here", needed=True)
+        yield skipped(AS_SOURCE, str(error), "give a source that loads and answers here", needed=True)
         raise
     if not compared:
-        yield skipped(SOURCE, f"there are no answers to compare with those of {source}", needed=True)
+        yield skipped(AS_SOURCE, f"there are no answers to compare with those of {source}", needed=True)
 
 
 def verdict(findings: Iterable[Finding]) -> str:
@@ -180,7 +179,7 @@ def _guarded(name: str, run: Callable[[], Iterable[Finding]]) -> Iterator[Findin
         if isinstance(error, ImportError):
             yield skipped(name, detail, "install what the message names, and check again", needed=True)
         elif is_out_of_memory(error):
-            yield skipped(name, detail, f"{LESS_MEMORY}; or check on a larger machine", needed=True)
+            yield skipped(name, detail, f"{REMEDY}; or check on a larger machine", needed=True)
         else:
             yield failed(name, detail, "mend what the message names; it is what users would see")
 

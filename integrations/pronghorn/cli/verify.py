@@ -151,14 +151,9 @@ def _show(found: dict[str, Any]) -> None:
     console = Console()
     if found["operations"]:
         table = Table(
-            "operation",
-            "dtype",
-            "worst error",
-            "tolerance",
-            "time",
-            "of the limit",
+            "operation", "dtype", "worst error", "tolerance", "time", "of the limit",
             title=f"on {found['device']}, {found['implementation']}",
-        )
+        )  # fmt: skip
         for operation in found["operations"]:
             for check in operation["checks"]:
                 table.add_row(operation["name"], check["check"], _coloured(check), f"{check['tolerance']:.0e}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
 from pronghorn.checkpoint.sizes import check_model_size
-from pronghorn.checkpoint.source import read_as_source, source_folder
+from pronghorn.checkpoint.source import AS_SOURCE, read_as_source, source_folder
 from pronghorn.checkpoint.weights import stored_dtype, stored_shapes
 
 LIBRARIES = ("diffusers", "transformers", "pronghorn")
@@ -115,12 +115,12 @@ def answer(loaded: Any) -> Tensor | None:
 def _as_source(picture: Tensor, theirs: Tensor | None, min_agreement: float) -> Finding:
     if theirs is None or theirs.shape != picture.shape:
         got = None if theirs is None else tuple(theirs.shape)
-        return failed("as the source", f"its picture is {got}, this one {tuple(picture.shape)}", "give its own source")
+        return failed(AS_SOURCE, f"its picture is {got}, this one {tuple(picture.shape)}", "give its own source")
     error = float((picture - theirs).norm() / theirs.norm().clamp_min(1e-30))
     detail = f"relative error {error:.6f} of the picture"
     if not 1 - error >= min_agreement:
-        return failed("as the source", f"{detail}; wanted at most {1 - min_agreement:g}", "is this another source?")
-    return ok("as the source", detail)
+        return failed(AS_SOURCE, f"{detail}; wanted at most {1 - min_agreement:g}", "is this another source?")
+    return ok(AS_SOURCE, detail)
 
 
 def _load_model(module: Any, kind: str, folder: Path, **how: Any) -> tuple[Any, list[tuple[str, list[str]]]]:

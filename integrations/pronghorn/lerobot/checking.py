@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok
 from pronghorn.checkpoint.files import read_json
-from pronghorn.checkpoint.source import read_as_source, source_folder
+from pronghorn.checkpoint.source import AS_SOURCE, read_as_source, source_folder
 
 LIBRARIES = ("lerobot", "pronghorn")
 CALLS = 3
@@ -57,9 +57,9 @@ def check(
         detail = f"relative error {error:.6f} of the actions"
         passed = 1 - error >= min_agreement
         yield (
-            ok("as the source", detail)
+            ok(AS_SOURCE, detail)
             if passed
-            else failed("as the source", f"{detail}; wanted at most {1 - min_agreement:g}", "is this another source?")
+            else failed(AS_SOURCE, f"{detail}; wanted at most {1 - min_agreement:g}", "is this another source?")
         )
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from pronghorn.estimate import Estimate, folder_bytes, peak_bytes
 from pronghorn.files.room import check_room
+from pronghorn.out_of_memory import is_out_of_memory
 from pronghorn.transformers.activation_store import ActivationStore
 from pronghorn.transformers.calibration_capture import BlockCalls
 from pronghorn.transformers.calibration_data import check_token_ids
@@ -256,7 +257,7 @@ class CalibrationRunner:
             try:
                 return work()
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 batch = max(len(ids) for ids in chunks.ids)
                 if batch == 1 or chunks.halvings == MOST_HALVINGS:
@@ -320,11 +321,6 @@ def _halve(chunks: _Chunks, calls: BlockCalls) -> None:
 def _halve_ids(chunks: _Chunks) -> None:
     chunks.ids = [part for ids in chunks.ids for part in ids.split((len(ids) + 1) // 2)]
     chunks.halvings += 1
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # The CPU's allocator raises a plain RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _memory_of(device: torch.device) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from pronghorn.checkpoint import Checkpoint, Finding, failed, ok, skipped
 from pronghorn.checkpoint.sizes import check_model_size
-from pronghorn.checkpoint.source import read_as_source, source_folder
+from pronghorn.checkpoint.source import AS_SOURCE, read_as_source, source_folder
 from pronghorn.checkpoint.weights import stored_shapes
 from pronghorn.transformers.answers import Answers, NotFiniteError, agreement, observe, positions_of, windows
 
@@ -165,8 +165,8 @@ def judged(top1: float, kl: float, tokens: int, min_agreement: float) -> Finding
     detail = f"top-1 agreement {top1:.4f}, KL {kl:.5f} nats a token, over {tokens} tokens"
     if not top1 >= min_agreement or not kl < float("inf"):
         remedy = "quantize with more bits, smaller groups or more calibration text; or is this another source?"
-        return failed("as the source", f"{detail}; wanted an agreement of {min_agreement}", remedy)
-    return ok("as the source", detail)
+        return failed(AS_SOURCE, f"{detail}; wanted an agreement of {min_agreement}", remedy)
+    return ok(AS_SOURCE, detail)
 
 
 def _check_special_tokens(model: Any, vocab_size: int) -> Finding:

@@ -31,6 +31,7 @@ def refuse_missing_weights(quantization: str) -> None:
         if lacking:
             raise ValueError(f"{', '.join(lacking)}: the checkpoint lacks it, or a part of it, or has NaN there")
 
+    # vLLM asks a quantization nothing between reading the files and serving.
     DefaultModelLoader.load_weights = load_all_weights  # type: ignore[method-assign]
 
 

@@ -191,7 +191,7 @@ class Learner:
         if self._ranks.count == 1:
             return rows
         lines = "".join(f"{json.dumps(row)}\n" for row in rows).encode()  # torch.distributed unpickles its objects
-        found = self._ranks.gather(torch.frombuffer(bytearray(lines), dtype=torch.uint8))
+        found = self._ranks.gather(torch.tensor([*lines], dtype=torch.uint8))
         return [json.loads(line) for line in bytes(found.tolist()).splitlines()]
 
 
