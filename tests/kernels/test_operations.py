@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tests.kernels.harness import DEVICE, backend, error_of
+from tests.kernels.argument_tree import tensors
+from tests.kernels.harness import DEVICE, alike, backend, error_of
 
 from pronghorn.kernels._operation import operations
 
@@ -22,6 +23,30 @@ def test_matches_the_oracle(name, index, dtype, which):
         pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding; this runs on a GPU")
     error = error_of(operation, operation.shapes[index], dtype, which)
     assert error <= operation.tolerance[dtype], f"{error:.2e} on {operation.shapes[index]}"
+
+
+@pytest.mark.fault(20)
+@pytest.mark.parametrize(
+    ("name", "index", "which"),
+    [(*case, "reference") for case in CASES] + [(name, at, "triton") for name in OPERATIONS for at in (0, -1)],
+)
+def test_autocast_changes_nothing(name, index, which):
+    """What an operation multiplies in is its own, and so is the dtype of its result."""
+    operation = OPERATIONS[name]
+
+    def run():
+        arguments = operation.example(operation.shapes[index], torch.float32, torch.Generator().manual_seed(0), DEVICE)
+        trained = [arguments[key].requires_grad_() for key in operation.trains if arguments.get(key) is not None]
+        result = operation.function(**arguments)
+        if not trained:
+            return result
+        results = [tensor for tensor in tensors(result) if tensor.requires_grad]
+        return result, torch.autograd.grad(results, trained, [torch.ones_like(tensor) for tensor in results])
+
+    with backend(which):
+        wanted = run()
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            assert alike(operation, run(), wanted)
 
 
 @pytest.mark.fault(20)

@@ -215,15 +215,15 @@ def test_a_recorded_call_outlives_its_table():
     from pronghorn.kernels import _table
 
     gradients, accum, score = example()
-    graph = torch.cuda.CUDAGraph()
+    graph, weights = torch.cuda.CUDAGraph(), pair(0.5, 2.0)
     with backend("triton"):
-        weighted_grad_accum(*example(seed=1), pair(0.5, 2.0))  # compiles
+        weighted_grad_accum(*example(seed=1), weights)  # compiles
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            squares = weighted_grad_accum(gradients, accum, score, pair(0.5, 2.0))
+            squares = weighted_grad_accum(gradients, accum, score, weights)
         _table._kept_table.cache_clear()
         for seed in range(2, 20):
-            weighted_grad_accum(*example(seed=seed), pair(0.5, 2.0))
+            weighted_grad_accum(*example(seed=seed), weights)
     before = [buffer.clone() for buffer in accum]
     for _ in range(2):
         graph.replay()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ def define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
         fake: the same for tensors without data.
     """
     qualified = f"pronghorn::{name}"
-    schema = torch.library.infer_schema(function, mutates_args=())
+    schema = torch.library.infer_schema(inspect.unwrap(function), mutates_args=())
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "default", function)
     torch.library.register_fake(qualified, fake)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pronghorn.kernels._autocast import without_autocast
 
+
+@without_autocast
 def cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """[batch, tokens, heads, size]; in float32 or better, and rounded once."""
     wide = torch.promote_types(query.dtype, torch.float32)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pronghorn.kernels._autocast import without_autocast
 from pronghorn.kernels.decode_attention.call import Call
 from pronghorn.kernels.kv_quantize.reference import kv_dequantize
 
 
+@without_autocast
 def decode_attention(call: Call) -> Tensor:
     """[batch, heads, 1, head_dim]; in float32 or better, and rounded once."""
     groups = call.query.unflatten(1, (call.head_index.shape[0], -1))  # [batch, key/value heads, group, 1, head_dim]

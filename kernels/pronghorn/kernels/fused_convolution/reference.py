@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pronghorn.kernels._autocast import without_autocast
 
+
+@without_autocast
 def fused_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     residual: Tensor | None, eps: float, activation: str | None,
@@ -16,7 +19,7 @@ def fused_convolution(
     def of_channels(vector: Tensor) -> Tensor:
         return vector.to(wide)[:, None, None]
 
-    y = torch.conv2d(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), padding=1)
+    y = _convolve(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     if norm_weight is not None:
         y = y * (y.square().mean(dim=1, keepdim=True) + eps).rsqrt() * of_channels(norm_weight)
         y = y if norm_bias is None else y + of_channels(norm_bias)
@@ -24,3 +27,12 @@ def fused_convolution(
     if activation is not None:
         y = y.relu() if activation == "relu" else y * y.sigmoid()
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In all bits of float32: `torch.conv2d` lets cuDNN multiply in TF32 unless a setting forbids it."""
+    strides, border, dilation, deterministic, allow_tf32 = [1, 1], [1, 1], [1, 1], True, False
+    result: Tensor = torch.ops.aten._convolution(
+        x, weight, bias, strides, border, dilation, False, [0, 0], 1, False, deterministic, True, allow_tf32
+    )
+    return result

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pronghorn.kernels._autocast import without_autocast
 from pronghorn.kernels._memory import channels_inside, dense
 
 
@@ -41,13 +42,13 @@ def halved(x: Tensor) -> Tensor:
     )  # fmt: skip
 
 
+@without_autocast
 def _convolve(activated: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = activated.dtype
-    with torch.autocast(activated.device.type, enabled=False):  # sums are wide, whatever is on outside
-        sums = functional.conv2d(
-            activated, weight.to(wide).contiguous(), None if bias is None else bias.to(wide), padding=1,
-            groups=activated.shape[1],
-        )  # fmt: skip
+    sums = functional.conv2d(
+        activated, weight.to(wide).contiguous(), None if bias is None else bias.to(wide), padding=1,
+        groups=activated.shape[1],
+    )  # fmt: skip
     value, gate = sums.chunk(2, dim=1)
     return value, gate
 

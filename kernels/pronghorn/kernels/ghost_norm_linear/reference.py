@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pronghorn.kernels._autocast import without_autocast
 
+
+@without_autocast
 def ghost_norm_linear(inputs: Tensor, output_gradients: Tensor, lengths: Tensor | None) -> Tensor:
     """float64 [trajectories]."""
     _, positions, in_features = inputs.shape

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pronghorn.kernels._autocast import without_autocast
 from pronghorn.kernels.group_fake_quantize.reference import group_fake_quantize
 
 ELEMENTS_AT_A_TIME = 1 << 24
 
 
+@without_autocast
 def group_clip_search(
     weight: Tensor, inputs: Tensor, bits: int, group_size: int, symmetric: bool, grid: int, steps: int
 ) -> Tensor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels._autocast import without_autocast
 from pronghorn.kernels._triton import dot_width, shared_memory
 from pronghorn.kernels.group_fake_quantize.triton import fake_quantize_tile, smallest_range
 
@@ -77,7 +78,7 @@ def group_clip_search(
     rows, columns = weight.shape
     groups = columns // group_size
     x = inputs.float().unflatten(1, (groups, group_size)).transpose(0, 1)
-    gram = (x.mT @ x / inputs.shape[0]).contiguous()
+    gram = (without_autocast(torch.matmul)(x.mT, x) / inputs.shape[0]).contiguous()
     maxima = weight.new_empty(rows, groups)
     if maxima.numel():
         shrink, width = _shrink(grid, steps, weight.device), dot_width(group_size)

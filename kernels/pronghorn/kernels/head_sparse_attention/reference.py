@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pronghorn.kernels._autocast import without_autocast
 from pronghorn.kernels._memory import tokens_outside
 
 DENSE, STREAMING = 0, -1  # types of a head
@@ -49,6 +50,7 @@ def visible(
     return (key >= first) & (key <= query + length - tokens) & (recent | (key < first + sink) | everything)
 
 
+@without_autocast
 def head_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, head_types: Tensor, start: Tensor | None, rule: Rule
 ) -> tuple[Tensor, Tensor]:
@@ -63,6 +65,7 @@ def head_sparse_attention(
     return out, torch.cat(totals, dim=1)
 
 
+@without_autocast
 def backward(
     grad: Tensor,
     log_sum_exp: Tensor,

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pronghorn.kernels._autocast import without_autocast
+
 
 class Tensors(NamedTuple):
     """Of the prefix [batch, tokens, heads, head_dim], of branches [batch, branches, tokens, heads, head_dim]."""
@@ -23,6 +25,7 @@ class Tensors(NamedTuple):
     branch_value: Tensor
 
 
+@without_autocast
 def shared_observation_attention(
     tensors: Tensors, prefix_mask: Tensor, branch_mask: Tensor, state_tokens: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -43,6 +46,7 @@ def shared_observation_attention(
     )  # fmt: skip
 
 
+@without_autocast
 def gradients(
     prefix_grad: Tensor, branch_grad: Tensor, prefix_total: Tensor, branch_total: Tensor,
     tensors: Tensors, prefix_mask: Tensor, branch_mask: Tensor, state_tokens: int, scale: float,

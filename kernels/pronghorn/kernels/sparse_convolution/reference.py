@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pronghorn.kernels._autocast import without_autocast
 from pronghorn.kernels.sparse_convolution.epilogue import Epilogue
 from pronghorn.kernels.sparse_convolution.tiles import is_sorted
 
@@ -20,21 +21,21 @@ def pairs(tables: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows[at], order[0][k // offsets_of_split][at] if order else at
 
 
+@without_autocast
 def sparse_convolution(x: Tensor, weight: Tensor, tables: Sequence[Tensor], epilogue: Epilogue | None = None) -> Tensor:
     """[outputs, output channels]; in float32 or better, and rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(tables[0].shape[1], weight.shape[2], dtype=wide, device=x.device)
     inputs, weight = x.to(wide), weight.to(wide)
-    with torch.autocast(x.device.type, enabled=False):  # sums are in `wide`, whatever is on outside
-        for k, (rows, to) in enumerate(pairs(tables)):
-            if len(rows):
-                out.index_add_(0, to, inputs[rows] @ weight[k])
+    for k, (rows, to) in enumerate(pairs(tables)):
+        if len(rows):
+            out.index_add_(0, to, inputs[rows] @ weight[k])
     return (out if epilogue is None else epilogue(out)).to(x.dtype)
 
 
+@without_autocast
 def weight_gradient(x: Tensor, grad: Tensor, tables: Sequence[Tensor]) -> Tensor:
     """[kernel volume, input channels, output channels]; in float32 or better, and rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        result = [x[rows].to(wide).T @ grad[to].to(wide) for rows, to in pairs(tables)]
+    result = [x[rows].to(wide).T @ grad[to].to(wide) for rows, to in pairs(tables)]
     return torch.stack(result).to(x.dtype)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pronghorn.kernels._autocast import without_autocast
 
+
+@without_autocast
 def suffix_attention(
     query: Tensor, prefix_key: Tensor, prefix_value: Tensor, key: Tensor, value: Tensor, prefix_mask: Tensor,
     state_tokens: int, scale: float,

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pronghorn.kernels._autocast import without_autocast
 from pronghorn.kernels.suffix_layers.call import SuffixLayer, unflattened
 
 
+@without_autocast
 def suffix_layers(
     x: Tensor, tensors: list[Tensor], prefix_mask: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels._arguments import check_tensor, resolve_group_size
+from pronghorn.kernels._autocast import without_autocast
 from pronghorn.kernels._dispatch import use_cuda, use_triton
 from pronghorn.kernels.dequantize_weight import check_quantized_weight
 from pronghorn.kernels.dequantize_weight.layouts import get_layout
@@ -150,7 +151,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight = torch.ops.pronghorn.dequantize_weight(
         qweight, scales, qzeros, layout, bits, group_size, out_features, ctx.in_features, grad.dtype
     )
-    return grad @ weight, None, None, None, None, None, None, None
+    return without_autocast(torch.matmul)(grad, weight), None, None, None, None, None, None, None
 
 
 _w4a16_matmul.register_autograd(_backward, setup_context=_setup_context)

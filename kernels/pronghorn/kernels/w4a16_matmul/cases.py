@@ -38,11 +38,14 @@ OPERATION = Operation(
     function=w4a16_matmul,
     example=_example,
     oracle=_oracle,
-    shapes=tuple(
-        {"m": m, "n": 64, "k": 192, "layout": layout.name, "bits": bits, "group_size": 64}
-        for layout in LAYOUTS.values()
-        for bits in layout.bits
-        for m in (1, 5)
+    shapes=(
+        *(
+            {"m": m, "n": 64, "k": 192, "layout": layout.name, "bits": bits, "group_size": 64}
+            for layout in LAYOUTS.values()
+            for bits in layout.bits
+            for m in (1, 5)
+        ),
+        {"m": 130, "n": 64, "k": 192, "layout": "natural", "bits": 4, "group_size": 64},
     ),
     large={"m": 1, "n": 14336, "k": 4096, "layout": "natural", "bits": 4, "group_size": 128},
     cost=_cost,

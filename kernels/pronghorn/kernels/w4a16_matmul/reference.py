@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pronghorn.kernels._autocast import without_autocast
 from pronghorn.kernels.dequantize_weight.reference import dequantize_weight
 
 
+@without_autocast
 def w4a16_matmul(
     x: Tensor,
     qweight: Tensor,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels._autocast import without_autocast
 from pronghorn.kernels._triton import dot_type, shared_memory
 from pronghorn.kernels.dequantize_weight.triton import (
     contiguous_zeros,
@@ -151,7 +152,7 @@ def w4a16_matmul(
         return x.new_empty(rows, out_features)
     if rows >= DEQUANTIZE_FROM_ROWS:
         full = dequantize_weight(qweight, scales, qzeros, layout, bits, group_size, out_features, columns, x.dtype)
-        return x @ full.T
+        return without_autocast(torch.matmul)(x, full.T)
     weight = (qweight.contiguous(), scales.contiguous(), contiguous_zeros(scales, qzeros))
     words_block_k = _words_block_k(layout, bits, group_size)
     if rows == 1:
