@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -20,8 +20,8 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = next(iter((*args, *kwargs.values())))
-        tensor = first if isinstance(first, torch.Tensor) else first[0]  # type: ignore[index]
+        first: Any = next(iter((*args, *kwargs.values())))
+        tensor = first if isinstance(first, torch.Tensor) else first[0]
         with torch.autocast(tensor.device.type, enabled=False):
             return function(*args, **kwargs)
 

@@ -9,11 +9,12 @@ from tests.integrations.checked import found
 
 from pronghorn.cli.check import verdict
 
+diffusers = pytest.importorskip("diffusers", reason="the diffusers extra is not installed")
+
 
 @pytest.fixture(scope="module")
 def painter(tmp_path_factory):
     """A tiny Stable Diffusion in bfloat16."""
-    diffusers = pytest.importorskip("diffusers", reason="the diffusers extra is not installed")
     folder = tmp_path_factory.mktemp("painter")
     (folder / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "a</w>": 3}))
     (folder / "merges.txt").write_text("#version: 0.2\n")

@@ -11,6 +11,8 @@ from tests.models import tiny_model
 import pronghorn.cli.check as room
 from pronghorn.cli.check import verdict
 
+vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")
+
 
 def test_methods_say_how_vllm_serves_a_checkpoint(whole, tmp_path, monkeypatch):
     """Of several that do all is given to the engine, for the checkpoint and for its source each its own."""
@@ -21,7 +23,6 @@ def test_methods_say_how_vllm_serves_a_checkpoint(whole, tmp_path, monkeypatch):
             vllm_options=lambda checkpoint: {"seed": 1, "additional_config": {name: checkpoint.folder.name}},
         )
 
-    pytest.importorskip("vllm", reason="the vllm extra is not installed")
     import pronghorn.vllm.checking as serving
 
     served = []
@@ -50,7 +51,6 @@ def test_an_engine_without_memory_is_no_fault_of_the_checkpoint(whole, monkeypat
     def start(*given, **options):
         raise error
 
-    vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")
     monkeypatch.setattr(vllm, "LLM", start)
     findings = found(whole, "vllm", source=str(whole))
     assert "failed" not in states(findings)
@@ -61,7 +61,6 @@ def test_an_engine_without_memory_is_no_fault_of_the_checkpoint(whole, monkeypat
 @pytest.mark.slow
 @pytest.mark.xdist_group("vllm")
 def test_vllms_engine_is_asked(whole, tmp_path):
-    pytest.importorskip("vllm", reason="the vllm extra is not installed")
     folder = tmp_path / "model"
     tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32).save_pretrained(folder)
     findings = found(folder, "vllm", source=str(folder))

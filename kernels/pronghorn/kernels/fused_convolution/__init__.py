@@ -33,7 +33,8 @@ def fused_convolution(
 
     The convolution has stride 1, no groups and a border of zeros. Everything is in float32 (float64 of such an `x`) and
     rounded once. It has no Triton kernel: where its CUDA kernel cannot run, its reference does, which is slow
-    (`runs_fused` tells). Differentiable in all tensors; with gradients it is the reference that computes.
+    (`runs_fused` tells). Differentiable in all tensors; with gradients it is the reference that computes, and cuDNN's
+    backward, in TF32 where `torch.backends.cudnn` allows that.
 
     Args:
         x: [batch, channels, height, width] in fp16, bf16 or fp32 (fp64 in the reference). What is not in the

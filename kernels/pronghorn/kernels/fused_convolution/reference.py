@@ -31,8 +31,8 @@ def fused_convolution(
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In all bits of float32: `torch.conv2d` lets cuDNN multiply in TF32 unless a setting forbids it."""
-    strides, border, dilation, deterministic, allow_tf32 = [1, 1], [1, 1], [1, 1], True, False
     result: Tensor = torch.ops.aten._convolution(
-        x, weight, bias, strides, border, dilation, False, [0, 0], 1, False, deterministic, True, allow_tf32
-    )
+        x, weight, bias, stride=[1, 1], padding=[1, 1], dilation=[1, 1], transposed=False, output_padding=[0, 0],
+        groups=1, benchmark=False, deterministic=True, cudnn_enabled=True, allow_tf32=False,
+    )  # fmt: skip
     return result
