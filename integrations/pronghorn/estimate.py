@@ -128,6 +128,13 @@ def _between(known: Sequence[int], values: Sequence[float], wanted: Sequence[int
     return found
 
 
+def now(device: torch.device) -> float:
+    """Seconds of `time.perf_counter`, once the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def peak_bytes(device: torch.device | str) -> int:
     """The peak so far: resident bytes of this process, or on a GPU what torch has allocated there.
 

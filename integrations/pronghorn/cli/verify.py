@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pronghorn.cli.golden import GOLDEN, golden_files
+from pronghorn.estimate import now
 from pronghorn.kernels._dispatch import use_triton
 from pronghorn.kernels._operation import Operation, operations, relative_error
 from pronghorn.methods import entry_points, is_disabled
@@ -198,17 +198,10 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     run()
     times = []
     for _ in range(REPEATS):
-        _synchronize(device)
-        start = time.perf_counter()
+        start = now(device)
         run()
-        _synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(now(device) - start)
     return sorted(times)[REPEATS // 2]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def limits(device: torch.device) -> tuple[float, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pronghorn.estimate import now
 from pronghorn.transformers.decoder import Block
 
 RESULT_SHARE = 0.1  # of the weights' bytes: what results are assumed to take on disk
@@ -117,11 +117,9 @@ def _weights_of(module: nn.Module) -> int:
 def _seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     best = float("inf")
     for _ in range(3):
-        start = time.perf_counter()
+        start = now(device)
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, now(device) - start)
     return best
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
-from pronghorn.estimate import Estimate, peak_bytes
+from pronghorn.estimate import Estimate, now, peak_bytes
 
 QUESTION_TOKENS = 32
 WARM_UP = 2  # rounds; a static cache's memory and CUDA graphs are there from the second on
@@ -147,13 +147,6 @@ def _seconds(model: PreTrainedModel, ids: Tensor, new_tokens: int, **cache: Any)
     generate: Any = model.generate
     # Given as one object, as a server would: for loose arguments `generate` builds a default model configuration first.
     how = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
-    _synchronize(model)
-    start = time.perf_counter()
+    start = now(model.device)
     generate(ids, attention_mask=torch.ones_like(ids), generation_config=how, **cache)
-    _synchronize(model)
-    return time.perf_counter() - start
-
-
-def _synchronize(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    return now(model.device) - start

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pronghorn.awq.layers import AwqLinear
 from pronghorn.awq.quantize import decoder_linears
 from pronghorn.checkpoint import REPORT
 from pronghorn.checkpoint.card import Report, card_header, write_report
-from pronghorn.estimate import Estimate, folder_bytes, peak_bytes
+from pronghorn.estimate import Estimate, folder_bytes, now, peak_bytes
 from pronghorn.files.json_files import parse_json
 from pronghorn.transformers.answers import positions_of
 from pronghorn.transformers.calibration_data import builtin_text
@@ -117,29 +118,61 @@ def _base_model(folder: Path) -> str | None:
 
 
 def report_estimate(model: Any, tokenizer: Any, source: str, config: AwqConfig) -> Estimate:
-    """What a report takes: one of the model as it is, and what a packed linear takes more at half of its calls."""
+    """What a report takes, from one of the model with a single block packed; the other blocks do as that one does."""
+    # Importing the integration registers all methods, this one included: not while this room is being imported.
+    from pronghorn.transformers.decoder import find_decoder_blocks
+
     linears = dict(decoder_linears(model, config))
-    name, largest = max(linears.items(), key=lambda item: item[1].weight.numel())
-    calls: list[None] = []
-    counting = largest.register_forward_hook(lambda *_: calls.append(None))
+    of_blocks = {
+        block: {name: linear for name, linear in linears.items() if name.startswith(f"{block.name}.")}
+        for block in find_decoder_blocks(model)
+    }
+    weights = {block: sum(linear.weight.numel() for linear in found.values()) for block, found in of_blocks.items()}
+    block = max(weights, key=weights.__getitem__)
     started = time.perf_counter()
-    with counting, tempfile.TemporaryDirectory() as folder:
-        AwqReport(model, tokenizer, source, None, {}).write(Path(folder), model, config)
+    with tempfile.TemporaryDirectory() as folder:
+        with _timed(of_blocks[block].values()) as plain:
+            report = AwqReport(model, tokenizer, source, None, {})
+        with _packed(model, of_blocks[block], config) as layers, _timed(layers) as packed:
+            report.write(Path(folder), model, config)
         written = folder_bytes(Path(folder))
     seconds = time.perf_counter() - started
-    token = torch.randn(1, largest.in_features).to(largest.weight)
-    more = _seconds(AwqLinear.from_linear(largest, config, name=name), token) - _seconds(largest, token)
-    alike = sum(linear.weight.numel() for linear in linears.values()) / largest.weight.numel()
-    seconds += more * alike * len(calls) / 2
-    return Estimate(peak_bytes(model.device), written, seconds, "a report of the model as it is")
+    more = sum(packed) - sum(plain)
+    seconds += more * (sum(weights.values()) / weights[block] - 1)
+    return Estimate(peak_bytes(model.device), written, seconds, f"a report with one of {len(weights)} blocks packed")
 
 
-@torch.no_grad()
-def _seconds(layer: nn.Module, token: Tensor) -> float:
-    """Of one call, the first left out."""
-    times = []
-    for _ in range(4):
-        started = time.perf_counter()
-        layer(token).sum().item()  # waits for the device
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+@contextmanager
+def _packed(model: nn.Module, linears: Mapping[str, nn.Linear], config: AwqConfig) -> Iterator[list[AwqLinear]]:
+    """What these linears are within."""
+    layers = {name: AwqLinear.from_linear(linear, config, name=name) for name, linear in linears.items()}
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        yield list(layers.values())
+    finally:
+        for name, linear in linears.items():
+            model.set_submodule(name, linear)
+
+
+@contextmanager
+def _timed(layers: Iterable[nn.Module]) -> Iterator[list[float]]:
+    """Seconds of each call of a layer within; before its first with inputs of a shape it is warmed up with them."""
+    started, seconds = 0.0, list[float]()
+    warm = set[tuple[nn.Module, torch.Size]]()
+
+    def begin(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        nonlocal started
+        if (layer, inputs[0].shape) not in warm:
+            warm.add((layer, inputs[0].shape))
+            layer.forward(*inputs)
+        started = now(inputs[0].device)
+
+    def end(_: nn.Module, __: tuple[Tensor], output: Tensor) -> None:
+        seconds.append(now(output.device) - started)
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(begin))
+            hooks.enter_context(layer.register_forward_hook(end))
+        yield seconds

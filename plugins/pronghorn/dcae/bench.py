@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.dcae.diffusers import accelerate_dcae
-from pronghorn.estimate import Estimate, peak_bytes
+from pronghorn.estimate import Estimate, now, peak_bytes
 
 # As diffusers has it, and that compiled; both with a pixel's channels side by side; ours, and ours as CUDA graphs.
 OURS: dict[str, dict[str, bool]] = {
@@ -149,21 +149,15 @@ def timed(run: Callable[[], Any], device: torch.device, *, repeats: int = 10) ->
         OutOfMemoryError: torch's, where memory does not suffice.
     """
     on_gpu = device.type == "cuda"
-
-    def now() -> float:
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
     for _ in range(WARM_UP):
         run()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     times = []
     for _ in range(repeats):
-        start = now()
+        start = now(device)
         run()
-        times.append(now() - start)
+        times.append(now(device) - start)
     ordered = sorted(times)
     seconds = {name: ordered[round(q * (repeats - 1))] for name, q in (("p20", 0.2), ("p50", 0.5), ("p80", 0.8))}
     return Timing(seconds, torch.cuda.max_memory_reserved(device) if on_gpu else None)

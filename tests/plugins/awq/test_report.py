@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 import pronghorn.transformers  # noqa: F401 - registers
 from pronghorn.awq.cli import app
+from pronghorn.awq.config import AwqConfig
 from pronghorn.awq.convert import convert_checkpoint
 from pronghorn.awq.evaluate import perplexity
-from pronghorn.awq.report import write_conversion_report
+from pronghorn.awq.layers import AwqLinear
+from pronghorn.awq.report import report_estimate, write_conversion_report
 from pronghorn.cli.check import check
 from pronghorn.transformers.answers import windows
 from pronghorn.transformers.calibration_data import builtin_text
@@ -54,6 +56,20 @@ def made(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("made") / "Letters-AWQ"
     assert "model card in" in call("quantize", source, out, *HOW)
     return out
+
+
+def test_an_estimate_asks_a_packed_block_and_leaves_the_model_as_it_was(source, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(source)
+    before, called = dict(model.named_modules()), set()
+    forward = AwqLinear.forward
+    monkeypatch.setattr(AwqLinear, "forward", lambda layer, x: (called.add(layer), forward(layer, x))[1])
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    report_estimate(model, tokenizer, str(source), AwqConfig(bits=4, group_size=32))
+    linears = [part for part in before["model.layers.0"].modules() if isinstance(part, torch.nn.Linear)]
+    assert len(called) == len(linears)
+    after = dict(model.named_modules())
+    assert before.keys() == after.keys()
+    assert all(after[name] is module for name, module in before.items())
 
 
 def test_figures_are_those_of_the_saved_checkpoint(made, source):
