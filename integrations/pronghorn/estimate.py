@@ -1,4 +1,8 @@
-"""What a command will take, said by its `--dry-run` after a short piece of the real work."""
+"""What a command will take, said by its `--dry-run` after a short piece of the real work.
+
+On a GPU the first call of most work compiles kernels. They are kept on disk, where the run finds them: that time is no
+part of what it takes. Nor are the seconds in which a process loads them, which short runs take more than is said here.
+"""
 
 from __future__ import annotations
 
@@ -50,16 +54,18 @@ class StepClock:
     """Takes the time between steps; call it after each.
 
     Attributes:
+        device: where the steps run.
         started: when the first step began, in seconds of `time.perf_counter`.
         ended: when each ended.
     """
 
+    device: torch.device
     started: float = field(default_factory=time.perf_counter)
     ended: list[float] = field(default_factory=list)
 
     def __call__(self, *_: object) -> None:
         """A step has ended."""
-        self.ended.append(time.perf_counter())
+        self.ended.append(now(self.device))
 
     def scaled(self, steps: float) -> float:
         """Seconds of so many steps, of which the first is slower, as it starts things; the last may be a part of one.
@@ -70,7 +76,8 @@ class StepClock:
         if len(self.ended) < 2:
             raise ValueError(f"steps: {len(self.ended)} were timed, wanted at least 2")
         first, last = self.ended[0], self.ended[-1]
-        return first - self.started + (steps - 1) * (last - first) / (len(self.ended) - 1)
+        each = (last - first) / (len(self.ended) - 1)
+        return (each if self.device.type == "cuda" else first - self.started) + (steps - 1) * each
 
     def over(self, steps: float) -> float:
         """The same, also where the only step was timed."""
@@ -83,11 +90,11 @@ TRIED = (0.0, 0.25, 0.5, 0.75, 1.0)  # of pieces by size, from the smallest to t
 def of_pieces(sizes: Sequence[int], work: Callable[[int], int], device: torch.device | str, what: str) -> Estimate:
     """What many pieces of work take, from five of them: between those, time and bytes go evenly with the size.
 
-    The smallest is done once more before, as the first work starts things.
+    The smallest is done once more before, as the first work starts things, on a GPU all of them.
 
     Args:
         sizes: of all pieces, in a unit that time goes with.
-        work: does the piece of an index; gives the bytes that it writes.
+        work: does the piece of an index, to its end; gives the bytes that it writes.
         device: where it runs.
         what: the pieces are called.
 
@@ -100,15 +107,17 @@ def of_pieces(sizes: Sequence[int], work: Callable[[int], int], device: torch.de
     tried = sorted({order[round(share * (len(order) - 1))] for share in TRIED}, key=sizes.__getitem__)
     seconds: dict[int, list[float]] = {}
     written: dict[int, list[float]] = {}
+    on_gpu = torch.device(device).type == "cuda"
     started = time.perf_counter()
-    work(tried[0])
+    for index in tried if on_gpu else tried[:1]:
+        work(index)
     first = time.perf_counter() - started
     for index in tried:
         started = time.perf_counter()
         written.setdefault(sizes[index], []).append(work(index))
         seconds.setdefault(sizes[index], []).append(time.perf_counter() - started)
     known, each = list(seconds), [fmean(times) for times in seconds.values()]
-    starting = max(0.0, first - each[0])
+    starting = 0.0 if on_gpu else max(0.0, first - each[0])
     return Estimate(
         peak_bytes(device), round(sum(_between(known, [fmean(part) for part in written.values()], sizes))),
         starting + sum(_between(known, each, sizes)), f"{len(tried)} of {len(sizes)} {what}",
@@ -126,6 +135,11 @@ def _between(known: Sequence[int], values: Sequence[float], wanted: Sequence[int
         low, high = known[right - 1], known[right]
         found.append(values[right - 1] + (values[right] - values[right - 1]) * (size - low) / (high - low))
     return found
+
+
+def times_tried(device: torch.device) -> int:
+    """How often a piece of work is done for its time, which is that of the last: once, and once more on a GPU."""
+    return 2 if device.type == "cuda" else 1
 
 
 def now(device: torch.device) -> float:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pronghorn.estimate import Estimate, folder_bytes, peak_bytes
+from pronghorn.estimate import Estimate, folder_bytes, now, peak_bytes, times_tried
 from pronghorn.files.room import check_room
 from pronghorn.out_of_memory import is_out_of_memory
 from pronghorn.transformers.activation_store import ActivationStore
@@ -167,15 +167,17 @@ class CalibrationRunner:
         started, begun = time.perf_counter(), []
 
         def timed(block: Block, inputs: BlockInputs) -> BlockResult:
-            begun.append(time.perf_counter())
-            return search(block, inputs)
+            for _ in range(times_tried(self.device)):
+                begun.append(now(self.device))
+                found = search(block, inputs)
+            return found
 
         trial, count = copy.copy(self), len(self.blocks)
         with tempfile.TemporaryDirectory() as folder:
             trial.state_dir = Path(folder)
             trial.run(timed, first=1)
             results = count * folder_bytes(Path(folder))
-        seconds = begun[0] - started + count * (time.perf_counter() - begun[0])
+        seconds = begun[0] - started + count * (now(self.device) - begun[-1])
         spilled = disk_bytes_of(dataclasses.replace(self._undertaking(), keeps_results=False))
         disk = spilled + (0 if self.state_dir is None else results)
         return Estimate(peak_bytes(self.device), disk, seconds, f"one of {count} blocks"), results

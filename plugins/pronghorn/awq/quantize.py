@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +11,7 @@ from tqdm import tqdm
 from pronghorn.awq.config import AwqConfig
 from pronghorn.awq.layers import AwqLinear, rounding_dtype
 from pronghorn.awq.selection import quantizable_linears
-from pronghorn.estimate import Estimate, peak_bytes, tensor_bytes
+from pronghorn.estimate import Estimate, now, peak_bytes, tensor_bytes, times_tried
 from pronghorn.kernels.group_fake_quantize import group_fake_quantize
 
 
@@ -34,8 +33,9 @@ def quantize_model(
     linears = dict(decoder_linears(model, config))
     for name, linear in linears.items():
         check_linear(name, linear, config)
-    for name, linear in tqdm(linears.items(), desc=f"packing {config.bits}-bit", disable=not progress, unit="linear"):
-        model.set_submodule(name, AwqLinear.from_linear(linear, config, dtype=dtype, name=name))
+    for name in tqdm(list(linears), desc=f"packing {config.bits}-bit", disable=not progress, unit="linear"):
+        # Taken out, so that its weight goes as soon as it is packed.
+        model.set_submodule(name, AwqLinear.from_linear(linears.pop(name), config, dtype=dtype, name=name))
     return model
 
 
@@ -58,10 +58,12 @@ def packing_estimate(model: nn.Module, config: AwqConfig) -> Estimate:
     disk = packed_bytes(model, config)
     name, largest = max(linears.items(), key=lambda item: item[1].weight.numel())
     alike = sum(linear.weight.numel() for linear in linears.values()) / largest.weight.numel()
-    started = time.perf_counter()
-    AwqLinear.from_linear(largest, config, name=name)
-    seconds = (time.perf_counter() - started) * alike
-    return Estimate(peak_bytes(largest.weight.device), disk, seconds, f"one of {len(linears)} linears was packed")
+    device = largest.weight.device
+    for _ in range(times_tried(device)):
+        started = now(device)
+        AwqLinear.from_linear(largest, config, name=name)
+        seconds = (now(device) - started) * alike
+    return Estimate(peak_bytes(device), disk, seconds, f"one of {len(linears)} linears was packed")
 
 
 def fake_quantize_model(model: nn.Module, config: AwqConfig) -> nn.Module:

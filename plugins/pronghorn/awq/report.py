@@ -19,7 +19,7 @@ from pronghorn.awq.layers import AwqLinear
 from pronghorn.awq.quantize import decoder_linears
 from pronghorn.checkpoint import REPORT
 from pronghorn.checkpoint.card import Report, card_header, write_report
-from pronghorn.estimate import Estimate, folder_bytes, now, peak_bytes
+from pronghorn.estimate import Estimate, folder_bytes, now, peak_bytes, times_tried
 from pronghorn.files.json_files import parse_json
 from pronghorn.transformers.answers import positions_of
 from pronghorn.transformers.calibration_data import builtin_text
@@ -129,14 +129,15 @@ def report_estimate(model: Any, tokenizer: Any, source: str, config: AwqConfig) 
     }
     weights = {block: sum(linear.weight.numel() for linear in found.values()) for block, found in of_blocks.items()}
     block = max(weights, key=weights.__getitem__)
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        with _timed(of_blocks[block].values()) as plain:
-            report = AwqReport(model, tokenizer, source, None, {})
-        with _packed(model, of_blocks[block], config) as layers, _timed(layers) as packed:
-            report.write(Path(folder), model, config)
-        written = folder_bytes(Path(folder))
-    seconds = time.perf_counter() - started
+    for _ in range(times_tried(model.device)):
+        started = now(model.device)
+        with tempfile.TemporaryDirectory() as folder:
+            with _timed(of_blocks[block].values()) as plain:
+                report = AwqReport(model, tokenizer, source, None, {})
+            with _packed(model, of_blocks[block], config) as layers, _timed(layers) as packed:
+                report.write(Path(folder), model, config)
+            written = folder_bytes(Path(folder))
+        seconds = now(model.device) - started
     more = sum(packed) - sum(plain)
     seconds += more * (sum(weights.values()) / weights[block] - 1)
     return Estimate(peak_bytes(model.device), written, seconds, f"a report with one of {len(weights)} blocks packed")
@@ -157,15 +158,11 @@ def _packed(model: nn.Module, linears: Mapping[str, nn.Linear], config: AwqConfi
 
 @contextmanager
 def _timed(layers: Iterable[nn.Module]) -> Iterator[list[float]]:
-    """Seconds of each call of a layer within; before its first with inputs of a shape it is warmed up with them."""
+    """Seconds of each call of a layer within."""
     started, seconds = 0.0, list[float]()
-    warm = set[tuple[nn.Module, torch.Size]]()
 
-    def begin(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+    def begin(_: nn.Module, inputs: tuple[Tensor]) -> None:
         nonlocal started
-        if (layer, inputs[0].shape) not in warm:
-            warm.add((layer, inputs[0].shape))
-            layer.forward(*inputs)
         started = now(inputs[0].device)
 
     def end(_: nn.Module, __: tuple[Tensor], output: Tensor) -> None:

@@ -155,14 +155,14 @@ def compare(
 def rehearse_comparison(vaes: dict[str, Any], images: str | Path, *, batch_size: int = 4, **options: Any) -> Estimate:
     """What `compare` takes, from three batches, or all images if there are fewer; arguments likewise."""
     paths = find_images(images)
-    tried, clock = paths[: 3 * batch_size], StepClock()
+    device = next(next(iter(vaes.values())).parameters()).device
+    tried, clock = paths[: 3 * batch_size], StepClock(device)
     with tempfile.TemporaryDirectory() as name:
         chosen, pictures = Path(name) / "images", Path(name) / "pictures"
         linked(tried, chosen)
         compare(vaes, chosen, pictures, batch_size=batch_size, verbose=False, on_batch=clock, **options)
         written = folder_bytes(pictures)
     seconds = clock.over(-(-len(paths) // batch_size))
-    device = next(next(iter(vaes.values())).parameters()).device
     return Estimate(
         peak_bytes(device), written * len(paths) // len(tried), seconds, f"{len(tried)} of {len(paths)} images"
     )

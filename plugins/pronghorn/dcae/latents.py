@@ -109,7 +109,7 @@ def statistics_of_images(
 
 def rehearse_statistics(vae: Any, paths: Sequence[Path], *, size: int, batch_size: int = 8) -> Estimate:
     """What `statistics_of_images` takes, from three batches, or all images if there are fewer; arguments likewise."""
-    tried, clock = paths[: 3 * batch_size], StepClock()
+    tried, clock = paths[: 3 * batch_size], StepClock(vae.device)
     statistics_of_images(vae, tried, size=size, batch_size=batch_size, on_batch=clock)
     return Estimate(
         peak_bytes(vae.device), 0, clock.over(-(-len(paths) // batch_size)), f"{len(tried)} of {len(paths)} images"
@@ -216,10 +216,15 @@ def rehearse_dump(vae: Any, images: str | Path, *, batch_size: int = 8, **option
             dump_latents(vae, chosen, latents, batch_size=batch_size, verbose=False, **options)
             times[turn] = time.perf_counter() - started
         written = folder_bytes(latents) - (latents / NAME).stat().st_size
-    later = len(tried) - batch_size  # the first batch starts things
-    seconds = times[0] + (len(paths) - batch_size) * times[1] / later if later > 0 else times[0]
-    peak = peak_bytes(next(vae.parameters()).device)
-    return Estimate(peak, written * len(paths) // len(tried), seconds, f"{len(tried)} of {len(paths)} images")
+    device, later = next(vae.parameters()).device, len(tried) - batch_size  # the first batch starts things
+    if later > 0:
+        each = times[1] / later
+        seconds = (batch_size * each if device.type == "cuda" else times[0]) + (len(paths) - batch_size) * each
+    else:
+        seconds = times[0]
+    return Estimate(
+        peak_bytes(device), written * len(paths) // len(tried), seconds, f"{len(tried)} of {len(paths)} images"
+    )
 
 
 def _shift(vae: Any) -> float:

@@ -46,7 +46,7 @@ def write_samples(
 
 def rehearse_samples(pipe: Any, wanted: Sequence[tuple[int, int]], *, batch_size: int = 8, **options: Any) -> Estimate:
     """What `write_samples` takes, from two batches, or all pictures if there are fewer; arguments likewise."""
-    tried, clock = wanted[: TRIED * batch_size], StepClock()
+    tried, clock = wanted[: TRIED * batch_size], StepClock(pipe.device)
     with tempfile.TemporaryDirectory() as name:
         write_samples(pipe, tried, Path(name), batch_size=batch_size, on_batch=clock, **options)
         written = folder_bytes(Path(name))

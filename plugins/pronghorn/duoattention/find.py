@@ -138,7 +138,7 @@ def rehearse(model: Any, dataset: Sequence[dict[str, Tensor]], *, num_steps: int
 
     order = sorted(range(len(dataset)), key=lambda index: len(dataset[index]["input_ids"]))
     tried = [order[-1], *(order[int(share * len(order))] for share in (0.125, 0.375, 0.625, 0.875))]
-    clock = StepClock()
+    clock = StepClock(model.device)
     with tempfile.TemporaryDirectory() as folder:
         found = find_heads(
             model, _InTurn([dataset[index] for index in tried]), num_steps=len(tried), state_dir=folder,

@@ -30,7 +30,7 @@ def rehearse(config: Any, trainer: Callable[[Any, Path], Any]) -> Estimate:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = trainer(short, folder)
-        clock = StepClock()
+        clock = StepClock(made.device)
         made.fit(clock)
         checkpoint = folder_bytes(folder / CHECKPOINTS)
         rest = folder_bytes(folder) - checkpoint
