@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from pronghorn.cli.golden import GOLDEN, golden_files
 from pronghorn.estimate import now
@@ -49,12 +50,10 @@ def verify(names: Sequence[str], as_json: bool = False) -> bool:
         )
     chosen = [operation for name, operation in known.items() if not names or name in names]
     bandwidth, rate = limits(device) if chosen else (math.nan, math.nan)
-    measured = [_operation(operation, device, bandwidth, rate) for operation in chosen]
-    methods = [
-        _method(name, entry, device, asked=name in names)
-        for name, entry in replays.items()
-        if not names or name in names
-    ]
+    bar = functools.partial(tqdm, disable=None, leave=False)
+    measured = [_operation(operation, device, bandwidth, rate) for operation in bar(chosen, desc="operations")]
+    wanted = [(name, entry) for name, entry in replays.items() if not names or name in names]
+    methods = [_method(name, entry, device, asked=name in names) for name, entry in bar(wanted, desc="methods")]
     found = {
         "device": str(device),
         "implementation": KERNELS if use_triton("verify", torch.empty(0, device=device)) else REFERENCE,
