@@ -1,7 +1,7 @@
 """What a command will take, said by its `--dry-run` after a short piece of the real work.
 
 On a GPU the first call of most work compiles kernels. They are kept on disk, where the run finds them: that time is no
-part of what it takes. Nor are the seconds in which a process loads them, which short runs take more than is said here.
+part of what it takes. Nor are the seconds in which a process loads them, so that a short run takes longer than is said.
 """
 
 from __future__ import annotations

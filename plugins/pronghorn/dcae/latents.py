@@ -209,22 +209,21 @@ def rehearse_dump(vae: Any, images: str | Path, *, batch_size: int = 8, **option
     tried = paths[: 3 * batch_size]
     with tempfile.TemporaryDirectory() as name:
         chosen, latents = Path(name) / "images", Path(name) / "latents"
-        times = [0.0, 0.0]
+        times = []
         for turn, batch in enumerate((tried[:batch_size], tried[batch_size:])):
             linked(batch, chosen, first=turn * batch_size)
             started = time.perf_counter()
             dump_latents(vae, chosen, latents, batch_size=batch_size, verbose=False, **options)
-            times[turn] = time.perf_counter() - started
+            times.append(time.perf_counter() - started)
         written = folder_bytes(latents) - (latents / NAME).stat().st_size
-    device, later = next(vae.parameters()).device, len(tried) - batch_size  # the first batch starts things
+    clock = StepClock(next(vae.parameters()).device, 0.0, [times[0]])
+    later = len(tried) - batch_size
     if later > 0:
-        each = times[1] / later
-        seconds = (batch_size * each if device.type == "cuda" else times[0]) + (len(paths) - batch_size) * each
-    else:
-        seconds = times[0]
+        clock.ended.append(times[0] + times[1] * batch_size / later)
     return Estimate(
-        peak_bytes(device), written * len(paths) // len(tried), seconds, f"{len(tried)} of {len(paths)} images"
-    )
+        peak_bytes(clock.device), written * len(paths) // len(tried), clock.over(len(paths) / batch_size),
+        f"{len(tried)} of {len(paths)} images",
+    )  # fmt: skip
 
 
 def _shift(vae: Any) -> float:

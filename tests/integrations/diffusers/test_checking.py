@@ -2,14 +2,13 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
 import transformers
 from tests.integrations.checked import found
 
 from pronghorn.cli.check import verdict
-
-diffusers = pytest.importorskip("diffusers", reason="the diffusers extra is not installed")
 
 
 @pytest.fixture(scope="module")

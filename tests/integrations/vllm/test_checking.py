@@ -11,7 +11,7 @@ from tests.models import tiny_model
 import pronghorn.cli.check as room
 from pronghorn.cli.check import verdict
 
-vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")
+vllm = pytest.importorskip("vllm", reason="the vllm extra is not installed")  # as among the oldest libraries
 
 
 def test_methods_say_how_vllm_serves_a_checkpoint(whole, tmp_path, monkeypatch):
