@@ -31,7 +31,7 @@ def record():
 
 def test_every_row_has_a_test_or_a_reason(page):
     numbers = [row.number for row in page.ROWS]
-    assert numbers == [*range(1, 29), "gates"]
+    assert numbers == [*range(1, 29), "gates", "dry run"]
     proved = {row for rows in page.marked().values() for row in rows}
     assert proved <= set(numbers)
     assert {row.number for row in page.ROWS if not row.missing} <= proved

@@ -24,6 +24,8 @@ from pronghorn.cli import app, own_commands
 from pronghorn.duoattention import DuoAttentionConfig
 from pronghorn.transformers.calibration_data import builtin_text
 
+pytestmark = pytest.mark.fault("dry run")
+
 NEAR = 0.15
 ON_GPU = torch.cuda.is_available()
 # Where there is a GPU, torch's memory on it is what is compared, and a process takes seconds to start on it.
@@ -205,9 +207,11 @@ def sample(autoencoder, folder):
 
 
 def train_autoencoder(autoencoder, photos, folder):
+    """Evaluations are a part of it."""
     arguments = [
         "dcae", "train", autoencoder, photos, folder / "out", "--phase", 1, "--resolution", 32, "--steps", 10,
-        "--batch-size", 4, "--save-every", 5, "--warmup-steps", 2, "--workers", 0,
+        "--batch-size", 4, "--save-every", 5, "--evaluate-every", 3, "--held-out", photos, "--warmup-steps", 2,
+        "--workers", 0,
     ]  # fmt: skip
     return Case(arguments, [folder / "out"], [f"{TRAINING}:AutoencoderTrainer.fit"], DIFFUSERS)
 
@@ -220,10 +224,12 @@ def train_diffusion(folder):
                 folder / "latents" / str(label) / f"{index}.npy",
                 np.random.default_rng(index).normal(size=(8, 8, 8)).astype("f4"),
             )
+    sizes = {"hidden-size": 384, "depth": 5, "heads": 6, "batch-size": 8, "steps": 20, "save-every": 10}
+    if ON_GPU:
+        sizes = {"hidden-size": 768, "depth": 12, "heads": 12, "batch-size": 128, "steps": 300, "save-every": 150}
     arguments = [
-        "dcae", "train-diffusion", folder / "latents", folder / "out", "--hidden-size", 384, "--depth", 5, "--heads", 6,
-        "--steps", 2000 if ON_GPU else 20, "--batch-size", 8, "--save-every", 1000 if ON_GPU else 10,
-        "--warmup-steps", 2, "--workers", 0,
+        "dcae", "train-diffusion", folder / "latents", folder / "out", "--warmup-steps", 2, "--workers", 0,
+        *(part for name, size in sizes.items() for part in (f"--{name}", size)),
     ]  # fmt: skip
     return Case(arguments, [folder / "out"], [f"{TRAINING}:DiffusionTrainer.fit"], DIFFUSERS)
 
@@ -311,6 +317,26 @@ def test_applying_a_pattern(language_model, tmp_path, figure, no_report):
     works = ["pronghorn.duoattention.report:DuoReport.__init__", "pronghorn.duoattention.report:DuoReport.write",
              "pronghorn.duoattention.transformers:apply_duo"]  # fmt: skip
     assert_as_said(Case(arguments, [tmp_path / "out"], works), figure, time=not no_report)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_benchmark_of_a_language_model(language_model, figure):
+    lengths = "4000,8000" if ON_GPU else "64,512"
+    arguments = [
+        "awq", "bench", language_model, "--contexts", lengths, "--histories", lengths, "--new-tokens", 2,
+        "--repeats", 40 if ON_GPU else 10,
+    ]  # fmt: skip
+    assert_as_said(Case(arguments, [], ["pronghorn.awq.bench:_seconds"]), figure, time=True)
+
+
+@too_short
+@pytest.mark.slow
+@pytest.mark.alone
+def test_benchmark_of_an_autoencoder(autoencoder, figure):
+    sizes = ["--sizes", 64, "--batch-sizes", "1,4", "--repeats", 12]
+    arguments = ["dcae", "bench", autoencoder, *sizes, "--forms", "stock,accelerated"]
+    assert_as_said(Case(arguments, [], ["pronghorn.dcae.bench:timed"], DIFFUSERS), figure, time=True)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -347,22 +346,23 @@ def bench(
     prompts, before = _lengths(contexts), _lengths(histories)
     loaded, _ = _load(model, dtype, device)
     found: dict[str, list[dict[str, Any]]] = {"contexts": [], "follow_ups": []}
-    with _fused(loaded, fused, compiled):
-        if dry_run:
-            typer.echo(rehearse(loaded, prompts, before, new_tokens=new_tokens, repeats=repeats))
-            return
-        for speed in context_speeds(loaded, prompts, new_tokens=new_tokens, repeats=repeats):
-            found["contexts"].append(asdict(speed))
-            typer.echo(
-                f"context {speed.context:6}: first token {mean(speed.first_token_seconds) * 1e3:8.1f} ms, "
-                f"then {mean(speed.tokens_per_second):7.1f} tokens/s"
-            )
-        for turn in follow_up_speeds(loaded, before, repeats=repeats):
-            found["follow_ups"].append(asdict(turn))
-            typer.echo(
-                f"history {turn.history:6}: first token {mean(turn.kept_seconds) * 1e3:8.1f} ms, "
-                f"{mean(turn.recomputed_seconds) * 1e3:8.1f} ms without the cache"
-            )
+    if fused:
+        _fuse(loaded, compiled)
+    if dry_run:
+        typer.echo(rehearse(loaded, prompts, before, new_tokens=new_tokens, repeats=repeats))
+        return
+    for speed in context_speeds(loaded, prompts, new_tokens=new_tokens, repeats=repeats):
+        found["contexts"].append(asdict(speed))
+        typer.echo(
+            f"context {speed.context:6}: first token {mean(speed.first_token_seconds) * 1e3:8.1f} ms, "
+            f"then {mean(speed.tokens_per_second):7.1f} tokens/s"
+        )
+    for turn in follow_up_speeds(loaded, before, repeats=repeats):
+        found["follow_ups"].append(asdict(turn))
+        typer.echo(
+            f"history {turn.history:6}: first token {mean(turn.kept_seconds) * 1e3:8.1f} ms, "
+            f"{mean(turn.recomputed_seconds) * 1e3:8.1f} ms without the cache"
+        )
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -386,9 +386,10 @@ def demo(
         raise typer.BadParameter(f"{error}; pip install 'pronghorn[demo]'") from None
 
     loaded, tokenizer = _load(model, dtype, device)
-    with _fused(loaded, fused, compiled):
-        page = build_demo(loaded, tokenizer, system=system, max_new_tokens=max_new_tokens)
-        page.launch(server_name=host, server_port=port)
+    if fused:
+        _fuse(loaded, compiled)
+    page = build_demo(loaded, tokenizer, system=system, max_new_tokens=max_new_tokens)
+    page.launch(server_name=host, server_port=port)
 
 
 def _lengths(text: str) -> list[int]:
@@ -398,13 +399,13 @@ def _lengths(text: str) -> list[int]:
         raise typer.BadParameter(f"wanted numbers with commas, got {text!r}") from None
 
 
-def _fused(model: Any, wanted: bool, compiled: bool) -> AbstractContextManager[Any]:
-    """The fast form of a model with packed linears; others run as they are."""
+def _fuse(model: Any, compiled: bool) -> None:
+    """Give a model with packed linears its fast form, for good; others run as they are."""
     from pronghorn.awq.fused import fuse
     from pronghorn.awq.layers import AwqLinear
 
-    packed = any(isinstance(module, AwqLinear) for module in model.modules())
-    return fuse(model, compile=compiled) if wanted and packed else nullcontext()
+    if any(isinstance(module, AwqLinear) for module in model.modules()):
+        fuse(model, compile=compiled)
 
 
 @app.command()
@@ -427,8 +428,9 @@ def chat(
     loaded, tokenizer = _load(model, dtype, device)
     generation = {"do_sample": False} if greedy else {}
     session = Chat(loaded, tokenizer, system=system, max_new_tokens=max_new_tokens, capacity=capacity, **generation)
-    with _fused(loaded, fused, compiled):
-        _converse(session)
+    if fused:
+        _fuse(loaded, compiled)
+    _converse(session)
 
 
 def _converse(session: Chat) -> None:
