@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pronghorn.files.atomic import write_atomically
+from pronghorn.files.atomic import remove_parts, write_atomically
 from pronghorn.files.json_files import checked_json, marked_json, parse_json
 
 GATES, SETTINGS = "full_attention_heads.tsv", "config.json"
@@ -80,6 +80,7 @@ def save_pattern(pattern: Pattern, folder: str | os.PathLike[str]) -> None:
     mark = marked_json({}, format=FORMAT, settings=settings, gates=table)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    remove_parts(target)
     write_atomically(target / SETTINGS, (json.dumps({**settings, MARK: mark}, indent=2) + "\n").encode())
     write_atomically(target / GATES, table.encode())
 
