@@ -21,6 +21,7 @@ CHECKS = {
     "save and load": "what was saved computes the same bits when it is loaded, with the same state dict",
     "deepcopy": "a copy computes the same bits, and shares no tensor",
     "state dict": "a module made anew takes the state dict of another, key by key, and then computes the same bits",
+    "repeats": "it computes the same bits again, also where torch insists on that, in threads and after a fork",
     "compile": "torch.compile makes one graph of it and torch.export takes it, with the same result",
 }
 
@@ -60,7 +61,7 @@ class Contract:
                 raise ValueError(f"exceptions: got {check!r}: {reason!r}, wanted one of {', '.join(CHECKS)}: a reason")
         needed = {
             "save and load": (self.module, self.run, self.save, self.load),
-            **dict.fromkeys(("deepcopy", "state dict", "compile"), (self.module, self.run)),
+            **dict.fromkeys(("deepcopy", "state dict", "repeats", "compile"), (self.module, self.run)),
         }
         for check, parts in needed.items():
             if None in parts and check not in self.exceptions:

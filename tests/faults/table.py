@@ -181,15 +181,14 @@ ROWS = (
         "Computed twice",
         "The same is computed twice",
         "The same bits for the same seed; nothing that is not deterministic without a word",
-        "methods, save DC-AE's pipelines with one seed, and that AWQ and DuoAttention refuse VLLM_BATCH_INVARIANT",
+        "methods on a GPU, save DC-AE's pipelines; AWQ and DuoAttention refuse VLLM_BATCH_INVARIANT",
     ),
     Row(
         22,
         "Threads",
         "Several models, configurations and streams at once; a fork; a switch of kernels in the middle",
         "The results of one after the other",
-        "methods in threads other than AWQ, DuoAttention and TorchSparse on a CPU; forks, streams and a switch of "
-        "kernels with any method; methods on a GPU",
+        "streams and a switch of kernels with any method; methods on a GPU",
     ),
     Row(
         23,

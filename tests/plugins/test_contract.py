@@ -11,10 +11,12 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from tests.faults.child import in_a_fork, run_as_program
 from tests.plugins.host_state import changes, state
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -234,6 +236,52 @@ def test_a_new_module_takes_the_state_of_another(method, made):
     assert torch.equal(part.run(other), wanted)
 
 
+@pytest.mark.fault(21)
+@each_method
+def test_computed_again_it_has_the_same_bits(method, made):
+    """Also where torch refuses what is not deterministic."""
+    part, module, wanted = made(method, "repeats")
+    assert torch.equal(part.run(module), wanted)
+    torch.use_deterministic_algorithms(True)
+    try:
+        one, other = part.run(module), part.run(module)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(one, other)
+    assert relative_error(one, wanted) <= COMPILED
+
+
+@pytest.mark.fault(22)
+@each_method
+def test_modules_in_threads_compute_what_each_does_alone(method, made):
+    part, module, wanted = made(method, "repeats")
+    other = part.module(1)
+    expected = [wanted, part.run(other)] * 8
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(part.run, [module, other] * 8))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.fault(22)
+def test_after_a_fork_all_compute_the_same():
+    """In one process, whose import of all libraries takes most of the time."""
+    methods = [method for method in PACKAGES if "repeats" not in contract(method).exceptions]
+    assert run_as_program(__file__, *methods) == dict.fromkeys(methods, 0)
+
+
+def forked(method):
+    """The wait status of a fork of this process that computes again what this one did."""
+    part = contract(method)
+    module = part.module(0)
+    wanted = part.run(module)
+
+    def again():
+        assert torch.equal(part.run(module), wanted)
+        assert torch.equal(part.run(part.module(0)), wanted)
+
+    return in_a_fork(again)
+
+
 @pytest.mark.fault(20)
 @each_method
 def test_it_compiles_to_one_graph(method, made):
@@ -293,3 +341,8 @@ def test_batches_of_all_sizes_are_exported_at_once(method):
     exported = torch.export.export(module, tensors, named, dynamic_shapes=sizes).module()
     for size in BATCHES:
         assert relative_error(part.batches(exported, size), part.batches(module, size)) <= COMPILED
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # those of a library do not come along into a fork
+    sys.stdout.write(json.dumps({method: forked(method) for method in sys.argv[1:]}) + "\n")

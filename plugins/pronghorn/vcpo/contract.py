@@ -6,4 +6,6 @@ from pronghorn.contract import Contract
 
 NO_MODULE = "it trains the user's model and has no module or weights of its own"
 
-contract = Contract(exceptions=dict.fromkeys(("save and load", "deepcopy", "state dict", "compile"), NO_MODULE))
+contract = Contract(
+    exceptions=dict.fromkeys(("save and load", "deepcopy", "state dict", "repeats", "compile"), NO_MODULE)
+)
