@@ -246,6 +246,6 @@ ROWS = (
         "A long command takes other memory, disk or time than its `--dry-run` said",
         "Within 15 % of what then happens",
         "the time on a GPU whose host is shared: for work of many short kernels, as tokens one at a time, it moved by "
-        "a third between runs of the same command",
+        "up to 40 % between runs of the same command",
     ),
 )
