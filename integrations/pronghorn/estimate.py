@@ -10,6 +10,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -67,6 +68,10 @@ class StepClock:
         """A step has ended."""
         self.ended.append(now(self.device))
 
+    def taken(self) -> list[float]:
+        """Seconds of each step."""
+        return [end - start for start, end in pairwise((self.started, *self.ended))]
+
     def scaled(self, steps: float) -> float:
         """Seconds of so many steps, of which the first is slower, as it starts things; the last may be a part of one.
 
@@ -87,54 +92,76 @@ class StepClock:
 TRIED = (0.0, 0.25, 0.5, 0.75, 1.0)  # of pieces by size, from the smallest to the largest
 
 
-def of_pieces(sizes: Sequence[int], work: Callable[[int], int], device: torch.device | str, what: str) -> Estimate:
+class Pieces:
     """What many pieces of work take, from five of them: between those, time and bytes go evenly with the size.
 
     The smallest is done once more before, as the first work starts things, on a GPU all of them.
 
     Args:
         sizes: of all pieces, in a unit that time goes with.
-        work: does the piece of an index, to its end; gives the bytes that it writes.
-        device: where it runs.
+        device: where the work runs.
         what: the pieces are called.
+
+    Attributes:
+        order: indices of the pieces to do, one after another.
+        basis: these, in words.
 
     Raises:
         ValueError: there are none.
     """
-    if not sizes:
-        raise ValueError(f"{what}: there are none")
-    order = sorted(range(len(sizes)), key=sizes.__getitem__)
-    tried = sorted({order[round(share * (len(order) - 1))] for share in TRIED}, key=sizes.__getitem__)
-    seconds: dict[int, list[float]] = {}
-    written: dict[int, list[float]] = {}
-    on_gpu = torch.device(device).type == "cuda"
-    started = time.perf_counter()
-    for index in tried if on_gpu else tried[:1]:
-        work(index)
-    first = time.perf_counter() - started
-    for index in tried:
+
+    def __init__(self, sizes: Sequence[int], device: torch.device | str, what: str) -> None:
+        if not sizes:
+            raise ValueError(f"{what}: there are none")
+        by_size = sorted(range(len(sizes)), key=sizes.__getitem__)
+        tried = sorted({by_size[round(share * (len(sizes) - 1))] for share in TRIED}, key=sizes.__getitem__)
+        self._sizes, self._on_gpu = sizes, torch.device(device).type == "cuda"
+        self._before = len(tried) if self._on_gpu else 1
+        self.order = [*tried[: self._before], *tried]
+        self.basis = f"{len(tried)} of {len(sizes)} {what}"
+
+    def seconds(self, taken: Sequence[float]) -> float:
+        """Of all pieces, if those of `order` took so long."""
+        starting = 0.0 if self._on_gpu else max(0.0, taken[0] - taken[1])
+        return starting + self.total(taken)
+
+    def total(self, amounts: Sequence[float]) -> float:
+        """Of what all pieces have, if those of `order` have so much."""
+        measured: dict[int, list[float]] = {}
+        for index, amount in list(zip(self.order, amounts, strict=True))[self._before :]:
+            measured.setdefault(self._sizes[index], []).append(amount)
+        known, means = list(measured), [fmean(some) for some in measured.values()]
+        return sum(_between(known, means, size) for size in self._sizes)
+
+
+def _between(known: Sequence[int], values: Sequence[float], size: int) -> float:
+    """The value for a size, on the line between those of the known sizes, which rise."""
+    if len(known) == 1:
+        return values[0]
+    right = max(1, bisect_left(known, size))
+    low, high = known[right - 1], known[right]
+    return values[right - 1] + (values[right] - values[right - 1]) * (size - low) / (high - low)
+
+
+def of_pieces(sizes: Sequence[int], work: Callable[[int], int], device: torch.device | str, what: str) -> Estimate:
+    """What `Pieces` take.
+
+    Args:
+        sizes: see there.
+        work: does the piece of an index, to its end; gives the bytes that it writes.
+        device: see there.
+        what: see there.
+
+    Raises:
+        ValueError: there are none.
+    """
+    pieces = Pieces(sizes, device, what)
+    written, taken = [], []
+    for index in pieces.order:
         started = time.perf_counter()
-        written.setdefault(sizes[index], []).append(work(index))
-        seconds.setdefault(sizes[index], []).append(time.perf_counter() - started)
-    known, each = list(seconds), [fmean(times) for times in seconds.values()]
-    starting = 0.0 if on_gpu else max(0.0, first - each[0])
-    return Estimate(
-        peak_bytes(device), round(sum(_between(known, [fmean(part) for part in written.values()], sizes))),
-        starting + sum(_between(known, each, sizes)), f"{len(tried)} of {len(sizes)} {what}",
-    )  # fmt: skip
-
-
-def _between(known: Sequence[int], values: Sequence[float], wanted: Sequence[int]) -> list[float]:
-    """Values for sizes, on the lines between those of the known sizes, which rise."""
-    found = []
-    for size in wanted:
-        right = max(1, bisect_left(known, size))
-        if len(known) == 1:
-            found.append(values[0])
-            continue
-        low, high = known[right - 1], known[right]
-        found.append(values[right - 1] + (values[right] - values[right - 1]) * (size - low) / (high - low))
-    return found
+        written.append(work(index))
+        taken.append(time.perf_counter() - started)
+    return Estimate(peak_bytes(device), round(pieces.total(written)), pieces.seconds(taken), pieces.basis)
 
 
 def times_tried(device: torch.device) -> int:

@@ -264,10 +264,12 @@ def test_samples(autoencoder, tmp_path, figure):
 @pytest.mark.slow
 @pytest.mark.alone
 def test_finding_heads(language_model, tmp_path, figure):
+    """Of a short text: what malloc keeps of a long one that was tokenized moves both memory and time."""
+    (tmp_path / "text.txt").write_text(builtin_text("calibration")[:3000])
     arguments = [
         "duoattention", "find", language_model, tmp_path / "pattern", "--steps", 250 if ON_GPU else 16,
         "--context-min", 300, "--context-max", 1200, "--passkeys", 2, "--passkey-length", 4, "--block", 1,
-        "--sink", 16, "--recent", 64, "--state", tmp_path / "state",
+        "--sink", 16, "--recent", 64, "--state", tmp_path / "state", "--text", tmp_path / "text.txt",
     ]  # fmt: skip
     outputs = [tmp_path / "pattern", tmp_path / "state"]
     assert_as_said(Case(arguments, outputs, ["pronghorn.duoattention.find:find_heads"]), figure, time=True)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pronghorn.duoattention.gates import GateOptimizer, Step
 from pronghorn.duoattention.pattern import Pattern, save_pattern
 from pronghorn.duoattention.sequence_parallel import SequenceParallel
-from pronghorn.estimate import Estimate, StepClock, folder_bytes, peak_bytes
+from pronghorn.estimate import Estimate, Pieces, StepClock, folder_bytes, peak_bytes
 from pronghorn.versions import code_of
 
 
@@ -125,29 +125,32 @@ def find_heads(
     return Pattern(optimizer.table(), settings)
 
 
-def rehearse(model: Any, dataset: Sequence[dict[str, Tensor]], *, num_steps: int, **options: Any) -> Estimate:
-    """What `find_heads` and its files take when it optimizes: the longest sample, then some of the lengths between.
+def rehearse(
+    model: Any, dataset: Sequence[dict[str, Tensor]], *, num_steps: int, seed: int, **options: Any
+) -> Estimate:
+    """What `find_heads` and its files take when it optimizes: from steps of lengths between which time goes evenly.
 
     Args:
         model: as for `find_heads`, as all others are.
         dataset: likewise.
         num_steps: likewise.
+        seed: likewise.
         **options: likewise, without `state_dir`.
     """
     from pronghorn.duoattention.plot import plot_gates
 
-    order = sorted(range(len(dataset)), key=lambda index: len(dataset[index]["input_ids"]))
-    tried = [order[-1], *(order[int(share * len(order))] for share in (0.125, 0.375, 0.625, 0.875))]
-    clock = StepClock(model.device)
+    of_samples = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+    lengths = [of_samples[_index(len(dataset), step, seed)] for step in range(num_steps)]
+    pieces, clock = Pieces(lengths, model.device, "steps"), StepClock(model.device)
     with tempfile.TemporaryDirectory() as folder:
         found = find_heads(
-            model, _InTurn([dataset[index] for index in tried]), num_steps=len(tried), state_dir=folder,
-            on_step=clock, **options,
+            model, _InTurn([_drawn(dataset, step, seed) for step in pieces.order]), num_steps=len(pieces.order),
+            seed=seed, state_dir=folder, on_step=clock, **options,
         )  # fmt: skip
         save_pattern(found, Path(folder) / "pattern")
         plot_gates(found.gates, Path(folder) / "pattern" / "gates.png")
         written = folder_bytes(Path(folder))
-    return Estimate(peak_bytes(model.device), written, clock.scaled(num_steps), f"{len(tried)} of {num_steps} steps")
+    return Estimate(peak_bytes(model.device), written, pieces.seconds(clock.taken()), pieces.basis)
 
 
 class _InTurn(Sequence[dict[str, Tensor]]):
@@ -166,11 +169,15 @@ class _InTurn(Sequence[dict[str, Tensor]]):
 
 def _drawn(dataset: Any, step: int, seed: int) -> dict[str, Tensor]:
     """The sample of a step: epochs are permuted, and what a sample draws depends on the step alone."""
-    epoch, index = divmod(step, len(dataset))
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed + epoch))
     with torch.random.fork_rng():
         torch.manual_seed(seed + step)
-        return dataset[int(order[index])]
+        return dataset[_index(len(dataset), step, seed)]
+
+
+def _index(samples: int, step: int, seed: int) -> int:
+    """Of the sample of a step."""
+    epoch, place = divmod(step, samples)
+    return int(torch.randperm(samples, generator=torch.Generator().manual_seed(seed + epoch))[place])
 
 
 class _State:
