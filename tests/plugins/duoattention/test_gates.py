@@ -1,6 +1,7 @@
 """The optimization of gates; the official numbers are replayed by tests/golden."""
 
 import pathlib
+import time
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from tests.models import token_ids
 from tests.plugins.duoattention.conftest import small
 from tests.ranks import leave_together, meet, on_two_ranks
 
-from pronghorn.duoattention.find import find_heads
+from pronghorn import estimate
+from pronghorn.duoattention.find import find_heads, rehearse
 from pronghorn.duoattention.gates import GateOptimizer, distillation_loss, learning_rate_factor
 from pronghorn.duoattention.sequence_parallel import SequenceParallel
 from pronghorn.duoattention.transformers.gated import TwoStreams
@@ -118,6 +120,26 @@ def broken_off(state, data, **options):
     with pytest.raises(KeyboardInterrupt):
         find_heads(small(), data, **options, on_step=stop)
     return options
+
+
+def test_a_dry_run_counts_the_lengths_of_the_steps_to_come(monkeypatch):
+    """Each step takes as many seconds as its sample has tokens, and few samples are long."""
+    data = [sample for tokens in (16, 17, 18, 20, 90) for sample in samples(1, tokens)]
+    lengths, clock, step = [], [time.perf_counter()], GateOptimizer.train_step
+
+    def timed(optimizer, streams, input_ids, labels):
+        lengths.append(input_ids.shape[1])
+        clock[0] += lengths[-1]
+        return step(optimizer, streams, input_ids, labels)
+
+    monkeypatch.setattr(GateOptimizer, "train_step", timed)
+    monkeypatch.setattr(estimate, "now", lambda device: clock[0])
+    options = {"num_steps": 13, "seed": 3, **MASK}
+    said = rehearse(small(), data, **options)
+    assert set(lengths) == {16, 17, 18, 20, 90}
+    lengths.clear()
+    find_heads(small(), data, **options)
+    assert said.seconds == pytest.approx(sum(lengths), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["input_ids", "labels"])
