@@ -406,7 +406,7 @@ WITHOUT = {
     "list": SHORT,
     "info": SHORT,
     "seal": "it reads each file once, which is what a trial would have to do",
-    "verify": "minutes at most, also where kernels compile first; names make it less",
+    "verify": "minutes, also where kernels compile first; names make it less",
     "check": "it loads a checkpoint once, and nothing is written",
     "new": SHORT,
     "awq demo": ENDLESS,
