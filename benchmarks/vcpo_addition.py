@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "vcpo"
 DATA, MODEL, REWARDS = EXAMPLE / "addition.jsonl", EXAMPLE / "model", EXAMPLE / "rewards.py"
-PICTURE = ROOT / "docs" / "assets" / "vcpo_addition.png"
+ASSETS = ROOT / "docs" / "assets"
 METHODS: dict[str, dict[str, str]] = {
     "TIS": {"opob": "off", "ess_scaling": "off"}, "TIS + ESS": {"opob": "off"}, "TIS + OPOB": {"ess_scaling": "off"},
     "VCPO": {},
@@ -144,8 +144,7 @@ def _draw(found: dict[tuple[str, int], list[dict[str, list[float]]]], asked: arg
     figure.suptitle(
         f"Sums answered in strokes, learning rate {asked.learning_rate:g}: middle and range of {len(SEEDS)} seeds"
     )
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=100)
+    figure.savefig(Path(os.environ.get("OUT") or ASSETS) / "vcpo_addition.png", dpi=100)
 
 
 if __name__ == "__main__":
