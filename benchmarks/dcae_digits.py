@@ -8,7 +8,6 @@ runs it: four minutes on two cores.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import median, row, write
+from harness import median, picture_folder, row, write
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -41,7 +40,6 @@ from pronghorn.dcae.images import to_image, to_tensor
 from pronghorn.dcae.latents import dump_latents, latent_statistics
 from pronghorn.dcae.metrics import reconstructed
 
-ASSETS = Path(__file__).parents[1] / "docs" / "assets"
 CLASSES = 10
 SIZE, SMALL = 32, 8  # pixels of a picture's edge, and of a digit's as scikit-learn has it
 LARGEST = 16  # value of a pixel there
@@ -220,7 +218,7 @@ def main() -> None:
             f"{arguments.diffusion_steps} of the USiT in {(second - first) / 60:.1f}")  # fmt: skip
     rows = score(seen, held_out, vae, samples, note)
     write("dcae_digits", rows)
-    draw(samples, Path(os.environ.get("OUT") or ASSETS) / "dcae_digits.png")
+    draw(samples, picture_folder() / "dcae_digits.png")
     print(f"{note}; all of it took {(time.perf_counter() - start) / 60:.1f}")
     (recognised,) = (found["ours"]["p50"] for found in rows if found["what"] == "recognised, samples")
     if recognised < LEAST:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import median, row, write
+from harness import median, picture_folder, row, write
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -27,7 +27,6 @@ from pronghorn.dcae.images import open_image, to_image, to_tensor
 from pronghorn.dcae.metrics import ReconstructionMetrics, evaluate, reconstructed
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pronghorn" / "assets" / "photos"
-ASSETS = Path(__file__).parents[1] / "docs" / "assets"
 PACKAGES = ("lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04")
 DRAWINGS = ("Fossa", "Infinite-Sea", "Painting-Colors", "analogpattern", "umang")
 FROM_SKIMAGE = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
@@ -176,7 +175,7 @@ def main() -> None:
     print(f"{len(photos)} photographs to train on, {len(held_out)} held out. {CREDITS}")
     rows, pictures = run(photos, squares, scale)
     write("dcae_photos", rows)
-    draw(pictures, Path(os.environ.get("OUT") or ASSETS) / "dcae_photos.jpg")
+    draw(pictures, picture_folder() / "dcae_photos.jpg")
     gains = {f"{found['what']}, {found['against']}": found["ours"]["p50"] - found["theirs"]["p50"] for found in rows}
     low = [name for name, gain in gains.items() if gain <= (LEAST_GAIN if "without" in name else 0)]
     if low:

@@ -60,6 +60,11 @@ def share_of_bandwidth(bytes_moved: float, seconds: float) -> float | None:
     return None if peak is None else bytes_moved / seconds / peak
 
 
+def picture_folder() -> Path:
+    """The folder for pictures: that of the docs, or $OUT."""
+    return Path(os.environ.get("OUT") or RESULTS.parents[1] / "docs" / "assets")
+
+
 def write(topic: str, rows: list[dict[str, Any]]) -> Path:
     """Write `results/<topic>-<device>.json` (under $OUT on a lent machine) and print its table."""
     commit = os.environ.get("PRONGHORN_COMMIT") or git(RESULTS.parents[1], "rev-parse", "HEAD") or ""

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import measure, median, row, write
+from harness import measure, median, picture_folder, row, write
 from lidar_scenes import CLASSES, Scan, scan
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -40,7 +40,6 @@ HELD_OUT_SEED = 10_000
 WANTED = 0.75  # mIoU on held-out scans
 ARCHIVE = "small_gicp-1.0.1.tar.gz"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pronghorn" / "assets"
-ASSETS = Path(__file__).parents[1] / "docs" / "assets"
 COLOURS = ("#b9b9b9", "#4c72b0", "#dd8452", "#c44e52", "#2f9e44")
 
 
@@ -119,7 +118,7 @@ def main() -> None:
     rows = score_rows(confusions["U-Net"], confusions["MLP"], f"{arguments.held_out} held-out scans")
     shape = f"{BEAMS} x {AZIMUTHS} rays, {arguments.steps} steps"
     rows.append(row("training step", "per-voxel MLP", shape, median(times["U-Net"]), median(times["MLP"])))
-    draw(held_out[0], predict(models["U-Net"], held_out[0]), Path(os.environ.get("OUT") or ASSETS))
+    draw(held_out[0], predict(models["U-Net"], held_out[0]), picture_folder())
     rows += [entry for name, real in real_scans().items() for entry in real_rows(name, models["U-Net"], real)]
     write("torchsparse_lidar", rows)
     reached = float(iou(confusions["U-Net"]).nanmean())

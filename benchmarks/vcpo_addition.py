@@ -19,7 +19,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "vcpo"
 DATA, MODEL, REWARDS = EXAMPLE / "addition.jsonl", EXAMPLE / "model", EXAMPLE / "rewards.py"
-ASSETS = ROOT / "docs" / "assets"
 METHODS: dict[str, dict[str, str]] = {
     "TIS": {"opob": "off", "ess_scaling": "off"}, "TIS + ESS": {"opob": "off"}, "TIS + OPOB": {"ess_scaling": "off"},
     "VCPO": {},
@@ -126,6 +125,7 @@ def _draw(found: dict[tuple[str, int], list[dict[str, list[float]]]], asked: arg
     mpl.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
+    from harness import picture_folder
 
     figure, axes = plt.subplots(2, len(LAGS), figsize=(12, 6), sharex=True, sharey="row", layout="constrained")
     smooth = np.ones(10) / 10
@@ -144,7 +144,7 @@ def _draw(found: dict[tuple[str, int], list[dict[str, list[float]]]], asked: arg
     figure.suptitle(
         f"Sums answered in strokes, learning rate {asked.learning_rate:g}: middle and range of {len(SEEDS)} seeds"
     )
-    figure.savefig(Path(os.environ.get("OUT") or ASSETS) / "vcpo_addition.png", dpi=100)
+    figure.savefig(picture_folder() / "vcpo_addition.png", dpi=100)
 
 
 if __name__ == "__main__":
